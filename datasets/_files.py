@@ -1,0 +1,540 @@
+"""Readers of the data sets' files: idx (MNIST), pickled batches (CIFAR), JPEGs (Tiny-ImageNet).
+
+Every reader returns `((train_x, train_y), (test_x, test_y))`: images uint8 (N, C, H, W) contiguous, labels int64 (N,).
+Layout, addresses and checksums are torchvision's where it has them, so files that its users already have are found.
+A file with the official number of rows must be the official file, bit for bit; other numbers are a made set and warn.
+All problems are a DataError of one line.
+"""
+
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.download import fetch
+from utils.errors import DataError
+
+Rows = tuple[Tensor, Tensor]
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+MNIST_MD5 = {  # of the uncompressed files; torchvision lists only those of the .gz
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+MNIST_ROWS = {"train": 60000, "t10k": 10000}
+
+TINY = "tiny-imagenet-200"
+TINY_URLS = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "https://cs231n.stanford.edu/tiny-imagenet-200.zip")
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # as public code quotes it, from memory; torchvision does not list it
+TINY_ROWS = (100000, 10000)
+CACHE_VERSION = 1
+CHUNK_IMAGES = 256
+
+
+def _one_line(load):
+    """What the operating system refuses (permissions, a broken disk) becomes a DataError too."""
+
+    @functools.wraps(load)
+    def guarded(root: Path, *args):
+        try:
+            return load(Path(root), *args)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or root}: cannot be read ({error.strerror or error}); "
+                "check that it exists, its permissions and its disk"
+            ) from error
+
+    return guarded
+
+
+def _warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
+    if tuple(got) != tuple(official):
+        message = (
+            f"{where}: {got[0]} train and {got[1]} test images, the official data has {official[0]} and {official[1]}"
+        )
+        warnings.warn(f"{message}: a made set, not the official data", stacklevel=4)
+
+
+def _check_md5(data: bytes, official: str, path: Path) -> None:
+    got = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if got != official:
+        raise DataError(f"{path}: corrupt (md5 {got}, officially {official}); delete it and start again to fetch it")
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Write a file atomically; a folder that cannot be written only costs the same work at the next start."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        if os.access(path.parent, os.W_OK):
+            temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- MNIST
+
+
+@_one_line
+def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
+    """MNIST or FashionMNIST (`name`) from `root/<name>/raw`, downloaded if absent.
+
+    Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 1, 28, 28), y int64 (N,) in 0..9. Raises DataError.
+    """
+    raw = root / name / "raw"
+    files = MNIST_MD5[name]
+    _fetch_mnist(raw, name, [file for file in files if _mnist_source(raw, name, file) is None])
+    sources = {file: _mnist_source(raw, name, file) for file in files}
+    contents = {file: _gunzip(path) if path.suffix == ".gz" else path.read_bytes() for file, path in sources.items()}
+    train, test = (_mnist_split(part, files, sources, contents) for part in MNIST_ROWS)
+    for file, path in sources.items():
+        if path == raw / f"{file}.gz":
+            _keep(raw / file, contents[file])  # only now, when it is known to be sound
+    _warn_made(raw, (len(train[1]), len(test[1])), tuple(MNIST_ROWS.values()))
+    return train, test
+
+
+def _mnist_source(raw: Path, name: str, file: str) -> Path | None:
+    candidates = [raw / file, raw / f"{file}.gz"]
+    if name == "FashionMNIST":
+        candidates.append(DEBIAN_FASHION_MNIST / f"{file}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _fetch_mnist(raw: Path, name: str, missing: Sequence[str]) -> None:
+    if not missing:
+        return
+    import torchvision.datasets
+
+    official = getattr(torchvision.datasets, name)
+    md5s = dict(official.resources)
+    what = f"{name} ({len(missing)} missing: {', '.join(file + '.gz' for file in missing)})"
+    for file in missing:
+        archive = f"{file}.gz"
+        fetch([mirror + archive for mirror in official.mirrors], raw / archive, md5s[archive], what)
+
+
+def _gunzip(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged archive ({error}); delete it and start again to fetch it") from error
+
+
+def _mnist_split(
+    part: str, md5s: Mapping[str, str], sources: Mapping[str, Path], contents: Mapping[str, bytes]
+) -> Rows:
+    arrays = []
+    for file, n_dims in ((f"{part}-images-idx3-ubyte", 3), (f"{part}-labels-idx1-ubyte", 1)):
+        array = _parse_idx(contents[file], sources[file], n_dims)
+        if len(array) == MNIST_ROWS[part]:
+            _check_md5(contents[file], md5s[file], sources[file])
+        arrays.append(array)
+    images, labels = arrays
+    where = sources[f"{part}-images-idx3-ubyte"]
+    if images.shape[1:] != (28, 28):
+        raise DataError(f"{where}: images are {images.shape[1]}x{images.shape[2]}, not 28x28; fetch the official file")
+    if len(images) != len(labels):
+        raise DataError(f"{where}: {len(images)} images but {len(labels)} labels; delete and fetch both again")
+    if labels.max() > 9:
+        raise DataError(f"{sources[f'{part}-labels-idx1-ubyte']}: label {labels.max()}, not in 0..9; fetch it again")
+    return torch.from_numpy(images[:, None].copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def _parse_idx(data: bytes, path: Path, n_dims: int) -> np.ndarray:
+    """uint8 array with `n_dims` dimensions. The idx magic is 0x0800 (unsigned bytes) plus the number of dimensions."""
+    start = 4 * (1 + n_dims)
+    remedy = "delete it and start again to fetch it"
+    if len(data) < start:
+        raise DataError(f"{path}: truncated ({len(data)} bytes, the header alone has {start}); {remedy}")
+    magic, *shape = np.frombuffer(data, ">u4", 1 + n_dims).tolist()
+    if magic != 2048 + n_dims:
+        raise DataError(f"{path}: not an idx file of this kind (magic {magic}, should be {2048 + n_dims}); {remedy}")
+    size = start + math.prod(shape)
+    if len(data) != size:
+        problem = "truncated" if len(data) < size else "too long"
+        raise DataError(f"{path}: {problem} ({len(data)} bytes, its header says {size}); {remedy}")
+    if shape[0] == 0:
+        raise DataError(f"{path}: holds no rows; {remedy}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- CIFAR
+
+
+@_one_line
+def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
+    """cifar10 or cifar100 (`name`) from torchvision's folder or archive in `root`, downloaded if absent.
+
+    Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 32, 32), y int64 (N,) in 0..9 or 0..99 (fine labels).
+    Raises DataError.
+    """
+    import torchvision.datasets
+
+    official = getattr(torchvision.datasets, name.upper())
+    key, n_classes, n_rows = ("labels", 10, 10000) if name == "cifar10" else ("fine_labels", 100, None)
+    folder, archive = root / official.base_folder, root / official.filename
+    parts = [dict(official.train_list), dict(official.test_list)]
+    needed = [*parts[0], *parts[1]]
+    unpacked = all((folder / file).is_file() for file in needed)
+    if unpacked:
+        contents = {file: (folder / file).read_bytes() for file in needed}
+    else:
+        if not archive.is_file():
+            fetch([official.url], archive, official.tgz_md5, name)
+        contents = _untar(archive, official.base_folder, needed, official.meta["filename"])
+    splits = []
+    for part, official_rows in zip(parts, (50000, 10000), strict=True):
+        batches = []
+        for file, md5 in part.items():
+            batch = _cifar_batch(contents[file], folder / file, key, n_classes)
+            if len(batch[1]) == (n_rows or official_rows):
+                _check_md5(contents[file], md5, folder / file if unpacked else archive / file)
+            batches.append(batch)
+        splits.append(tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True)))
+    if not unpacked:
+        for file, data in contents.items():
+            _keep(folder / file, data)
+    train, test = splits
+    _warn_made(folder, (len(train[1]), len(test[1])), (50000, 10000))
+    return train, test
+
+
+def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict[str, bytes]:
+    """Contents of the expected regular files, by bare name. Nothing else in the archive is ever touched."""
+    contents = {}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if member.isfile() and str(path.parent) == folder and path.name in (*needed, meta):
+                    contents[path.name] = tar.extractfile(member).read()
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{archive}: damaged archive ({error}); delete it and start again to fetch it") from error
+    missing = [file for file in needed if file not in contents]
+    if missing:
+        raise DataError(f"{archive}: lacks {folder}/{missing[0]}; delete it and start again to fetch it")
+    return contents
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes under protocol 2; no other codec is needed."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"codec {encoding}")
+    return text.encode("latin1")
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module was renamed in NumPy 2
+_HARMLESS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("_codecs", "encode"): _latin1,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain containers and NumPy arrays, nothing else: a pickle from outside can name any function to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _HARMLESS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no CIFAR file needs") from None
+
+
+def _cifar_batch(data: bytes, path: Path, key: str, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one pickled batch."""
+    remedy = "delete it (and its archive) and start again to fetch it"
+    try:
+        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        problem = " ".join(str(error).split())
+        raise DataError(f"{path}: damaged or unsafe pickle, refused ({problem}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, not a CIFAR batch; {remedy}")
+    content = {field.decode("latin1") if isinstance(field, bytes) else field: value for field, value in content.items()}
+    images, labels = content.get("data"), content.get(key)
+    if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (3072,)):
+        raise DataError(f"{path}: its 'data' is not a uint8 array (N, 3072); {remedy}")
+    if not (isinstance(labels, list) and len(labels) == len(images) > 0):
+        raise DataError(f"{path}: its '{key}' are not a list of {len(images)} labels, at least one; {remedy}")
+    if not all(isinstance(label, int) and 0 <= label < n_classes for label in labels):
+        raise DataError(f"{path}: its '{key}' are not all integers in 0..{n_classes - 1}; {remedy}")
+    return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+
+
+# -------------------------------------------------------------------------------------------------- Tiny-ImageNet
+
+
+@_one_line
+def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
+    """Tiny-ImageNet from `root/tiny-imagenet-200.zip` or `root/tiny-imagenet-200/`, downloaded if neither is there.
+
+    The decoded images are kept in `root/tiny-imagenet-200-cache/` (or under ~/.cache/continual) for the next start.
+    Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 64, 64), y int64 (N,), the line of wnids.txt; test is
+    the official validation split, whose labels are public. Raises DataError.
+    """
+    archive, folder = root / f"{TINY}.zip", root / TINY
+    caches = _cache_folders(root)
+    source = archive if archive.is_file() else folder if folder.is_dir() else None
+    arrays = _cached(caches, None if source is None else _fingerprint(source))
+    if arrays is None:
+        if source is None:
+            fetch(TINY_URLS, archive, TINY_MD5, "Tiny-ImageNet")
+            source = archive
+        fingerprint = _fingerprint(source)  # before reading: a source that changes meanwhile is read again next time
+        arrays = _decode_source(source)
+        _write_cache(caches, arrays, fingerprint)
+    train, test = ((torch.from_numpy(arrays[f"{part}_x"]), torch.from_numpy(arrays[f"{part}_y"]))
+                   for part in ("train", "test"))  # fmt: skip
+    _warn_made(source or caches[0], (len(train[1]), len(test[1])), TINY_ROWS)
+    return train, test
+
+
+class _ZipSource:
+    """Members of the zip by their path below `tiny-imagenet-200/`, read in place: nothing is extracted."""
+
+    def __init__(self, path: Path):
+        self.path, self.remedy = path, "delete the zip and fetch it again"
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise DataError(f"{path}: truncated or not a zip ({error}); {self.remedy}") from error
+        self.names = set()
+        for name in self._zip.namelist():
+            if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+                raise DataError(f"{path}: refused, its member {name!r} points out of the folder; {self.remedy}")
+            if name.startswith(f"{TINY}/"):
+                self.names.add(name.removeprefix(f"{TINY}/"))
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._zip.read(f"{TINY}/{name}")
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise DataError(f"{self.path}: member {TINY}/{name} is damaged ({error}); {self.remedy}") from error
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class _FolderSource:
+    """The same for an extracted folder."""
+
+    def __init__(self, path: Path):
+        self.path, self.remedy = path, "extract the zip again"
+        self.names = {name for name, _ in _walk(path)}
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def close(self) -> None:
+        pass
+
+
+def _walk(folder: Path):
+    """(path below `folder`, size in bytes) of every file. Unlike rglob, raises where a folder cannot be read."""
+    stack = [""]
+    while stack:
+        below = stack.pop()
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    stack.append(f"{below}{entry.name}/")
+                else:
+                    yield below + entry.name, entry.stat().st_size
+
+
+def _decode_source(path: Path) -> dict[str, np.ndarray]:
+    source = _ZipSource(path) if path.suffix == ".zip" else _FolderSource(path)
+    try:
+        wnids = _tiny_text(source, "wnids.txt").split()
+        if len(wnids) != 200 or len(set(wnids)) != 200:
+            raise DataError(f"{path}: wnids.txt lists {len(set(wnids))} classes, not 200; {source.remedy}")
+        classes = {wnid: index for index, wnid in enumerate(wnids)}
+        arrays = {}
+        for part, rows in (("train", _tiny_train(source, classes)), ("test", _tiny_val(source, classes))):
+            absent = set(wnids) - {wnids[label] for _, label in rows}
+            if absent:
+                raise DataError(f"{path}: no {part} images of {_some(absent)}; {source.remedy}")
+            arrays[f"{part}_y"] = np.array([label for _, label in rows], np.int64)
+            arrays[f"{part}_x"] = _decode_images(source, [name for name, _ in rows], part)
+        return arrays
+    finally:
+        source.close()
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{len(names)} classes ({shown}, ...)" if len(names) > 3 else shown
+
+
+def _tiny_text(source: _ZipSource | _FolderSource, name: str) -> str:
+    if name not in source.names:
+        raise DataError(f"{source.path}: {TINY}/{name} is missing; {source.remedy}")
+    return source.read(name).decode("utf-8", "replace")
+
+
+def _tiny_train(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(member, class) in the order of class and number, which is the same for zip and folder."""
+    pattern = re.compile(r"train/([^/]+)/images/\1_(\d+)\.JPEG")
+    found = (pattern.fullmatch(name) for name in source.names)
+    known = (match for match in found if match and match[1] in classes)
+    return [(name, label) for label, _, name in sorted((classes[m[1]], int(m[2]), m[0]) for m in known)]
+
+
+def _tiny_val(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(member, class) in the order of the annotations. Every image needs a line and every line an image."""
+    rows = {}
+    for line in _tiny_text(source, "val/val_annotations.txt").splitlines():
+        file, _, rest = line.partition("\t")
+        wnid, member = rest.partition("\t")[0], f"val/images/{file}"
+        if wnid not in classes:
+            raise DataError(f"{source.path}: val_annotations.txt has a line without a known class: {line!r}; "
+                            f"{source.remedy}")  # fmt: skip
+        if member not in source.names:
+            raise DataError(f"{source.path}: {TINY}/{member} is annotated but missing; {source.remedy}")
+        rows[member] = classes[wnid]
+    for name in sorted(source.names):
+        if name.startswith("val/images/") and name.endswith(".JPEG") and name not in rows:
+            raise DataError(f"{source.path}: {TINY}/{name} is not in val_annotations.txt; {source.remedy}")
+    return list(rows.items())
+
+
+def _decode_images(source: _ZipSource | _FolderSource, names: Sequence[str], part: str) -> np.ndarray:
+    """uint8 (N, 3, 64, 64). Threads suffice, because Pillow and zlib release the interpreter's lock."""
+    images = np.empty((len(names), 3, 64, 64), np.uint8)
+
+    def decode_chunk(start: int) -> int:
+        chunk = names[start : start + CHUNK_IMAGES]
+        for row, name in enumerate(chunk, start):
+            try:
+                images[row] = _decode_image(source.read(name))
+            except (OSError, SyntaxError, ValueError) as error:
+                if isinstance(error, (DataError, PermissionError)):
+                    raise
+                raise DataError(f"{source.path}: {TINY}/{name}: {error}; {source.remedy}") from error
+        return len(chunk)
+
+    bar = tqdm(total=len(names), unit="image", desc=f"Tiny-ImageNet, {part}", file=sys.stderr, leave=False)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for count in pool.map(decode_chunk, range(0, len(names), CHUNK_IMAGES)):
+            bar.update(count)
+    return images
+
+
+def _decode_image(data: bytes) -> np.ndarray:
+    """One JPEG as uint8 (3, 64, 64); greyscale is spread over the three channels. Raises ValueError for other sizes."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        if image.size != (64, 64):
+            raise ValueError(f"image is {image.width}x{image.height}, not 64x64")
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _fingerprint(source: Path) -> dict[str, Any]:
+    """What tells one source from another without reading it: 250 MB of zip, or 120 000 files."""
+    if source.suffix == ".zip":
+        stat = source.stat()
+        return {"kind": "zip", "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    sizes = [size for _, size in _walk(source)]
+    return {"kind": "folder", "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _cache_folders(root: Path) -> tuple[Path, Path]:
+    """Beside the source; else, where that cannot be written, in the home folder under a key of the source's path."""
+    key = hashlib.sha256(str((root / TINY).resolve()).encode()).hexdigest()[:16]
+    return root / f"{TINY}-cache", Path.home() / ".cache" / "continual" / f"{TINY}-{key}"
+
+
+def _cached(caches: Sequence[Path], fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:
+    """Arrays of the first sound cache of this source (None: of any source), or None; says why one is not used."""
+    for cache in caches:
+        if not (cache / "meta.json").is_file():
+            continue
+        try:
+            return _read_cache(cache, fingerprint)
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            print(f"{cache}: not used ({' '.join(str(error).split())}); it will be built again", file=sys.stderr)
+    return None
+
+
+def _read_cache(cache: Path, fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
+    if meta["version"] != CACHE_VERSION:
+        raise ValueError(f"format {meta['version']}, this program writes {CACHE_VERSION}")
+    if fingerprint is not None and meta["source"] != fingerprint:
+        raise ValueError("its source has changed")
+    arrays = {}
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        array = np.load(cache / f"{name}.npy", allow_pickle=False)
+        if _describe(array) != meta["arrays"][name]:
+            raise ValueError(f"{name}.npy is damaged")
+        arrays[name] = array
+    return arrays
+
+
+def _describe(array: np.ndarray) -> dict[str, Any]:
+    # crc32 finds damage as well as sha256 would, and checks the 1.2 GB in about a second.
+    contiguous = np.ascontiguousarray(array)
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": zlib.crc32(contiguous.data)}
+
+
+def _write_cache(caches: Sequence[Path], arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> None:
+    meta = {
+        "version": CACHE_VERSION,
+        "source": fingerprint,
+        "arrays": {name: _describe(array) for name, array in arrays.items()},
+    }
+    problem = None
+    for cache in caches:
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+        aside = cache.with_name(f"{cache.name}.{os.getpid()}.old")
+        try:
+            temporary.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array)
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            if cache.exists():
+                os.replace(cache, aside)  # a folder cannot be replaced unless it is empty
+            os.replace(temporary, cache)
+            return
+        except OSError as error:
+            problem = error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+    print(f"{caches[0]}: cannot be written ({problem}); the images are decoded at every start", file=sys.stderr)

@@ -1,0 +1,30 @@
+"""Permuted MNIST: 20 tasks, each with one random permutation of the pixels, the first task too (DER paper)."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets._benchmark import Arrays, DomainBenchmark
+from datasets._files import load_mnist
+from utils import seeding
+from utils.registry import DATASETS
+
+
+@DATASETS.register("perm-mnist")
+class PermMnist(DomainBenchmark):
+    num_classes = 10
+    shape = (1, 28, 28)
+    defaults = dict(n_tasks=20, n_epochs=1, batch_size=128, minibatch_size=128, lr=0.2)
+
+    def load(self, root: Path) -> tuple[Arrays, Arrays]:
+        return load_mnist(root, "MNIST")
+
+    @cached_property
+    def _permutations(self) -> list[Tensor]:
+        rng = seeding.generator(self.config.seed, "permutation")
+        return [torch.from_numpy(rng.permutation(28 * 28)) for _ in range(self.num_tasks)]
+
+    def pixel_map(self, index: int) -> Tensor:
+        return self._permutations[index]

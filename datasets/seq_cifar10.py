@@ -1,0 +1,26 @@
+"""Sequential CIFAR-10: 5 tasks of 2 classes, 50 epochs each; random crop (padding 4) and flip (DER paper)."""
+
+from pathlib import Path
+
+from torch import nn
+
+from datasets._benchmark import Arrays, Benchmark
+from datasets._files import load_cifar
+from utils.augment import CropFlip
+from utils.registry import DATASETS
+
+
+@DATASETS.register("seq-cifar10")
+class SeqCifar10(Benchmark):
+    num_classes = 10
+    shape = (3, 32, 32)
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2470, 0.2435, 0.2615)
+    default_backbone = "resnet18"
+    defaults = dict(n_tasks=5, n_epochs=50, batch_size=32, minibatch_size=32, lr=0.03)
+
+    def load(self, root: Path) -> tuple[Arrays, Arrays]:
+        return load_cifar(root, "cifar10")
+
+    def augmentations(self) -> list[nn.Module]:
+        return [CropFlip(padding=4)]

@@ -1,0 +1,16 @@
+"""Sequential Fashion-MNIST: 5 tasks of 2 classes, under the protocol of seq-mnist, whose values it takes."""
+
+from pathlib import Path
+
+from datasets._benchmark import Arrays
+from datasets._files import load_mnist
+from datasets.seq_mnist import SeqMnist
+from utils.registry import DATASETS
+
+
+@DATASETS.register("seq-fmnist")
+class SeqFashionMnist(SeqMnist):
+    published_as = "seq-mnist"
+
+    def load(self, root: Path) -> tuple[Arrays, Arrays]:
+        return load_mnist(root, "FashionMNIST")

@@ -1,0 +1,8 @@
+"""Train a continual learner: `python main.py --model mgser_sam --dataset seq-digits`."""
+
+import sys
+
+from utils.run import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

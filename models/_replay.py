@@ -1,0 +1,42 @@
+"""What rehearsal methods share: the buffer, and draws from it that are freshly augmented."""
+
+from dataclasses import dataclass
+
+from models._method import Block, Context, Method
+from utils.arguments import flag
+from utils.buffer import Buffer
+
+
+class ReplayMethod(Method):
+    """A method with a reservoir of past images (uint8, un-augmented) and whatever columns `remember` adds to it."""
+
+    @dataclass(frozen=True)
+    class Args:
+        buffer_size: int = flag(500, "images that the memory can hold", low=1)
+        minibatch_size: int = flag(32, "images of one draw from the memory", low=1)
+
+    def __init__(self, net, args, context: Context):
+        super().__init__(net, args, context)
+        self.buffer = Buffer(args.buffer_size, context.device, context.rng)
+
+    def replay(self, draws: int = 1) -> tuple[Block, ...]:
+        """`draws` independent draws of min(minibatch_size, filled) rows each, as blocks; () while the memory is empty.
+
+        All draws are gathered and augmented in one call.
+        """
+        if len(self.buffer) == 0:
+            return ()
+        columns = self.buffer.draw(self.args.minibatch_size, draws)
+        inputs = self.context.augment(columns.pop("x"))
+        size = len(inputs) // draws
+        parts = [slice(i * size, (i + 1) * size) for i in range(draws)]
+        return tuple(
+            Block(inputs[part], memory=size, **{name: column[part] for name, column in columns.items()})
+            for part in parts
+        )
+
+    def get_extra_state(self) -> dict:
+        return self.buffer.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.buffer.load_state_dict(state)

@@ -1,0 +1,14 @@
+"""DER++ under sharpness-aware minimization of the joint loss (Li & Tang, 2024).
+
+Nothing but `derpp` with the optimizer `sam` as its default.
+"""
+
+from models._method import ours
+from models.derpp import DerPP
+from utils.registry import METHODS
+
+
+@METHODS.register("derpp_sam")
+class DerPPSam(DerPP):
+    default_optimizer = "sam"
+    published = ours(DerPP.published, "rho", rho=0.05)

@@ -1,0 +1,14 @@
+"""ER-SAM (Li & Tang, 2024): Experience Replay under sharpness-aware minimization of the joint loss.
+
+Nothing but `er` with the optimizer `sam` as its default.
+"""
+
+from models._method import ours
+from models.er import ER
+from utils.registry import METHODS
+
+
+@METHODS.register("er_sam")
+class ErSam(ER):
+    default_optimizer = "sam"
+    published = ours(ER.published, "rho", rho=0.05)

@@ -1,0 +1,87 @@
+"""The memory: named columns on the device, filled by reservoir sampling (Vitter, 1985).
+
+The columns live on the device; the decisions (which slot, which rows) are drawn on the host from the buffer's own
+generator. They need no data, so nothing waits for the device, the same seed gives the same memory on every device,
+and a rejected row is never copied. No operation costs more as the buffer grows.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.seeding import generator_state, set_generator_state
+
+
+class Buffer:
+    """`capacity` rows of named columns. Columns appear with the first `add`, with its shapes and dtypes."""
+
+    def __init__(self, capacity: int, device: torch.device | str, rng: np.random.Generator):
+        self.capacity, self.device, self.rng = capacity, torch.device(device), rng
+        self.num_seen = 0  # presentations so far; every epoch presents an image again
+        self.columns: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return min(self.num_seen, self.capacity)
+
+    def add(self, **columns: Tensor) -> None:
+        """Present n rows, in order, to the reservoir. `columns[name]` (n, ...) on any device.
+
+        Row i has been preceded by c = num_seen + i presentations: it takes slot c while c < capacity, then the slot
+        r ~ U{0..c} if r < capacity. Where two rows take one slot, the later one stays.
+        """
+        n = len(next(iter(columns.values())))
+        slots = np.arange(self.num_seen, self.num_seen + n)
+        late = slots >= self.capacity
+        if late.any():
+            slots[late] = self.rng.integers(0, slots[late] + 1)
+        self.num_seen += n
+        winner = {slot: row for row, slot in enumerate(slots.tolist()) if slot < self.capacity}
+        if not self.columns:
+            self._allocate(columns)
+        if winner:
+            rows, slots = self._index(list(winner.values())), self._index(list(winner.keys()))
+            for name, column in self.columns.items():
+                new = columns[name]
+                if len(winner) < n:
+                    new = new.index_select(0, rows.to(new.device, non_blocking=True))
+                column.index_copy_(0, slots, new.to(column.device, column.dtype, non_blocking=True))
+
+    def draw(self, size: int, draws: int = 1) -> dict[str, Tensor]:
+        """`draws` independent uniform draws of min(size, filled) distinct rows, one after the other in each column."""
+        filled = len(self)
+        size = min(size, filled)
+        picks = [self.rng.choice(filled, size, replace=False) for _ in range(draws)]
+        index = self._index(picks[0] if draws == 1 else np.concatenate(picks))
+        return {name: column.index_select(0, index) for name, column in self.columns.items()}
+
+    def all(self) -> dict[str, Tensor]:
+        """Every filled row of each column (views)."""
+        return {name: column[: len(self)] for name, column in self.columns.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Data, counter and generator: a resumed reservoir goes on as if it had not stopped."""
+        columns = {name: column.clone() for name, column in self.all().items()}
+        return {"columns": columns, "num_seen": self.num_seen, "rng": generator_state(self.rng)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_seen = state["num_seen"]
+        set_generator_state(self.rng, state["rng"])
+        self.columns = {}
+        if state["columns"]:
+            self._allocate(state["columns"])
+            for name, column in self.all().items():
+                column.copy_(state["columns"][name])
+
+    def _allocate(self, like: dict[str, Tensor]) -> None:
+        self.columns = {
+            name: torch.empty((self.capacity, *rows.shape[1:]), dtype=rows.dtype, device=self.device)
+            for name, rows in like.items()
+        }
+
+    def _index(self, positions: Any) -> Tensor:
+        index = torch.as_tensor(positions, dtype=torch.int64)
+        if self.device.type == "cuda":
+            return index.pin_memory().to(self.device, non_blocking=True)
+        return index.to(self.device)

@@ -1,0 +1,20 @@
+"""The errors that a user is meant to read: one message that says what, got, and what to do."""
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done. The command line prints it and exits with 2.
+
+    `problems` holds one line for each thing that is wrong, so that all of them are reported at once.
+    """
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(UsageError):
+    """A data set is missing, incomplete or damaged; the message names the file and the remedy."""
+
+
+class RunFailed(RuntimeError):
+    """Training cannot go on (a loss that is not finite). What was finished is kept; exit code 1."""

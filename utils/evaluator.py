@@ -1,0 +1,53 @@
+"""Accuracy on all tasks, in large batches; class-il and task-il from one forward, one wait for the device."""
+
+import torch
+from torch import Tensor
+
+from utils.augment import Augment
+
+CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
+
+
+def rows_per_pass(shape: tuple[int, ...], device: torch.device, low: int = 1) -> int:
+    """Images of this shape (C, H, W) that are best handled in one call on this device."""
+    budget = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
+    return max(low, budget // (4 * shape[0] * shape[1] * shape[2]))
+
+
+class Evaluator:
+    """Measures a method on every task of a benchmark, those that it has not seen too."""
+
+    def __init__(self, benchmark, augment: Augment, class_il_argmax: str = "all"):
+        self.benchmark, self.augment, self.argmax = benchmark, augment, class_il_argmax
+        both = benchmark.setting == "class-il"
+        self.settings = ("class-il", "task-il") if both else (benchmark.setting,)
+
+    @torch.inference_mode()
+    def __call__(self, method, classes_seen: int) -> dict[str, list[float]]:
+        """{setting: accuracy of each task, a fraction}. The method is in eval mode meanwhile.
+
+        `classes_seen` outputs compete in class-il if the evaluator was built with class_il_argmax 'seen'.
+        """
+        was_training = method.training
+        method.eval()
+        counts = [self._count(method, task, classes_seen) for task in self.benchmark]
+        method.train(was_training)
+        correct = torch.stack(counts).tolist()  # (T, settings); the one wait for the device
+        sizes = [len(task.test) for task in self.benchmark]
+        return {
+            setting: [row[column] / size for row, size in zip(correct, sizes, strict=True)]
+            for column, setting in enumerate(self.settings)
+        }
+
+    def _count(self, method, task, classes_seen: int) -> Tensor:
+        split, classes = task.test, task.classes
+        step = rows_per_pass(split.images.shape[1:], self.augment.device)
+        correct = torch.zeros(len(self.settings), dtype=torch.int64, device=self.augment.device)
+        for start in range(0, len(split), step):
+            labels = split.labels[start : start + step].to(self.augment.device, non_blocking=True)
+            logits = method(self.augment.plain(split.images[start : start + step]))
+            competing = logits[:, :classes_seen] if self.argmax == "seen" else logits
+            correct[0] += (competing.argmax(1) == labels).sum()
+            if "task-il" in self.settings:
+                correct[1] += (logits[:, classes.start : classes.stop].argmax(1) + classes.start == labels).sum()
+        return correct

@@ -1,0 +1,39 @@
+"""ASAM (Kwon et al., ICML 2021), eq. 8: SAM in a ball that scales with the weights.
+
+    e = rho * T^2 g / (|T g| + 1e-16)    T = |w| + eta on weights, 1 on biases
+
+As the authors' code: parameters whose name contains `weight` (BatchNorm's included) are scaled, the others are not;
+eta is the paper's 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move in
+the clean pass only. 2 forwards, 2 backwards.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.arguments import flag
+from utils.optim._sharpness import Grads, SharpnessAware, norm
+from utils.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("asam")
+class ASAM(SharpnessAware):
+    @dataclass(frozen=True)
+    class Args(SharpnessAware.Args):
+        rho: float = flag(0.5, "radius of the scaled ball in which the worst point is sought", low=0)
+        eta: float = flag(0.01, "added to |w|, so that a weight of zero still moves", low=0)
+
+    def __init__(self, method, lr: float, weight_decay: float, args):
+        super().__init__(method, lr, weight_decay, args)
+        names = [name for name, p in method.named_parameters() if p.requires_grad]
+        self._scaled = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1]]
+
+    @torch.no_grad()
+    def ascent(self, g: Grads, objective) -> Grads:
+        scale = torch._foreach_add(torch._foreach_abs([self.params[i] for i in self._scaled]), self.args.eta)
+        t_g = list(g)
+        for i, product in zip(self._scaled, torch._foreach_mul([g[i] for i in self._scaled], scale), strict=True):
+            t_g[i] = product
+        offset = torch._foreach_mul(t_g, self.args.rho / (norm(t_g) + 1e-16))
+        torch._foreach_mul_([offset[i] for i in self._scaled], scale)
+        return offset

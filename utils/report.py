@@ -1,0 +1,498 @@
+"""Tables of finished runs: `python -m utils.report ./results --pivot dataset,buffer_size`.
+
+Runs that differ only in their seed make one row: mean ± sample standard deviation (n - 1). What is left out, counted
+once or mixed is said on stderr, so that no table hides what it stands on.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UsageError
+from utils.registry import canonical, nearest
+
+BY = ("dataset", "model", "optimizer", "buffer_size")
+METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
+FORMATS = ("markdown", "csv", "latex", "text")
+NOTHING = "–"
+
+
+def complain(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its summary, and the values of its flags."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    flags: Mapping[str, Any]
+    protocol: int | None = None
+
+    def get(self, key: str) -> Any:
+        """The value of a key of the summary, else of a flag; None where the run has neither."""
+        return self.summary[key] if key in self.summary else self.flags.get(key)
+
+    @property
+    def keys(self) -> set[str]:
+        plain = {key for key, value in self.summary.items() if not isinstance(value, dict | list)}
+        return plain | set(self.flags)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and sample standard deviation over n runs, fractions; `mean` is None for n = 0, `std` for n < 2."""
+
+    mean: float | None
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> "Stat":
+        values = [value for value in values if value is not None]
+        mean = statistics.fmean(values) if values else None
+        return cls(mean, statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs that agree in the keys `by`, seen in one setting: one row of the table."""
+
+    by: Mapping[str, Any]
+    setting: str
+    runs: tuple[Run, ...]
+
+    def stat(self, metric: str) -> Stat:
+        return Stat.of(run.summary["metrics"][self.setting].get(metric) for run in self.runs)
+
+
+def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
+    """The finished runs in these folders, searched recursively; of equal runs (flags and seed) the newest."""
+    found: dict[Path, Run] = {}
+    unfinished: dict[str, int] = {}
+    for path in paths:
+        for file in _summaries(Path(path).expanduser()):
+            run = _read_run(file, say)
+            if run is not None and run.summary["status"] == "finished":
+                found[run.path.resolve()] = run
+            elif run is not None:
+                unfinished[run.summary["status"]] = unfinished.get(run.summary["status"], 0) + 1
+    if unfinished:
+        counts = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        say(f"note: left out, since they did not finish: {counts}.")
+    if not found:
+        raise UsageError(
+            f"no finished runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders."
+        )
+    return _newest(list(found.values()), say)
+
+
+def _summaries(folder: Path) -> list[Path]:
+    try:
+        next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
+    return sorted(folder.rglob("summary.json"))
+
+
+def _read_run(file: Path, say: Callable[[str], None]) -> Run | None:
+    """A run of any status; None for a summary.json that is not one of ours."""
+    try:
+        summary = json.loads(file.read_text())
+        config_file = file.with_name("config.json")
+        config = json.loads(config_file.read_text()) if config_file.exists() else {"flags": {}}
+        flags = {name: entry["value"] for name, entry in config["flags"].items()}
+        assert isinstance(summary["status"], str) and isinstance(summary["metrics"], dict)
+        return Run(file.parent, summary, flags, config.get("protocol"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        say(f"note: left out, since it is not the summary of a run: {file}")
+        return None
+
+
+def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
+    """One run of each config hash. Folder names begin with the time, and copies keep them, unlike file times."""
+    kept: dict[Any, Run] = {}
+    for run in sorted(runs, key=lambda run: (run.path.name, str(run.path))):
+        kept[run.summary.get("config_hash") or run.path] = run
+    if len(kept) < len(runs):
+        say(f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; of equal runs the newest counts.")
+    return list(kept.values())
+
+
+def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
+    """The runs whose keys have these values; commas separate alternatives: {"model": "er,derpp", "seed": "0"}."""
+    for key, wanted in where.items():
+        check_key(key, runs)
+        choices = [_comparable(word) for word in wanted.split(",")]
+        found = [run for run in runs if _comparable(run.get(key)) in choices]
+        if not found:
+            has = sorted({_comparable(run.get(key)) for run in runs})
+            raise UsageError(f"no run has {key} = {wanted}. These occur: {', '.join(has)}.")
+        runs = found
+    return list(runs)
+
+
+def _comparable(value: Any) -> str:
+    """One spelling of a value, for words of the command line and for values of JSON: 0.10 and 0.1, True and 1."""
+    if isinstance(value, list | tuple):
+        return " ".join(_comparable(item) for item in value)
+    if value is None or str(value).lower() in ("true", "false"):
+        return {"none": "none", "true": "1", "false": "0"}[str(value).lower()]
+    try:
+        return f"{float(value):.12g}"
+    except ValueError:
+        return canonical(str(value))
+
+
+def check_key(key: str, runs: Sequence[Run]) -> None:
+    known = set().union(*(run.keys for run in runs))
+    if key not in known:
+        raise UsageError(f"unknown key: '{key}'. {nearest(key, sorted(known))}")
+
+
+def group_runs(
+    runs: Sequence[Run], by: Sequence[str], setting: str | None = None, order: Sequence[str] = ()
+) -> list[Group]:
+    """Rows in the order of their keys; models in the order of `order`, then by name."""
+    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
+    if setting is not None and setting not in settings:
+        raise UsageError(f"unknown setting: '{setting}'. {nearest(setting, settings)}")
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        for name in run.summary["metrics"]:
+            if setting in (None, name):
+                key = tuple(_hashable(run.get(key)) for key in by)
+                groups.setdefault((key, name), []).append(run)
+    ranks = {canonical(name): rank for rank, name in enumerate(order)}
+
+    def place(item: tuple) -> tuple:
+        (values, name), _ = item
+        return (*(sort_key(value, ranks if key == "model" else {}) for key, value in zip(by, values, strict=True)), name)
+
+    return [
+        Group(dict(zip(by, values, strict=True)), name, tuple(members))
+        for (values, name), members in sorted(groups.items(), key=place)
+    ]
+
+
+def sort_key(value: Any, ranks: Mapping[str, int] = {}) -> tuple:
+    """Orders values of mixed kinds: ranked names, nothing, numbers, words."""
+    if isinstance(value, str) and canonical(value) in ranks:
+        return (0, ranks[canonical(value)], "")
+    if value is None:
+        return (1, 0, "")
+    return (2, value, "") if isinstance(value, int | float) else (3, 0, str(value))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def mixtures(groups: Sequence[Group]) -> list[str]:
+    """Groups whose runs differ in more than the seed, and in what: their mean is over unlike things."""
+    from utils.arguments import EngineArgs
+
+    harmless = {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]} | {"seed"}
+    lines = []
+    for group in groups:
+        flags = [{**run.flags, "protocol": run.protocol} for run in group.runs]
+        names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
+        values = {name: {_comparable(own.get(name)) for own in flags} for name in names}
+        mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]
+        if mixed:
+            label = " ".join(written(value) for value in group.by.values() if value is not None)
+            lines.append(f"note: {label} mixes runs of {'; '.join(mixed)}. Split them with --by or --where.")
+    return list(dict.fromkeys(lines))
+
+
+def table(
+    runs: Sequence[Run],
+    by: Sequence[str] | None = None,
+    metrics: Sequence[str] = METRICS,
+    setting: str | None = None,
+    pivot: Sequence[str] = (),
+    order: Sequence[str] = (),
+    format: str = "markdown",
+    say: Callable[[str], None] = complain,
+) -> str:
+    """The table of `runs` as text that ends in a newline.
+
+    One row for each combination of the keys `by` and each setting. With `pivot`, these keys and the setting become
+    columns, the other keys rows, and a cell holds all metrics, separated by slashes.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"unknown format: '{format}'. {nearest(format, list(FORMATS))}")
+    if pivot and format == "csv":
+        raise UsageError("--pivot does not fit --format csv, whose cells are single numbers. Drop one of them.")
+    check_metrics(metrics, runs)
+    groups = group_runs(runs, keys_of(runs, by, pivot), setting, order)
+    for line in mixtures(groups):
+        say(line)
+    if format == "csv":
+        return _csv(groups, metrics)
+    if pivot:
+        return _pivot_table(groups, metrics, pivot, order, format)
+    shown = [] if setting else ["setting"]
+    head = [*groups[0].by, *shown, "n", *(f"{metric} (%)" for metric in metrics)]
+    body = [
+        [*map(written, group.by.values()), *([] if setting else [group.setting]), str(len(group.runs)),
+         *(percent(group.stat(metric)) for metric in metrics)]
+        for group in groups
+    ]  # fmt: skip
+    return _RENDER[format](head, body, len(groups[0].by) + len(shown))
+
+
+def keys_of(runs: Sequence[Run], by: Sequence[str] | None, pivot: Sequence[str] = ()) -> list[str]:
+    """The keys to group by. Of the default ones, those that no run has are dropped."""
+    for key in (*(by or ()), *pivot):
+        check_key(key, runs)
+    keys = by or [key for key in BY if any(run.get(key) is not None for run in runs)]
+    return list(dict.fromkeys((*keys, *pivot)))
+
+
+def check_metrics(metrics: Sequence[str], runs: Sequence[Run]) -> None:
+    known = sorted({name for run in runs for values in run.summary["metrics"].values() for name in values})
+    problems = [f"unknown metric: '{name}'. {nearest(name, known)}" for name in metrics if name not in known]
+    if problems:
+        raise UsageError(*problems)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where a group stands in a pivoted table: the values of the pivot keys, and the setting."""
+
+    values: tuple
+    setting: str
+
+    @property
+    def label(self) -> str:
+        return ", ".join(written(value) for value in self.values if value is not None)
+
+    def covers(self, other: "Column") -> bool:
+        """Whether a number of this column holds for `other` too: a method without a buffer, for every buffer size."""
+        pairs = zip(self.values, other.values, strict=True)
+        return self.setting == other.setting and all(mine in (None, its) for mine, its in pairs)
+
+
+def spread(
+    groups: Sequence[Group], pivot: Sequence[str], order: Sequence[str] = ()
+) -> tuple[list[dict], list[Column], dict[tuple[int, Column], Group]]:
+    """(rows, columns, cells) of a pivoted table; `cells[i, column]` is the group in row i."""
+    names = [key for key in groups[0].by if key not in pivot]
+    if "model" in names and "optimizer" in names:
+        pairs = {(group.by["model"], group.by["optimizer"]) for group in groups}
+        if len(pairs) == len({model for model, _ in pairs}):
+            names.remove("optimizer")  # each model has one: its column would say nothing
+    found: dict[tuple, dict[Column, Group]] = {}
+    for group in groups:
+        row = tuple(group.by[name] for name in names)
+        found.setdefault(row, {})[Column(tuple(group.by[key] for key in pivot), group.setting)] = group
+    columns = {column for cells in found.values() for column in cells}
+    columns = [one for one in columns if not any(one.covers(other) for other in columns if other != one)]
+    columns.sort(key=lambda column: (*map(sort_key, column.values), column.setting))
+    ranks = {canonical(name): rank for rank, name in enumerate(order)}
+    rows = sorted(found, key=lambda row: [sort_key(value, ranks) for value in row])
+    cells = {}
+    for i, row in enumerate(rows):
+        for column in columns:
+            fitting = [own for own in found[row] if own.covers(column)]
+            if fitting:  # the most special one: the fewest open places
+                cells[i, column] = found[row][min(fitting, key=lambda own: own.values.count(None))]
+    return [dict(zip(names, row, strict=True)) for row in rows], columns, cells
+
+
+def _pivot_table(groups, metrics, pivot, order, format) -> str:
+    rows, columns, cells = spread(groups, pivot, order)
+    labels = [column.label for column in columns]
+    head = [*(rows[0] if rows else ()), *(
+        f"{column.label}, {column.setting}" if labels.count(column.label) > 1 else column.label for column in columns
+    )]  # fmt: skip
+    body = []
+    for i, row in enumerate(rows):
+        stats = [[cells[i, column].stat(metric) for metric in metrics] if (i, column) in cells else None
+                 for column in columns]  # fmt: skip
+        body.append([*map(written, row.values()), *(" / ".join(map(percent, own)) if own else "" for own in stats)])
+    counts = sorted({len(group.runs) for group in cells.values()})
+    runs = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+    footing = f"{' / '.join(metrics)} in %; mean ± sample standard deviation, {runs}"
+    text = _RENDER[format](head, body, len(rows[0]))
+    return f"% {_latex_text(footing)}\n{text}" if format == "latex" else f"{text}\n{footing}\n"
+
+
+def percent(stat: Stat) -> str:
+    """`87.29 ± 0.46`; no ± for a single run, a dash for what is not defined."""
+    if stat.mean is None:
+        return NOTHING
+    mean = f"{round(100 * stat.mean, 2) + 0.0:.2f}"  # + 0.0 turns -0.0 into 0.0
+    return mean if stat.std is None else f"{mean} ± {100 * stat.std:.2f}"
+
+
+def written(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(written, value))
+    if value is None or isinstance(value, bool):
+        return NOTHING if value is None else str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _csv(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*groups[0].by, "setting", *(f"{m}_{part}" for m in metrics for part in ("mean", "std", "n"))])
+    for group in groups:
+        stats = [group.stat(metric) for metric in metrics]
+        keys = ["" if value is None else written(value) for value in group.by.values()]
+        writer.writerow([*keys, group.setting, *(cell for stat in stats for cell in (stat.mean, stat.std, stat.n))])
+    return out.getvalue()
+
+
+def _markdown(head: list[str], body: list[list[str]], num_keys: int) -> str:
+    rule = ["---"] * num_keys + ["---:"] * (len(head) - num_keys)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, rule, *body)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def _text(head: list[str], body: list[list[str]], num_keys: int) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = []
+    for row in (head, ["-" * width for width in widths], *body):
+        cells = [cell.ljust(width) if i < num_keys else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        lines.append("  ".join(cells).rstrip() + "\n")
+    return "".join(lines)
+
+
+def _latex(head: list[str], body: list[list[str]], num_keys: int) -> str:
+    def line(row: list[str], minus: str = "$-$") -> str:
+        numbers = (_latex_text(cell.replace("-", minus)) for cell in row[num_keys:])
+        return " & ".join([*map(_latex_text, row[:num_keys]), *numbers]) + r" \\" + "\n"
+
+    columns = "l" * num_keys + "r" * (len(head) - num_keys)
+    return "".join([
+        rf"\begin{{tabular}}{{{columns}}}", "\n\\toprule\n", line(head, minus="-"), "\\midrule\n",
+        *map(line, body), "\\bottomrule\n\\end{tabular}\n",
+    ])  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    for char in "_%&#":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("±", r"$\pm$").replace(NOTHING, "--")
+
+
+_RENDER = {"markdown": _markdown, "text": _text, "latex": _latex}
+
+
+def picture(
+    runs: Sequence[Run],
+    path: str | Path,
+    by: Sequence[str] | None = None,
+    metric: str = METRICS[0],
+    setting: str | None = None,
+    pivot: Sequence[str] = (),
+    order: Sequence[str] = (),
+) -> None:
+    """Writes bars of one metric as a PNG: a panel for each value of the pivot keys (dataset and buffer size)."""
+    from utils import pictures
+
+    check_metrics([metric], runs)
+    keys = keys_of(runs, by, pivot)
+    pivot = pivot or [key for key in ("dataset", "buffer_size") if key in keys]
+    rows, columns, cells = spread(group_runs(runs, keys, setting, order), pivot, order)
+    bars = []
+    for (i, column), group in cells.items():
+        stat = group.stat(metric)
+        method = " ".join(written(value) for value in rows[i].values() if value is not None)
+        bars.append({"panel": column.label, "method": method, "series": column.setting, "mean": stat.mean, "std": stat.std})
+    panels = {column.label: rank for rank, column in enumerate(columns)}
+    bars.sort(key=lambda bar: panels[bar["panel"]])
+    pictures.save(pictures.comparison(bars, f"{metric.replace('_', ' ')} (%)"), path)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are `UsageError`s, and for which `-` and `_` are equal in flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
+        return super().parse_args([_flag_spelling(word) for word in argv])
+
+    def error(self, message: str):
+        raise UsageError(f"{message}. See python -m {self.prog} --help.")
+
+
+def _flag_spelling(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def words(text: str) -> list[str]:
+    """`a,b` as a list."""
+    return [word for word in text.replace(",", " ").split()]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="utils.report", description="Tables of finished runs: mean ± sample std in percent, and n.")
+    add = parser.add_argument
+    add("runs", nargs="*", default=["./results"], help="folders, searched recursively (default: ./results)")
+    add("--setting", help="class-il, task-il, ...; default: all that the runs have")
+    add("--by", type=words, metavar="KEYS", help=f"keys that make a row (default: {','.join(BY)})")
+    add("--metrics", type=words, default=list(METRICS), help=f"default: {','.join(METRICS)}")
+    add("--pivot", type=words, default=[], metavar="KEYS", help="keys that make columns, e.g. dataset,buffer_size")
+    add("--where", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="count only these runs")
+    add("--order", type=words, default=[], metavar="MODELS", help="models in the order of the rows")
+    add("--format", choices=FORMATS, default="markdown")
+    add("--out", metavar="FILE", help="write the table there instead of printing it")
+    add("--picture", metavar="FILE.png", help="also draw the first metric as bars")
+    return parser
+
+
+def _conditions(pairs: Sequence[str]) -> dict[str, str]:
+    bad = [pair for pair in pairs if "=" not in pair]
+    if bad:
+        raise UsageError(*(f"--where expects key=value, got '{pair}'. Example: --where model=er,derpp." for pair in bad))
+    split = (pair.partition("=") for pair in pairs)
+    return {key.replace("-", "_"): value for key, _, value in split}
+
+
+def _report(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    if args.picture and Path(args.picture).suffix.lower() != ".png":
+        raise UsageError(f"--picture expects a file that ends in .png, got '{args.picture}'.")
+    runs = select(load_runs(args.runs), _conditions(args.where))
+    text = table(runs, args.by, args.metrics, args.setting, args.pivot, args.order, args.format)
+    try:
+        if args.out:
+            Path(args.out).write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+        if args.picture:
+            picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder.") from None
+
+
+def main(argv: Sequence[str]) -> int:
+    """0, or 2 where the user asked for what cannot be done."""
+    try:
+        _report(argv)
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

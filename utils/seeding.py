@@ -1,0 +1,47 @@
+"""One seed, many independent streams of random numbers.
+
+Data order, task transforms, validation split and buffer have generators of their own, so that switching one of them
+off does not shift the others. Augmentation (kornia), dropout and initial weights use torch's global generators.
+"""
+
+import json
+import random
+import zlib
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def generator(seed: int, purpose: str) -> np.random.Generator:
+    """NumPy generator for one purpose ('order', 'buffer', 'permutation', ...); independent of all others."""
+    return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]))
+
+
+def generator_state(rng: np.random.Generator) -> str:
+    """State of a NumPy generator as JSON text (safe to load without unpickling)."""
+    return json.dumps(rng.bit_generator.state)
+
+
+def set_generator_state(rng: np.random.Generator, state: str) -> None:
+    rng.bit_generator.state = json.loads(state)
+
+
+def global_state() -> dict:
+    """States of torch's global generators. Methods and augmentations draw from nothing else that is global."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_global_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])

@@ -1,0 +1,379 @@
+"""The task loop: for each task begin, epochs of observe, end, evaluate one row of the matrix, write it down."""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import cos, pi
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models._method import Batch, Method
+from utils import checkpoint, metrics, seeding
+from utils.arguments import Config
+from utils.augment import Augment
+from utils.errors import RunFailed
+from utils.evaluator import Evaluator, rows_per_pass
+from utils.logs import Logs
+from utils.results import RunFolder
+
+DEBUG_BATCHES = 5
+
+
+class Interrupted(Exception):
+    """The user or the machine asked the run to stop; a checkpoint has been written."""
+
+
+class Stream:
+    """The batches of one task's epochs, fetched and augmented a chunk ahead; its position can be saved and restored."""
+
+    def __init__(self, augment: Augment, batch_size: int, rng: np.random.Generator, max_batches: int | None = None):
+        self.augment, self.batch_size, self.rng, self.max_batches = augment, batch_size, rng, max_batches
+        self._resume: dict[str, Any] | None = None
+        self._position: dict[str, Any] = {}
+
+    def epoch(self, split) -> Iterator[Batch]:
+        """One pass over a split. An ordinary split is shuffled and its last, smaller batch kept."""
+        resume, self._resume = self._resume, None
+        if resume:
+            seeding.set_generator_state(self.rng, resume["order"])
+        order_state = seeding.generator_state(self.rng)
+        order, ends = self._plan(split)
+        chunks = self._chunks(ends, split.images.shape[1:])
+        first = resume["batches"] if resume else 0
+        chunks = [chunk for chunk in chunks if chunk[-1] >= first]
+        after_chunk = seeding.global_state() if resume else None
+        raw = self._fetch(split, order, ends, chunks[0]) if chunks else None
+        for position, chunk in enumerate(chunks):
+            x, y, ids = raw
+            if resume and position == 0:
+                seeding.set_global_state(resume["augmentation"])
+            before_chunk = seeding.global_state()
+            inputs = self.augment(x)
+            if resume and position == 0:
+                seeding.set_global_state(after_chunk)
+            raw = self._fetch(split, order, ends, chunks[position + 1]) if position + 1 < len(chunks) else None
+            origin = ends[chunk[0]]
+            for batch in chunk:
+                if batch < first:
+                    continue
+                self._position = {"order": order_state, "batches": batch + 1, "augmentation": before_chunk}
+                if batch == chunk[-1]:  # the next batch starts with a chunk of its own, from the state of that moment
+                    self._position["augmentation"] = None
+                rows = slice(ends[batch] - origin, ends[batch + 1] - origin)
+                yield Batch(x[rows], y[rows], ids[rows], inputs[rows])
+
+    def num_batches(self, split) -> int:
+        return len(self._lengths(split))
+
+    def state_dict(self) -> dict[str, Any]:
+        state = dict(self._position)
+        if state["augmentation"] is None:
+            state["augmentation"] = seeding.global_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume = state
+
+    def _lengths(self, split) -> list[int]:
+        if split.batch_lengths is not None:
+            lengths = list(split.batch_lengths)
+        else:
+            full, rest = divmod(len(split), self.batch_size)
+            lengths = [self.batch_size] * full + ([rest] if rest else [])
+        return lengths[: self.max_batches]
+
+    def _plan(self, split) -> tuple[Tensor, list[int]]:
+        """(order of the rows, on the data's device; where each batch starts and the last one ends)."""
+        shuffled = self.rng.permutation(len(split)) if split.batch_lengths is None else np.arange(len(split))
+        ends = [0, *np.cumsum(self._lengths(split)).tolist()]
+        return torch.from_numpy(shuffled[: ends[-1]]).to(split.labels.device), ends
+
+    def _chunks(self, ends: list[int], shape: tuple[int, ...]) -> list[range]:
+        """Ranges of batches that are handled in one call."""
+        budget = rows_per_pass(shape, self.augment.device)
+        chunks, first = [], 0
+        for batch in range(len(ends) - 1):
+            if ends[batch + 1] - ends[first] > budget and batch > first:
+                chunks.append(range(first, batch))
+                first = batch
+        if first < len(ends) - 1:
+            chunks.append(range(first, len(ends) - 1))
+        return chunks
+
+    def _fetch(self, split, order: Tensor, ends: list[int], chunk: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw rows on the training device; from host memory they are copied while the device still works."""
+        rows = order[ends[chunk.start] : ends[chunk.stop]]
+        columns = (split.images.index_select(0, rows), split.labels[rows], split.ids[rows])
+        device = self.augment.device
+        if split.labels.device == device:
+            return columns
+        pinned = (column.pin_memory() if device.type == "cuda" else column for column in columns)
+        return tuple(column.to(device, non_blocking=True) for column in pinned)
+
+
+@dataclass
+class Cost:
+    """What a run has used. Rows count images: one row forward is one image through the network."""
+
+    steps: int = 0
+    forward_rows: int = 0
+    backward_rows: int = 0
+    train_s: float = 0.0
+    eval_s: float = 0.0
+    wall_s: float = 0.0
+
+    def to_json(self, device: torch.device) -> dict[str, float]:
+        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in vars(self).items()}
+        return {**rounded, "peak_memory_mib": round(peak_memory_mib(device), 1)}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the device where it is a GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on every platform
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the tasks finished (rows of the matrices) and the epoch under way."""
+
+    tasks: list[int] = field(default_factory=list)
+    epoch: int = 0
+    accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
+    untrained: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a method on a benchmark. `folder` is None if nothing is to be written."""
+
+    def __init__(
+        self, config: Config, benchmark, method: Method, optimizer, augment: Augment, folder: RunFolder | None
+    ):
+        self.config, self.benchmark, self.method, self.optimizer = config, benchmark, method, optimizer
+        self.augment, self.folder, self.device = augment, folder, augment.device
+        self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax)
+        rng = seeding.generator(config.seed, "order")
+        self.stream = Stream(augment, config.batch_size, rng, DEBUG_BATCHES if config.debug_mode else None)
+        self.n_epochs = 1 if config.debug_mode else config.n_epochs
+        self.joint = config.joint or method.trains_jointly
+        self.has_boundaries = benchmark.setting != "general-continual"
+        self.cost, self.progress = Cost(), Progress()
+        self.logs = Logs(config, folder, self.device)
+        self._stop_signal: int | None = None
+        self._mid_epoch = False
+        self._started = self._saved = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is left to train; returns the summary. Raises `RunFailed` or `Interrupted`."""
+        with self._signals():
+            self._started = self._saved = time.monotonic() - self.cost.wall_s
+            self._saved = time.monotonic()
+            if not self.progress.untrained:
+                self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
+            try:
+                for index in self._task_indices()[len(self.progress.tasks) :]:
+                    self._train_task(self.benchmark.joint_task if self.joint else self.benchmark[index])
+            finally:
+                self.cost.wall_s = time.monotonic() - self._started
+                self.logs.close_bar()
+        return self.summary("finished")
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """The content of summary.json; metrics speak of the tasks that are finished."""
+        config, accuracy = self.config, self.progress.accuracy
+        self.cost.wall_s = time.monotonic() - self._started
+        return {
+            "model": config.model,
+            "dataset": config.dataset,
+            "optimizer": config.optimizer,
+            "backbone": config.backbone,
+            "setting": self.benchmark.setting,
+            "seed": config.seed,
+            "status": status,
+            "metrics": {setting: self._metrics(setting) for setting in accuracy},
+            "accuracy": accuracy,
+            "cost": self.cost.to_json(self.device),
+            "config_hash": config.hash,
+            "notes": config.notes,
+        }
+
+    def save_checkpoint(self) -> None:
+        """Everything that the rest of the run depends on."""
+        if self.folder is None:
+            return
+        self.cost.wall_s = time.monotonic() - self._started
+        state = {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+            "cost": vars(self.cost),
+            "order": seeding.generator_state(self.stream.rng),
+            "stream": self.stream.state_dict() if self._mid_epoch else None,
+            "random": seeding.global_state(),
+            "metrics_size": self.folder.metrics_size(),
+        }
+        checkpoint.save(self.folder.path / "checkpoint", state)
+        self._saved = time.monotonic()
+
+    def load_checkpoint(self) -> None:
+        """Puts the run where its last checkpoint left it."""
+        state = checkpoint.load(self.folder.path / "checkpoint")
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
+        seeding.set_generator_state(self.stream.rng, state["order"])
+        if state["stream"] is not None:
+            self.stream.load_state_dict(state["stream"])
+            self._mid_epoch = True
+        seeding.set_global_state(state["random"])
+        self.folder.truncate_metrics(state["metrics_size"])
+        self.logs.resume(self.cost.steps)
+
+    def _task_indices(self) -> range:
+        if self.joint:
+            return range(1)
+        stop = self.config.stop_after or len(self.benchmark)
+        return range(self.config.start_from, stop)
+
+    def _train_task(self, task) -> None:
+        resumed = self._mid_epoch or self.progress.epoch > 0
+        if not resumed:
+            self.method.begin_task(task)
+            self.optimizer.begin_task(task)
+        self.method.train()
+        steps = self.stream.num_batches(task.train) * self.n_epochs
+        done = self.stream.num_batches(task.train) * self.progress.epoch
+        if self._mid_epoch:
+            done += self.stream._resume["batches"]
+        self.logs.open_bar(task.index, len(self._task_indices()), steps, done)
+        for epoch in range(self.progress.epoch, self.n_epochs):
+            self.progress.epoch = epoch
+            self.optimizer.set_lr(learning_rate(self.config, epoch))
+            if not self._mid_epoch:
+                self.optimizer.begin_epoch(epoch)
+            self._train_epoch(task.train)
+        self.logs.close_bar()
+        if self.has_boundaries:
+            self.method.end_task(task)
+        self._finish_task(task)
+
+    def _train_epoch(self, split) -> None:
+        start, log_every = time.monotonic(), self.config.log_every
+        for batch in self.stream.epoch(split):
+            self._mid_epoch = True
+            logged = (self.cost.steps + 1) % log_every == 0
+            objective, update = self.method.observe(batch, self.optimizer, trace=logged)
+            self.cost.steps += 1
+            self.cost.forward_rows += objective.forward_rows
+            self.cost.backward_rows += objective.backward_rows
+            if logged:
+                self._log_step(objective, update)
+            self.logs.advance(len(batch.y))
+            if self._stop_signal is not None or self._checkpoint_is_due():
+                self.cost.train_s += time.monotonic() - start
+                start = time.monotonic()
+                self.save_checkpoint()
+                if self._stop_signal is not None:
+                    raise Interrupted(self._stop_signal)
+        self._mid_epoch = False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.cost.train_s += time.monotonic() - start
+
+    def _log_step(self, objective, update) -> None:
+        """The only place in training where the host waits for the device."""
+        loss = objective.loss
+        scalars = {"train/loss": loss.total}
+        scalars |= {f"train/loss_{name}": term for name, term in loss.terms.items()}
+        scalars |= {f"gradients/{name}": value for name, value in self.method.diagnose(objective, update).items()}
+        values = dict(zip(scalars, torch.stack([v.float() for v in scalars.values()]).tolist(), strict=True))
+        self.logs.step(self.cost.steps, values, self.optimizer.base.param_groups[0]["lr"])
+        if not np.isfinite(values["train/loss"]):
+            raise RunFailed(
+                f"the loss is {values['train/loss']} at step {self.cost.steps}. Try a smaller --lr "
+                f"(now {self.config.lr:g}). Finished tasks are kept."
+            )
+
+    def _checkpoint_is_due(self) -> bool:
+        minutes = self.config.checkpoint_minutes
+        return bool(minutes) and time.monotonic() - self._saved > 60 * minutes
+
+    def _finish_task(self, task) -> None:
+        seen = self.benchmark.num_classes if self.joint else task.classes.stop
+        row = self._evaluation(classes_seen=seen)
+        for setting, values in row.items():
+            self.progress.accuracy.setdefault(setting, []).append(values)
+        self.progress.tasks.append(task.index)
+        self.progress.epoch = 0
+        averages = {setting: self._average(setting) for setting in row}
+        self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages, self.joint)
+        if self.folder is not None:
+            self.folder.write("accuracy.json", vars(self.progress))
+            self.folder.write("summary.json", self.summary("running"))
+            self.save_checkpoint()
+
+    def _evaluation(self, classes_seen: int) -> dict[str, list[float]]:
+        start = time.monotonic()
+        accuracy = self.evaluate(self.method, classes_seen)
+        self.cost.eval_s += time.monotonic() - start
+        return accuracy
+
+    def _average(self, setting: str) -> float:
+        rows = self._trained_columns(setting)
+        return metrics.average_accuracy(rows[-1], len(rows[0]) if self.joint else len(rows))
+
+    def _trained_columns(self, setting: str) -> list[list[float]]:
+        """The matrix cut to the tasks that are trained; a joint run trains all."""
+        rows = self.progress.accuracy[setting]
+        columns = range(len(self.benchmark)) if self.joint else self.progress.tasks
+        return [[row[column] for column in columns] for row in rows]
+
+    def _metrics(self, setting: str) -> dict[str, float | None]:
+        columns = range(len(self.benchmark)) if self.joint else self.progress.tasks
+        untrained = [self.progress.untrained[setting][column] for column in columns]
+        return metrics.summarize(self._trained_columns(setting), untrained, self.joint)
+
+    def _signals(self):
+        return _SignalWatch(self)
+
+
+class _SignalWatch:
+    """Ctrl-C and SIGTERM end a run after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.previous = trainer, {}
+
+    def __enter__(self) -> None:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not in the main thread: signals are somebody else's business
+            pass
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.trainer._stop_signal is not None:
+            raise KeyboardInterrupt
+        self.trainer._stop_signal = number
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """The rate in an epoch (counted from 0) of any task, by --lr_scheduler."""
+    if config.lr_scheduler == "multistep":
+        return config.lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
+    if config.lr_scheduler == "cosine":
+        return config.lr * 0.5 * (1 + cos(pi * epoch / config.n_epochs))
+    return config.lr
