@@ -6,6 +6,7 @@ A file with the official number of rows must be the official file, bit for bit; 
 All problems are a DataError of one line.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -99,7 +100,7 @@ def _keep(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError:
-        if os.access(path.parent, os.W_OK):
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -203,10 +204,8 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     import torchvision.datasets
 
     official = getattr(torchvision.datasets, name.upper())
-    key, n_classes, n_rows = ("labels", 10, 10000) if name == "cifar10" else ("fine_labels", 100, None)
     folder, archive = root / official.base_folder, root / official.filename
-    parts = [dict(official.train_list), dict(official.test_list)]
-    needed = [*parts[0], *parts[1]]
+    needed = [file for file, _ in (*official.train_list, *official.test_list)]
     unpacked = all((folder / file).is_file() for file in needed)
     if unpacked:
         contents = {file: (folder / file).read_bytes() for file in needed}
@@ -214,21 +213,28 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
         if not archive.is_file():
             fetch([official.url], archive, official.tgz_md5, name)
         contents = _untar(archive, official.base_folder, needed, official.meta["filename"])
-    splits = []
-    for part, official_rows in zip(parts, (50000, 10000), strict=True):
-        batches = []
-        for file, md5 in part.items():
-            batch = _cifar_batch(contents[file], folder / file, key, n_classes)
-            if len(batch[1]) == (n_rows or official_rows):
-                _check_md5(contents[file], md5, folder / file if unpacked else archive / file)
-            batches.append(batch)
-        splits.append(tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True)))
+    where = folder if unpacked else archive
+    train = _cifar_split(where, dict(official.train_list), contents, name, 50000)
+    test = _cifar_split(where, dict(official.test_list), contents, name, 10000)
     if not unpacked:
         for file, data in contents.items():
-            _keep(folder / file, data)
-    train, test = splits
-    _warn_made(folder, (len(train[1]), len(test[1])), (50000, 10000))
+            _keep(folder / file, data)  # only now, when it is known to be sound
+    _warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
     return train, test
+
+
+def _cifar_split(
+    where: Path, md5s: Mapping[str, str], contents: Mapping[str, bytes], name: str, official_rows: int
+) -> Rows:
+    key, n_classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
+    batches = []
+    for file, md5 in md5s.items():
+        batch = _cifar_batch(contents[file], where / file, key, n_classes)
+        if len(batch[1]) == official_rows // len(md5s):
+            _check_md5(contents[file], md5, where / file)
+        batches.append(batch)
+    images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
+    return images.contiguous(), labels
 
 
 def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict[str, bytes]:
@@ -310,18 +316,17 @@ def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
     archive, folder = root / f"{TINY}.zip", root / TINY
     caches = _cache_folders(root)
     source = archive if archive.is_file() else folder if folder.is_dir() else None
-    arrays = _cached(caches, None if source is None else _fingerprint(source))
+    fingerprint = _fingerprint(source)  # taken before reading: what changes meanwhile is read again next time
+    arrays = _cached(caches, fingerprint)
     if arrays is None:
         if source is None:
             fetch(TINY_URLS, archive, TINY_MD5, "Tiny-ImageNet")
-            source = archive
-        fingerprint = _fingerprint(source)  # before reading: a source that changes meanwhile is read again next time
+            source, fingerprint = archive, _fingerprint(archive)
         arrays = _decode_source(source)
         _write_cache(caches, arrays, fingerprint)
-    train, test = ((torch.from_numpy(arrays[f"{part}_x"]), torch.from_numpy(arrays[f"{part}_y"]))
-                   for part in ("train", "test"))  # fmt: skip
-    _warn_made(source or caches[0], (len(train[1]), len(test[1])), TINY_ROWS)
-    return train, test
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    _warn_made(source or caches[0], (len(tensors["train_y"]), len(tensors["test_y"])), TINY_ROWS)
+    return (tensors["train_x"], tensors["train_y"]), (tensors["test_x"], tensors["test_y"])
 
 
 class _ZipSource:
@@ -422,8 +427,7 @@ def _tiny_val(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) ->
         file, _, rest = line.partition("\t")
         wnid, member = rest.partition("\t")[0], f"val/images/{file}"
         if wnid not in classes:
-            raise DataError(f"{source.path}: val_annotations.txt has a line without a known class: {line!r}; "
-                            f"{source.remedy}")  # fmt: skip
+            raise DataError(f"{source.path}: val_annotations.txt: no known class in {line!r}; {source.remedy}")
         if member not in source.names:
             raise DataError(f"{source.path}: {TINY}/{member} is annotated but missing; {source.remedy}")
         rows[member] = classes[wnid]
@@ -442,10 +446,10 @@ def _decode_images(source: _ZipSource | _FolderSource, names: Sequence[str], par
         for row, name in enumerate(chunk, start):
             try:
                 images[row] = _decode_image(source.read(name))
-            except (OSError, SyntaxError, ValueError) as error:
-                if isinstance(error, (DataError, PermissionError)):
-                    raise
-                raise DataError(f"{source.path}: {TINY}/{name}: {error}; {source.remedy}") from error
+            except (DataError, PermissionError):
+                raise
+            except Exception as error:  # on damaged data a decoder can raise nearly anything
+                raise DataError(f"{source.path}: {TINY}/{name} is no 64x64 JPEG ({error}); {source.remedy}") from error
         return len(chunk)
 
     bar = tqdm(total=len(names), unit="image", desc=f"Tiny-ImageNet, {part}", file=sys.stderr, leave=False)
@@ -465,8 +469,10 @@ def _decode_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def _fingerprint(source: Path) -> dict[str, Any]:
+def _fingerprint(source: Path | None) -> dict[str, Any] | None:
     """What tells one source from another without reading it: 250 MB of zip, or 120 000 files."""
+    if source is None:
+        return None
     if source.suffix == ".zip":
         stat = source.stat()
         return {"kind": "zip", "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -483,10 +489,9 @@ def _cache_folders(root: Path) -> tuple[Path, Path]:
 def _cached(caches: Sequence[Path], fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:
     """Arrays of the first sound cache of this source (None: of any source), or None; says why one is not used."""
     for cache in caches:
-        if not (cache / "meta.json").is_file():
-            continue
         try:
-            return _read_cache(cache, fingerprint)
+            if (cache / "meta.json").is_file():
+                return _read_cache(cache, fingerprint)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             print(f"{cache}: not used ({' '.join(str(error).split())}); it will be built again", file=sys.stderr)
     return None

@@ -26,27 +26,26 @@ class Buffer:
         return min(self.num_seen, self.capacity)
 
     def add(self, **columns: Tensor) -> None:
-        """Present n rows, in order, to the reservoir. `columns[name]` (n, ...) on any device.
+        """Present n rows, in order, to the reservoir. `columns[name]` (n, ...), on the buffer's device.
 
         Row i has been preceded by c = num_seen + i presentations: it takes slot c while c < capacity, then the slot
         r ~ U{0..c} if r < capacity. Where two rows take one slot, the later one stays.
         """
         n = len(next(iter(columns.values())))
-        slots = np.arange(self.num_seen, self.num_seen + n)
-        late = slots >= self.capacity
-        if late.any():
-            slots[late] = self.rng.integers(0, slots[late] + 1)
-        self.num_seen += n
-        winner = {slot: row for row, slot in enumerate(slots.tolist()) if slot < self.capacity}
         if not self.columns:
             self._allocate(columns)
-        if winner:
-            rows, slots = self._index(list(winner.values())), self._index(list(winner.keys()))
-            for name, column in self.columns.items():
-                new = columns[name]
-                if len(winner) < n:
-                    new = new.index_select(0, rows.to(new.device, non_blocking=True))
-                column.index_copy_(0, slots, new.to(column.device, column.dtype, non_blocking=True))
+        slots = np.arange(self.num_seen, self.num_seen + n)
+        late = max(0, min(n, self.capacity - self.num_seen))  # the first row that needs a random slot
+        if late < n:
+            slots[late:] = self.rng.integers(0, slots[late:] + 1)
+        self.num_seen += n
+        kept = np.flatnonzero(slots < self.capacity).tolist()
+        if not kept:
+            return
+        winner = dict(zip(slots[kept].tolist(), kept, strict=True))
+        rows, slots = self._index(list(winner.values())), self._index(list(winner))
+        for name, column in self.columns.items():
+            column.index_copy_(0, slots, columns[name].index_select(0, rows))
 
     def draw(self, size: int, draws: int = 1) -> dict[str, Tensor]:
         """`draws` independent uniform draws of min(size, filled) distinct rows, one after the other in each column."""

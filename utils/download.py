@@ -30,14 +30,14 @@ def fetch(urls: Sequence[str], path: Path, md5: str | None, what: str) -> None:
     given, verified. Raises DataError if no mirror delivers or the folder cannot be written.
     """
     part = path.with_name(path.name + ".part")
-    probes = [_probe(url) for url in urls]
-    deadline = time.monotonic() + PROBE_S
     failures = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.open("ab").close()
+        probes = [_probe(url) for url in urls]
+        deadline = time.monotonic() + PROBE_S
         for url, probe in zip(urls, probes, strict=True):
-            failure = _probed(probe, deadline) or _obtain(url, part, md5, what)
+            failure = _probed(probe, deadline) or _obtain(url, part, md5)
             if failure is None:
                 os.replace(part, path)
                 return
@@ -103,12 +103,12 @@ def _probed(probe: queue.Queue, deadline: float) -> str | None:
         return f"no answer in {PROBE_S:g} s"
 
 
-def _obtain(url: str, part: Path, md5: str | None, what: str) -> str | None:
+def _obtain(url: str, part: Path, md5: str | None) -> str | None:
     """Complete and verify `part` from one mirror. Returns None, or why it did not work."""
     failure = None
     for _ in range(ATTEMPTS):
         before = _size(part)
-        failure = _transfer(url, part, what)
+        failure = _transfer(url, part)
         if failure is not None:
             if _size(part) > before:
                 continue
@@ -122,7 +122,7 @@ def _obtain(url: str, part: Path, md5: str | None, what: str) -> str | None:
     return failure
 
 
-def _transfer(url: str, part: Path, what: str) -> str | None:
+def _transfer(url: str, part: Path) -> str | None:
     """One request; appends to `part`. Returns None when the file's end was reached, else why not."""
     have = _size(part)
     try:
@@ -133,7 +133,7 @@ def _transfer(url: str, part: Path, what: str) -> str | None:
             if error.headers.get("Content-Range") == f"bytes */{have}":
                 return None
             part.unlink()
-            return _transfer(url, part, what)
+            return _transfer(url, part)
         return f"HTTP {error.code}"
     except (OSError, HTTPException) as error:
         return _reason(error)
@@ -141,13 +141,14 @@ def _transfer(url: str, part: Path, what: str) -> str | None:
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             return "answers with another range than asked for"
-        return _save(response, part, have if resumed else 0, what)
+        return _save(response, part, have if resumed else 0)
 
 
-def _save(response: HTTPResponse, part: Path, have: int, what: str) -> str | None:
+def _save(response: HTTPResponse, part: Path, have: int) -> str | None:
     length = response.headers.get("Content-Length")
     total = have + int(length) if length else None
-    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=what, file=sys.stderr, leave=False)
+    name = part.name.removesuffix(".part")
+    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name, file=sys.stderr, leave=False)
     with open(part, "ab" if have else "wb") as file, bar:
         while True:
             try:

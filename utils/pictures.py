@@ -125,6 +125,7 @@ def comparison(rows: Sequence[Mapping], label: str = "final average accuracy (%)
 
 def save(figure: "Figure", path: str | os.PathLike) -> None:
     """Write a PNG; a reader sees the old file or the new one, never half of it."""
+    _settle(figure)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -138,6 +139,7 @@ def save(figure: "Figure", path: str | os.PathLike) -> None:
 
 def to_array(figure: "Figure") -> np.ndarray:
     """(H, W, 3) uint8, as TensorBoard's `add_image(..., dataformats="HWC")` wants it."""
+    _settle(figure)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
@@ -151,6 +153,12 @@ def _figure(width: float, height: float) -> "Figure":
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _settle(figure: "Figure") -> None:
+    """Lays the figure out once: each further draw would move things by a pixel, and file and array would differ."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def _percent(matrix: Matrix) -> np.ndarray:
@@ -203,8 +211,9 @@ def _bars(axes, rows: list[Mapping], series: list[str]) -> None:
         axes.annotate(f"{mean:.1f}", (end, at), (4 if mean >= 0 else -4, 0), textcoords="offset points", fontsize=8,
                       va="center", ha="left" if mean >= 0 else "right")  # fmt: skip
         ends.append(end)
-    room = 0.16 * (max(ends) - min(ends) or 1)  # for the numbers at the bars' ends
-    axes.set_xlim(min(ends) - (room if min(ends) < 0 else 0), max(ends) + (room if max(ends) > 0 else 0))
+    low, high = min(ends), max(ends)
+    room = 0.16 * (high - low)  # for the numbers at the bars' ends
+    axes.set_xlim(low - room if low < 0 else 0, high + room if high > 0 or low < 0 else 1)
     axes.set_yticks(range(len(methods)), methods, fontsize=9)
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

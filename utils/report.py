@@ -76,7 +76,18 @@ class Group:
 
 
 def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
-    """The finished runs in these folders, searched recursively; of equal runs (flags and seed) the newest."""
+    """The finished runs in these folders, searched recursively; of equal runs (flags and seed) the newest. Raises
+    `UsageError` where there are none."""
+    runs = find_runs(paths, say)
+    if not runs:
+        raise UsageError(
+            f"no finished runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders."
+        )
+    return runs
+
+
+def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
+    """As `load_runs`, but there may be none."""
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
@@ -89,10 +100,6 @@ def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     if unfinished:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
         say(f"note: left out, since they did not finish: {counts}.")
-    if not found:
-        raise UsageError(
-            f"no finished runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders."
-        )
     return _newest(list(found.values()), say)
 
 
@@ -124,7 +131,9 @@ def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
     for run in sorted(runs, key=lambda run: (run.path.name, str(run.path))):
         kept[run.summary.get("config_hash") or run.path] = run
     if len(kept) < len(runs):
-        say(f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; of equal runs the newest counts.")
+        say(
+            f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; of equal runs the newest counts."
+        )
     return list(kept.values())
 
 
@@ -176,7 +185,10 @@ def group_runs(
 
     def place(item: tuple) -> tuple:
         (values, name), _ = item
-        return (*(sort_key(value, ranks if key == "model" else {}) for key, value in zip(by, values, strict=True)), name)
+        return (
+            *(sort_key(value, ranks if key == "model" else {}) for key, value in zip(by, values, strict=True)),
+            name,
+        )
 
     return [
         Group(dict(zip(by, values, strict=True)), name, tuple(members))
@@ -205,8 +217,8 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
     lines = []
     for group in groups:
         flags = [{**run.flags, "protocol": run.protocol} for run in group.runs]
-        names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
-        values = {name: {_comparable(own.get(name)) for own in flags} for name in names}
+        flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
+        values = {name: {_comparable(own.get(name)) for own in flags} for name in flag_names}
         mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]
         if mixed:
             label = " ".join(written(value) for value in group.by.values() if value is not None)
@@ -412,7 +424,9 @@ def picture(
     for (i, column), group in cells.items():
         stat = group.stat(metric)
         method = " ".join(written(value) for value in rows[i].values() if value is not None)
-        bars.append({"panel": column.label, "method": method, "series": column.setting, "mean": stat.mean, "std": stat.std})
+        bars.append(
+            {"panel": column.label, "method": method, "series": column.setting, "mean": stat.mean, "std": stat.std}
+        )
     panels = {column.label: rank for rank, column in enumerate(columns)}
     bars.sort(key=lambda bar: panels[bar["panel"]])
     pictures.save(pictures.comparison(bars, f"{metric.replace('_', ' ')} (%)"), path)
@@ -440,7 +454,12 @@ def _flag_spelling(word: str) -> str:
 
 def words(text: str) -> list[str]:
     """`a,b` as a list."""
-    return [word for word in text.replace(",", " ").split()]
+    return text.replace(",", " ").split()
+
+
+def names(text: str) -> list[str]:
+    """As `words`, for names in which `-` and `_` are equal."""
+    return [canonical(word) for word in words(text)]
 
 
 def _parser() -> Parser:
@@ -448,9 +467,9 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("runs", nargs="*", default=["./results"], help="folders, searched recursively (default: ./results)")
     add("--setting", help="class-il, task-il, ...; default: all that the runs have")
-    add("--by", type=words, metavar="KEYS", help=f"keys that make a row (default: {','.join(BY)})")
-    add("--metrics", type=words, default=list(METRICS), help=f"default: {','.join(METRICS)}")
-    add("--pivot", type=words, default=[], metavar="KEYS", help="keys that make columns, e.g. dataset,buffer_size")
+    add("--by", type=names, metavar="KEYS", help=f"keys that make a row (default: {','.join(BY)})")
+    add("--metrics", type=names, default=list(METRICS), help=f"default: {','.join(METRICS)}")
+    add("--pivot", type=names, default=[], metavar="KEYS", help="keys that make columns, e.g. dataset,buffer_size")
     add("--where", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="count only these runs")
     add("--order", type=words, default=[], metavar="MODELS", help="models in the order of the rows")
     add("--format", choices=FORMATS, default="markdown")
@@ -462,7 +481,9 @@ def _parser() -> Parser:
 def _conditions(pairs: Sequence[str]) -> dict[str, str]:
     bad = [pair for pair in pairs if "=" not in pair]
     if bad:
-        raise UsageError(*(f"--where expects key=value, got '{pair}'. Example: --where model=er,derpp." for pair in bad))
+        raise UsageError(
+            *(f"--where expects key=value, got '{pair}'. Example: --where model=er,derpp." for pair in bad)
+        )
     split = (pair.partition("=") for pair in pairs)
     return {key.replace("-", "_"): value for key, _, value in split}
 
@@ -481,7 +502,9 @@ def _report(argv: Sequence[str]) -> None:
         if args.picture:
             picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
     except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder.") from None
+        raise UsageError(
+            f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -489,7 +512,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         _report(argv)
     except UsageError as error:
-        complain(str(error))
+        for problem in error.problems:
+            complain(f"error: {problem}")
         return 2
     return 0
 

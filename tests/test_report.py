@@ -1,0 +1,391 @@
+"""Tables, pictures and sweeps, on run folders made by hand; every expected number is worked out in the test."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import metrics, pictures, report, sweep
+from utils.errors import UsageError
+
+
+def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
+             optimizer="sgd", time="20260101-120000", status="finished", settings=("domain-il",), **flags):  # fmt: skip
+    """Writes a run folder as utils/results.py lays it out; returns it."""
+    given = {"model": model, "dataset": dataset, "optimizer": optimizer, "seed": seed, "lr": 0.1, **flags}
+    if buffer_size is not None:
+        given["buffer_size"] = buffer_size
+    digest = "-".join(str(value) for value in given.values())
+    folder = root / settings[0] / dataset / model / f"{time}-{digest}"
+    folder.mkdir(parents=True)
+    numbers = {"final_average_accuracy": accuracy, "forgetting_chaudhry18": forgetting}
+    summary = {
+        "model": model, "dataset": dataset, "optimizer": optimizer, "setting": settings[0], "seed": seed,
+        "status": status, "metrics": {name: numbers for name in settings}, "config_hash": digest,
+    }  # fmt: skip
+    entries = {name: {"value": value, "origin": "argv"} for name, value in given.items()}
+    config = {"protocol": 1, "config_hash": digest, "plugins": [], "flags": entries}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    """0.80, 0.82, 0.87: mean 0.83, deviations -.03 -.01 .04, variance .0026 / 2, std .0360555. Forgetting: std 0.1."""
+    for seed, (accuracy, forgetting) in enumerate([(0.80, 0.1), (0.82, 0.2), (0.87, 0.3)]):
+        make_run(tmp_path, seed=seed, accuracy=accuracy, forgetting=forgetting)
+    return tmp_path
+
+
+def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
+    assert report.table(report.load_runs([three_seeds])).splitlines() == [
+        "| dataset | model | optimizer | buffer_size | setting | n | final_average_accuracy (%) "
+        + "| forgetting_chaudhry18 (%) |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
+        "| perm-mnist | er | sgd | 200 | domain-il | 3 | 83.00 ± 3.61 | 20.00 ± 10.00 |",
+    ]
+
+
+def test_one_run_has_no_std_and_a_missing_metric_is_a_dash(tmp_path):
+    make_run(tmp_path, model="joint", buffer_size=None, accuracy=0.955, forgetting=None)
+    last = report.table(report.load_runs([tmp_path]), setting="domain-il").splitlines()[-1]
+    assert last == "| perm-mnist | joint | sgd | 1 | 95.50 | – |"
+
+
+def test_csv_has_raw_fractions(three_seeds):
+    make_run(three_seeds, model="joint", buffer_size=None, accuracy=0.5, forgetting=None)
+    head, first, second = report.table(report.load_runs([three_seeds]), format="csv").splitlines()
+    assert head == (
+        "dataset,model,optimizer,buffer_size,setting,final_average_accuracy_mean,final_average_accuracy_std,"
+        "final_average_accuracy_n,forgetting_chaudhry18_mean,forgetting_chaudhry18_std,forgetting_chaudhry18_n"
+    )
+    cells = first.split(",")
+    assert cells[:5] == ["perm-mnist", "er", "sgd", "200", "domain-il"]
+    assert [float(cell) for cell in cells[5:]] == pytest.approx([0.83, 0.0013**0.5, 3, 0.2, 0.1, 3])
+    assert second == "perm-mnist,joint,sgd,,domain-il,0.5,,1,,,0"
+
+
+def test_latex_is_booktabs_with_escapes(three_seeds):
+    make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
+    text = report.table(report.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")
+    assert text.splitlines() == [
+        r"\begin{tabular}{llrrr}",
+        r"\toprule",
+        r"dataset & model & n & final\_average\_accuracy (\%) & forgetting\_chaudhry18 (\%) \\",
+        r"\midrule",
+        r"perm-mnist & er & 3 & 83.00 $\pm$ 3.61 & 20.00 $\pm$ 10.00 \\",
+        r"perm-mnist & mgser\_sam & 1 & 90.00 & $-$1.00 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_text_columns_are_aligned(three_seeds):
+    lines = report.table(report.load_runs([three_seeds]), by=["model"], format="text").splitlines()
+    assert (
+        lines[0].index("final_average_accuracy (%)") + len("final_average_accuracy (%)") == lines[2].index("3.61") + 4
+    )
+    assert lines[2].startswith("er     domain-il  3  ")
+
+
+def test_equal_runs_count_once_and_the_newest_wins(tmp_path):
+    make_run(tmp_path, accuracy=0.2, time="20260102-000000")
+    make_run(tmp_path, accuracy=0.6, time="20260103-000000")
+    make_run(tmp_path, accuracy=0.1, time="20260101-000000")
+    said = []
+    runs = report.load_runs([tmp_path, tmp_path / "domain-il"], said.append)
+    assert [run.summary["metrics"]["domain-il"]["final_average_accuracy"] for run in runs] == [0.6]
+    assert len(said) == 1 and said[0].startswith("note: 2 run(s) repeat")
+
+
+def test_only_finished_runs_count(three_seeds):
+    for seed, status in ((7, "interrupted"), (8, "interrupted"), (9, "diverged")):
+        make_run(three_seeds, seed=seed, accuracy=0.0, status=status)
+    (three_seeds / "elsewhere").mkdir()
+    (three_seeds / "elsewhere" / "summary.json").write_text("[1, 2]")
+    said = []
+    assert len(report.load_runs([three_seeds], said.append)) == 3
+    assert any("1 diverged, 2 interrupted" in line for line in said)
+    assert any("not the summary of a run" in line and "elsewhere" in line for line in said)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    make_run(tmp_path, "sgd", buffer_size=None, accuracy=0.5, forgetting=0.4)
+    make_run(tmp_path, "joint", buffer_size=None, accuracy=0.96, forgetting=None)
+    for size, accuracies in ((200, (0.80, 0.84)), (1000, (0.90, 0.92))):
+        for seed, accuracy in enumerate(accuracies):
+            make_run(tmp_path, "er", seed=seed, buffer_size=size, accuracy=accuracy, forgetting=0.1)
+    make_run(tmp_path, "derpp", buffer_size=1000, accuracy=0.93, forgetting=0.05)
+    return tmp_path
+
+
+def test_pivot_repeats_methods_without_a_buffer(grid):
+    text = report.table(report.load_runs([grid]), pivot=["dataset", "buffer_size"], order=["sgd", "joint"])
+    assert text.splitlines() == [
+        "| model | perm-mnist, 200 | perm-mnist, 1000 |",
+        "| --- | ---: | ---: |",
+        "| sgd | 50.00 / 40.00 | 50.00 / 40.00 |",
+        "| joint | 96.00 / – | 96.00 / – |",
+        "| derpp |  | 93.00 / 5.00 |",
+        "| er | 82.00 ± 2.83 / 10.00 ± 0.00 | 91.00 ± 1.41 / 10.00 ± 0.00 |",  # stds: 0.02 * sqrt(2), 0.01 * sqrt(2)
+        "",
+        "final_average_accuracy / forgetting_chaudhry18 in %; mean ± sample standard deviation, n = 1 to 2",
+    ]
+
+
+def test_pivot_keeps_optimizers_apart(grid):
+    make_run(grid, "er", optimizer="sam", buffer_size=200, accuracy=0.99)
+    lines = report.table(report.load_runs([grid]), pivot=["dataset", "buffer_size"]).splitlines()
+    assert lines[0].startswith("| model | optimizer |")
+    assert [line.split(" | ")[:2] for line in lines if line.startswith("| er ")] == [["| er", "sam"], ["| er", "sgd"]]
+
+
+def test_class_incremental_runs_show_both_settings(tmp_path):
+    make_run(tmp_path, dataset="seq-mnist", settings=("class-il", "task-il"))
+    make_run(tmp_path, dataset="perm-mnist")
+    runs = report.load_runs([tmp_path])
+    body = report.table(runs).splitlines()[2:]
+    assert [line.split(" | ")[4] for line in body] == ["domain-il", "class-il", "task-il"]
+    head = report.table(runs, pivot=["dataset", "buffer_size"]).splitlines()[0]
+    assert head == "| model | perm-mnist, 200 | seq-mnist, 200, class-il | seq-mnist, 200, task-il |"
+    assert "class-il" not in report.table(runs, setting="task-il")
+
+
+def test_rows_that_mix_other_flags_are_mentioned(three_seeds):
+    make_run(three_seeds, seed=5, lr=0.3)
+    said = []
+    report.table(report.load_runs([three_seeds]), say=said.append)
+    assert len(said) == 1 and "mixes runs of lr = 0.1, 0.3" in said[0]
+    said.clear()
+    report.table(report.load_runs([three_seeds]), by=["model", "lr"], say=said.append)
+    assert said == []
+
+
+def test_where_selects_by_summary_and_by_flag(grid):
+    runs = report.load_runs([grid])
+    assert len(report.select(runs, {"model": "er,derpp", "buffer_size": "1000"})) == 3
+    assert len(report.select(runs, {"lr": "0.10", "seed": "1"})) == 2
+    with pytest.raises(UsageError, match="no run has buffer_size = 7. These occur: 1000, 200, none"):
+        report.select(runs, {"buffer_size": "7"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--metrics", "forgeting_chaudhry18"],
+            "unknown metric: 'forgeting_chaudhry18'. Did you mean forgetting_chaudhry18",
+        ),
+        (["--by", "modle"], "unknown key: 'modle'. Did you mean model?"),
+        (["--pivot", "bufer_size"], "unknown key: 'bufer_size'. Did you mean buffer_size?"),
+        (["--setting", "class-li"], "unknown setting: 'class-li'."),
+        (["--where", "model"], "--where expects key=value, got 'model'."),
+        (["--pivot", "dataset", "--format", "csv"], "--pivot does not fit --format csv"),
+        (["--picture", "bars.pdf"], "--picture expects a file that ends in .png"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(three_seeds, capsys, words, message):
+    assert report.main([str(three_seeds), *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and message in said.err
+    assert said.err.count("\n") == 1 and said.out == ""
+
+
+def test_no_runs_and_no_folder(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "no finished runs in" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "missing")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_command_writes_table_and_picture(grid, tmp_path, capsys):
+    out, picture = tmp_path / "table.md", tmp_path / "bars.png"
+    assert report.main([str(grid), "--by", "model,buffer-size", "--out", str(out), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out == ""
+    assert "| er | 200 | domain-il | 2 | 82.00 ± 2.83 |" in out.read_text(encoding="utf-8")
+    assert Image.open(picture).format == "PNG"
+
+
+MATRIX = [[0.9, 0.25, None], [0.7, 0.8, 0.1], [0.75, 0.5, 0.95]]
+
+
+def drawn(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_matrix_picture_shows_every_cell_in_percent():
+    figure = pictures.accuracy_matrix(MATRIX, "er on perm-mnist")
+    axes = figure.axes[0]
+    assert axes.get_title() == "er on perm-mnist"
+    assert drawn(axes) == ["90.0", "25.0", "70.0", "80.0", "10.0", "75.0", "50.0", "95.0"]
+    image = axes.images[0]
+    assert image.get_clim() == (0, 100)
+    assert image.get_array()[2, 1] == pytest.approx(50) and image.get_array().mask.sum() == 1
+    assert [patch.get_hatch() for patch in axes.patches] == ["////"]
+    assert axes.patches[0].get_xy() == (1.5, -0.5)
+
+
+def test_matrix_picture_of_many_tasks_and_of_a_joint_run():
+    assert drawn(pictures.accuracy_matrix([[0.5] * 20] * 20, "").axes[0]) == []
+    axes = pictures.accuracy_matrix([[0.5, 0.6, 0.7]], "joint").axes[0]
+    assert drawn(axes) == ["50.0", "60.0", "70.0"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["end of\ntraining"]
+
+
+def test_curves_are_the_averages_and_the_forgetting():
+    left, right = pictures.curves(MATRIX, "er").axes
+    average = next(line for line in left.lines if line.get_label() == "average over tasks seen")
+    assert average.get_ydata() == pytest.approx([90, 75, 100 * (0.75 + 0.5 + 0.95) / 3])
+    # After task 2: .9 - .7. After task 3: (.9 - .75 + .8 - .5) / 2; task 2 counts from its own training on.
+    assert right.lines[0].get_xdata() == pytest.approx([2, 3])
+    assert right.lines[0].get_ydata() == pytest.approx([20, 22.5])
+
+
+def test_forgetting_ends_at_the_metric_of_that_name():
+    matrix = np.random.default_rng(0).random((6, 6)).tolist()
+    assert pictures.forgetting(matrix)[-1] == pytest.approx(metrics.forgetting_chaudhry18(matrix))
+
+
+@pytest.mark.parametrize("matrix", [[[0.5]], [[0.5, 0.6, 0.7]], MATRIX])
+def test_curves_of_any_shape_can_be_drawn(matrix):
+    assert pictures.to_array(pictures.curves(matrix, "any")).std() > 0
+
+
+def test_comparison_has_a_panel_each_and_bars_with_their_values():
+    rows = [
+        {"panel": panel, "method": method, "series": "class-il", "mean": mean, "std": std}
+        for panel, method, mean, std in (("a", "er", 0.5, 0.1), ("a", "sgd", 0.25, None), ("b", "er", None, None))
+    ]
+    first, second = pictures.comparison(rows).axes
+    assert [axes.get_title() for axes in (first, second)] == ["a", "b"]
+    assert [bar.get_width() for bar in first.patches] == pytest.approx([50, 25])
+    assert drawn(first) == ["50.0", "25.0"] and len(second.patches) == 0
+    assert len(first.containers) == 3  # two bars, one error bar
+
+
+def test_array_and_file_have_the_size_of_the_figure(tmp_path):
+    figure = pictures.accuracy_matrix(MATRIX, "er")
+    array = pictures.to_array(figure)
+    width, height = (int(inches * figure.dpi) for inches in figure.get_size_inches())
+    assert array.shape == (height, width, 3) and array.dtype == np.uint8
+    pictures.save(figure, tmp_path / "deep" / "matrix.png")
+    with Image.open(tmp_path / "deep" / "matrix.png") as image:
+        assert image.size == (width, height)
+        assert np.array_equal(np.asarray(image.convert("RGB")), array)
+    assert os.listdir(tmp_path / "deep") == ["matrix.png"]
+    assert type(figure.canvas).__name__ == "FigureCanvasAgg"
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0", [0]), ("0-2,5", [0, 1, 2, 5]), ("3,1-3", [3, 1, 2])])
+def test_seeds(text, seeds):
+    assert sweep.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["2-0", "-1", "a", "1-", "0-x"])
+def test_bad_seeds(text):
+    with pytest.raises(UsageError, match="--seeds expects"):
+        sweep.parse_seeds(text)
+
+
+def expand(**options):
+    return sweep.expand(["sgd", "er"], ["perm-mnist", "seq-mnist"], has_buffer=lambda model: model == "er", **options)
+
+
+def test_grid_gives_buffer_sizes_to_methods_that_have_them():
+    grid = expand(buffer_sizes=["200", "500"], seeds=[0, 1], grid={"lr": ["0.1", "0.2"]})
+    assert len(grid) == 2 * (2 * 2 + 2 * 2 * 2)  # datasets * (sgd: rates * seeds + er: sizes * rates * seeds)
+    assert all(("buffer_size" in axes) == (axes["model"] == "er") for axes in grid)
+    assert len({tuple(axes.items()) for axes in grid}) == len(grid)
+    assert grid[4] == {"model": "er", "dataset": "perm-mnist", "buffer_size": "200", "lr": "0.1", "seed": "0"}
+
+
+def test_grid_knows_the_buffers_of_real_methods():
+    assert [sweep._has_buffer(name) for name in ("er", "sgd", "no-such-model")] == [True, False, False]
+    with pytest.raises(UsageError, match="none of sgd has a buffer"):
+        sweep.expand(["sgd"], ["perm-mnist"], buffer_sizes=["200"])
+
+
+def stub_resolver(tmp_path):
+    """Takes any flag; the lr 9 is wrong."""
+
+    def resolver(argv):
+        if "9" in argv:
+            raise UsageError("--lr is too high.")
+        return SimpleNamespace(hash="".join(argv[1::2]), results_path=str(tmp_path))
+
+    return resolver
+
+
+def test_plan_makes_argv_and_takes_equal_runs_once(tmp_path):
+    grid = expand(seeds=[0])
+    jobs = sweep.plan([*grid, *grid], ["--n_epochs", "2"], stub_resolver(tmp_path))
+    assert jobs[0].argv == (
+        "--model", "sgd", "--dataset", "perm-mnist", "--seed", "0", "--n_epochs", "2",
+    )  # fmt: skip
+    assert len(jobs) == 4
+    assert jobs[0].label == "sgd perm-mnist seed 0"
+
+
+def test_plan_reports_each_problem_once_before_any_work(tmp_path):
+    with pytest.raises(UsageError) as error:
+        sweep.plan(expand(grid={"lr": ["0.1", "9"]}), [], stub_resolver(tmp_path))
+    assert error.value.problems == ("sgd on perm-mnist: --lr is too high.",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "er"], "required: --datasets"),
+        (["--models", "er", "--datasets", "perm-mnist", "--jobs", "0"], "--jobs must be at least 1"),
+        (["--models", "er", "--datasets", "perm-mnist", "--grid", "rho"], "--grid expects flag=value"),
+        (["--models", "er", "--datasets", "perm-mnist", "--", "--seed", "1"], "--seed after -- is an axis"),
+        (["--models", "er", "--datasets", "perm-mnist", "--", "--dry_run"], "--dry_run leaves no result"),
+        (["--models", "er,erp", "--datasets", "perm-mnist"], "unknown model: 'erp'"),
+        (["--models", "er", "--datasets", "perm-mnist", "--", "--lr", "x"], "--lr expects a number"),
+    ],
+)
+def test_sweep_refuses_before_any_work(words, message, capsys):
+    assert sweep.main(words, runner=run_stub) == 2
+    assert message in capsys.readouterr().err
+
+
+def run_stub(argv):
+    """Stands for utils.run.main in a worker; the seed says what happens: 1 fails, 2 raises, 3 dies."""
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    print("printed by the run", given["--threads"])
+    seed = int(given["--seed"])
+    if seed == 2:
+        raise RuntimeError("broken on purpose")
+    if seed == 3:
+        os._exit(7)
+    if seed == 0:
+        make_run(Path(given["--results_path"]), given["--model"], given["--dataset"], seed, 0.75, buffer_size=None)
+    return 1 if seed == 1 else 0
+
+
+def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsys):
+    def resolver(argv):  # the hash that make_run gives
+        given = dict(zip(argv[::2], argv[1::2], strict=True))
+        digest = f"{given['--model']}-{given['--dataset']}-sgd-{given['--seed']}-0.1"
+        return SimpleNamespace(hash=digest, results_path=str(tmp_path))
+
+    make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
+    grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])
+    jobs = sweep.plan(grid, ["--results_path", str(tmp_path)], resolver)
+    assert sweep.sweep(jobs, 1, ["--threads", "1"], run_stub) == 1
+    said = capsys.readouterr()
+    assert "5 run(s), 1 of them already finished and skipped" in said.out
+    assert "sgd perm-mnist seed 0 -> domain-il 75.00 %" in said.out
+    assert "50.00 ± 35.36" in said.out  # the closing table: 0.25 and 0.75, std 0.5 / sqrt(2)
+    assert "3 run(s) failed" in said.err
+    assert "sgd perm-mnist seed 3 (exit code 7)" in said.err
+    logs = {job.axes["seed"]: job.log.read_text() if job.log.exists() else None for job in jobs}
+    assert logs["4"] is None and "printed by the run 1" in logs["0"]
+    assert "RuntimeError: broken on purpose" in logs["2"]

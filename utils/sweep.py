@@ -1,0 +1,379 @@
+"""A grid of runs: `python -m utils.sweep --models er,derpp --datasets perm-mnist --buffer_sizes 200,500 --seeds 0-2`.
+
+Each of N worker processes imports torch once and runs one `utils.run.main(argv)` after the other. What is finished below
+--results_path is not run again, so a sweep that was stopped is continued by the same command.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from utils.arguments import Config, Request, args_of, resolve
+from utils.errors import UsageError
+from utils.registry import METHODS, canonical, load_plugin
+from utils.report import BY, Parser, Run, find_runs, table, words
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+STOP_S = 30.0  # what an interrupted run may take to write what it has finished
+Runner = Callable[[list[str]], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run of the grid: `axes` are its place in the grid, `argv` the whole command line."""
+
+    axes: Mapping[str, str]
+    argv: tuple[str, ...]
+    hash: str
+    results_path: Path
+
+    @property
+    def label(self) -> str:
+        named = ("model", "dataset", "buffer_size")
+        rest = (f"{name} {value}" for name, value in self.axes.items() if name not in named)
+        return " ".join([*(self.axes[name] for name in named if name in self.axes), *rest])
+
+    @property
+    def log(self) -> Path:
+        return self.results_path / "logs" / f"{self.hash}.log"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-2,5` as [0, 1, 2, 5]."""
+    seeds: list[int] = []
+    for part in words(text):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UsageError(f"--seeds expects numbers and ranges, got '{part}'. Example: 0-2,5.")
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def expand(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    buffer_sizes: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    grid: Mapping[str, Sequence[str]] = {},
+    has_buffer: Callable[[str], bool] | None = None,
+) -> list[dict[str, str]]:
+    """The axes of each run. Buffer sizes are for the methods that have them; the others run once a dataset."""
+    has_buffer = has_buffer or _has_buffer
+    buffered = {model: bool(buffer_sizes) and has_buffer(model) for model in models}
+    if buffer_sizes and not any(buffered.values()):
+        raise UsageError(f"--buffer_sizes: none of {', '.join(models)} has a buffer. Drop the flag.")
+    found = []
+    for dataset, model in itertools.product(datasets, models):
+        sizes = [{"buffer_size": size} for size in buffer_sizes] if buffered[model] else [{}]
+        for size, *values, seed in itertools.product(sizes, *grid.values(), seeds):
+            own = dict(zip(grid, values, strict=True))
+            found.append({"model": model, "dataset": dataset, **size, **own, "seed": str(seed)})
+    return found
+
+
+def _has_buffer(model: str) -> bool:
+    try:
+        args_type = args_of(METHODS.load(model))
+    except UsageError:  # an unknown model is reported with everything else, when its run is resolved
+        return False
+    return args_type is not None and "buffer_size" in {field.name for field in dataclasses.fields(args_type)}
+
+
+def plan(
+    grid: Sequence[Mapping[str, str]], rest: Sequence[str] = (), resolver: Callable[[list[str]], Config] = resolve
+) -> list[Job]:
+    """The grid's runs, each once. Resolves all of them, so that whatever is wrong is said before any work begins."""
+    jobs: dict[str, Job] = {}
+    problems: dict[str, str] = {}
+    for axes in grid:
+        argv = [word for name, value in axes.items() for word in (f"--{name}", value)] + list(rest)
+        try:
+            config = resolver(argv)
+        except UsageError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, f"{axes['model']} on {axes['dataset']}: {problem}")
+            continue
+        job = Job(axes, tuple(argv), config.hash, Path(config.results_path).expanduser())
+        jobs.setdefault(job.hash, job)
+    if problems:
+        raise UsageError(*problems.values())
+    return list(jobs.values())
+
+
+def finished(jobs: Sequence[Job]) -> dict[str, Run]:
+    """The finished runs of these jobs, by hash."""
+    folders = {job.results_path for job in jobs if job.results_path.is_dir()}
+    hashes = {job.hash for job in jobs}
+    runs = find_runs(sorted(folders), say=lambda line: None)
+    return {run.summary["config_hash"]: run for run in runs if run.summary.get("config_hash") in hashes}
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Any
+    job: Job | None = None
+
+    @classmethod
+    def start(cls, runner: Runner | None) -> "_Worker":
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, runner), daemon=True)
+        process.start()
+        there.close()  # only the worker holds that end: its death is an end of file here
+        return cls(process, here)
+
+    def give(self, job: Job, extra: Sequence[str]) -> None:
+        self.job = job
+        self.connection.send(([*job.argv, *extra], str(job.log)))
+
+    def result(self) -> int:
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return self.process.exitcode or FAILED  # negative: the signal that killed it
+
+
+def run_all(
+    jobs: Sequence[Job],
+    num_workers: int,
+    on_end: Callable[[Job, int], None],
+    extra: Sequence[str] = (),
+    runner: Runner | None = None,
+) -> None:
+    """Runs all jobs and calls `on_end(job, exit code)` after each; a negative code is the signal that killed it.
+
+    A worker is replaced after a failed run, which may have left CUDA or memory unusable.
+    """
+    waiting = deque(jobs)
+    workers: list[_Worker] = []
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < num_workers:
+                workers.append(_Worker.start(runner))
+                workers[-1].give(waiting.popleft(), extra)
+            for connection in wait([worker.connection for worker in workers]):
+                worker = next(worker for worker in workers if worker.connection is connection)
+                job, code = worker.job, worker.result()
+                if code == OK and waiting:
+                    worker.give(waiting.popleft(), extra)
+                else:
+                    workers.remove(worker)
+                    connection.close()
+                on_end(job, code)
+    finally:
+        _stop(workers)
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not."""
+    for worker in workers:
+        if worker.process.is_alive():
+            os.kill(worker.process.pid, signal.SIGINT)
+    for worker in workers:
+        worker.process.join(STOP_S)
+        if worker.process.is_alive():
+            worker.process.terminate()
+
+
+def _work(connection, runner: Runner | None) -> None:
+    """A worker's life: runs until there are no more, or until one fails."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C in the terminal reaches the sweep alone, which passes it on once
+    try:
+        while True:
+            argv, log = connection.recv()
+            code = _run_logged(argv, Path(log), runner)
+            connection.send(code)
+            if code != OK:
+                return
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+
+
+def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
+    with _console_to(log):
+        print("python main.py " + " ".join(argv))
+        try:
+            if runner is None:
+                from utils.run import main as runner
+            return runner(argv)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except Exception:  # noqa: BLE001  whatever a run does wrong, the others go on
+            traceback.print_exc()
+            return FAILED
+
+
+@contextmanager
+def _console_to(log: Path):
+    """Sends the file descriptors 1 and 2 to `log`, what C libraries print included."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    saved = os.dup(1), os.dup(2)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # a log that can be followed
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def sweep(jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None) -> int:
+    """Runs what is not finished yet, shows how far it is, and ends with the table of all runs. Returns the exit code."""
+    from tqdm import tqdm
+
+    done = finished(jobs)
+    pending = [job for job in jobs if job.hash not in done]
+    print(f"{len(jobs)} run(s), {len(done)} of them already finished and skipped")
+    failed: dict[Job, int] = {}
+    interrupted = False
+    with tqdm(total=len(pending), unit="run", disable=not pending, dynamic_ncols=True) as bar:
+
+        def on_end(job: Job, code: int) -> None:
+            if code != OK:
+                failed[job] = code
+            with bar.external_write_mode():
+                print(
+                    f"{job.label} -> {_outcome(job) if code == OK else f'FAILED ({code}), see {job.log}'}", flush=True
+                )
+            bar.set_postfix(failed=len(failed), refresh=False)
+            bar.update()
+
+        try:
+            run_all(pending, num_workers, on_end, extra, runner)
+        except KeyboardInterrupt:
+            interrupted = True
+    _close(jobs, failed, interrupted)
+    return INTERRUPTED if interrupted else FAILED if failed else OK
+
+
+def _outcome(job: Job) -> str:
+    """The accuracy that a run reached, per setting."""
+    files = sorted(job.results_path.rglob(f"*{job.hash}*/summary.json"), key=lambda file: file.parent.name)
+    runs = [run for file in files[-1:] for run in find_runs([file.parent], say=lambda line: None)]
+    if not runs:
+        return f"no summary, see {job.log}"
+    metrics = runs[0].summary["metrics"]
+    values = {setting: own.get("final_average_accuracy") for setting, own in metrics.items()}
+    return ", ".join(f"{setting} {100 * value:.2f} %" for setting, value in values.items() if value is not None)
+
+
+def _close(jobs: Sequence[Job], failed: Mapping[Job, int], interrupted: bool) -> None:
+    runs = finished(jobs)
+    if runs:
+        axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
+        known = set().union(*(run.keys for run in runs.values()))
+        by = [name for name in dict.fromkeys((*BY, *axes)) if name in known]
+        print("\n" + table(list(runs.values()), by=by, format="text"))
+    if interrupted:
+        print(f"interrupted: {len(runs)} of {len(jobs)} finished; the same command does the rest", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} run(s) failed:", file=sys.stderr)
+    for job, code in failed.items():
+        print(f"  {job.label} (exit code {code}): {job.log}", file=sys.stderr)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="utils.sweep",
+        description="A grid of runs. Flags of main.py that all runs share come after a lone --.",
+        epilog="example: python -m utils.sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
+    )
+    add = parser.add_argument
+    add("--models", type=words, required=True)
+    add("--datasets", type=words, required=True)
+    add("--buffer_sizes", type=words, default=[], help="for the methods that have a buffer")
+    add("--seeds", default="0", help="e.g. 0-2,5 (default: 0)")
+    add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
+    add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
+    return parser
+
+
+def _grid(axes: Sequence[str]) -> dict[str, list[str]]:
+    grid, problems = {}, []
+    for axis in axes:
+        name, _, values = axis.partition("=")
+        name = canonical(name.removeprefix("--"))
+        if not words(values):
+            problems.append(f"--grid expects flag=value,value, got '{axis}'. Example: rho=0.02,0.05.")
+        elif name in grid or name in ("model", "dataset", "buffer_size", "seed"):
+            problems.append(f"--grid {name}: that axis is given twice or has a flag of its own. Give it once.")
+        grid[name] = words(values)
+    if problems:
+        raise UsageError(*problems)
+    return grid
+
+
+def _check_rest(rest: Sequence[str], axes: Mapping[str, str]) -> Request:
+    """The shared flags must not move an axis, nor turn a run into something that leaves no result."""
+    request = Request.parse(list(rest))
+    problems = [
+        f"--{name} after -- is an axis of the grid. Give it before the --." for name in request.words if name in axes
+    ]
+    for name in ("dry_run", "disable_log"):
+        if name in request.words:
+            problems.append(f"--{name} leaves no result to collect. Drop it, or call main.py.")
+    if request.wants_help or request.listing is not None or request.resume is not None:
+        problems.append("--help, --list and --resume do not fit a sweep. Call main.py.")
+    if problems:
+        raise UsageError(*problems)
+    return request
+
+
+def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, list[str]]:
+    """(jobs, number of workers, flags added to each run)."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    rest = list(argv[cut + 1 :])
+    args = _parser().parse_args(argv[:cut])
+    if args.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {args.jobs}.")
+    grid = _grid(args.grid)
+    reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
+    request = _check_rest(rest, reserved)
+    for plugin in request.plugins:
+        load_plugin(plugin)
+    jobs = plan(expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid), rest)
+    extra = ["--non_verbose", "1"]
+    if "threads" not in request.words:
+        extra += ["--threads", str(max(1, _num_cpus() // min(args.jobs, len(jobs))))]
+    return jobs, args.jobs, extra
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str], runner: Runner | None = None) -> int:
+    """0 all finished, 1 some failed, 2 bad input, 130 interrupted."""
+    try:
+        jobs, num_workers, extra = _prepare(list(argv))
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return USAGE
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop must reach the workers as well
+    return sweep(jobs, num_workers, extra, runner)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
