@@ -243,7 +243,7 @@ def test_curves_are_the_averages_and_the_forgetting():
     left, right = pictures.curves(MATRIX, "er").axes
     average = next(line for line in left.lines if line.get_label() == "average over tasks seen")
     assert average.get_ydata() == pytest.approx([90, 75, 100 * (0.75 + 0.5 + 0.95) / 3])
-    # After task 2: .9 - .7. After task 3: (.9 - .75 + .8 - .5) / 2; task 2 counts from its own training on.
+    # After task 2: .9 - .7. After task 3: (.9 - .75 + .8 - .5) / 2.
     assert right.lines[0].get_xdata() == pytest.approx([2, 3])
     assert right.lines[0].get_ydata() == pytest.approx([20, 22.5])
 

@@ -90,12 +90,12 @@ def curves(matrix: Matrix, title: str) -> "Figure":
 
 
 def forgetting(matrix: Matrix) -> list[float]:
-    """After each task from the second on: mean over the old tasks j of the best accuracy since task j minus the one now,
+    """After each task from the second on: mean over the old tasks of the best accuracy before minus the one now,
     as `metrics.forgetting_chaudhry18` defines it; the last value is that metric."""
     values = _percent(matrix) / 100
     found = []
     for t in range(1, len(values)):
-        drops = [_best(values[j:t, j]) - values[t, j] for j in range(min(t, values.shape[1]))]
+        drops = [_best(values[:t, j]) - values[t, j] for j in range(min(t, values.shape[1]))]
         found.append(_mean(np.array(drops)))
     return found
 
