@@ -73,6 +73,7 @@ class Augment:
         std: tuple[float, ...] | None,
         device: torch.device | str,
     ):
+        self.transforms = transforms
         lead = 0
         while lead < len(transforms) and hasattr(transforms[lead], "on_bytes"):
             lead += 1

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models._method import Batch, Method
 from utils import checkpoint, metrics, seeding
@@ -53,7 +52,8 @@ class Stream:
             if resume and position == 0:
                 seeding.set_global_state(resume["augmentation"])
             before_chunk = seeding.global_state()
-            inputs = self.augment(x)
+            # without augmentation a batch is converted when it is due, while it is in the cache
+            inputs = self.augment(x) if self.augment.transforms else None
             if resume and position == 0:
                 seeding.set_global_state(after_chunk)
             raw = self._fetch(split, order, ends, chunks[position + 1]) if position + 1 < len(chunks) else None
@@ -65,7 +65,7 @@ class Stream:
                 if batch == chunk[-1]:  # the next batch starts with a chunk of its own, from the state of that moment
                     self._position["augmentation"] = None
                 rows = slice(ends[batch] - origin, ends[batch + 1] - origin)
-                yield Batch(x[rows], y[rows], ids[rows], inputs[rows])
+                yield Batch(x[rows], y[rows], ids[rows], self.augment(x[rows]) if inputs is None else inputs[rows])
 
     def num_batches(self, split) -> int:
         return len(self._lengths(split))
