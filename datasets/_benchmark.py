@@ -258,4 +258,3 @@ def require_single_epoch(config: Any, name: str) -> list[str]:
     if config.n_epochs == 1 or config.joint or config.learner.trains_jointly:
         return []
     return [f"--n_epochs must be 1 on {name}, which is a stream, got {config.n_epochs}. Drop it or add --joint."]
-

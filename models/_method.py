@@ -41,23 +41,22 @@ class Block:
             raise AttributeError(f"this block has no column '{name}'")
         return self.columns[name]
 
-    @staticmethod
-    def cat(stream: "Block", memory: "Block") -> "Block":
-        """One block of both, for methods that replay in a joint forward; keeps the columns that both have."""
-        shared = stream.columns.keys() & memory.columns.keys()
-        columns = {name: torch.cat((stream.columns[name], memory.columns[name])) for name in sorted(shared)}
-        return Block(torch.cat((stream.x, memory.x)), len(memory), **columns)
 
-
-@dataclass(frozen=True)
 class Batch:
     """What the stream hands out: `x` (N, C, H, W) uint8 as stored, `inputs` its augmented and normalised form, float32;
-    `y` (N,) int64; `ids` (N,) int64, unique over the benchmark."""
+    `y` (N,) int64; `ids` (N,) int64, unique over the benchmark.
 
-    x: Tensor
-    y: Tensor
-    ids: Tensor
-    inputs: Tensor
+    Where nothing is augmented, `inputs` is not given but converted from `x` when asked for.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, ids: Tensor, inputs: Tensor | None, augment: Any):
+        self.x, self.y, self.ids, self._inputs, self._augment = x, y, ids, inputs, augment
+
+    @property
+    def inputs(self) -> Tensor:
+        if self._inputs is None:
+            self._inputs = self._augment(self.x)
+        return self._inputs
 
     @property
     def block(self) -> Block:
@@ -248,9 +247,7 @@ class Method(nn.Module):
 def published(source: str, table: Mapping[tuple, dict]) -> dict[tuple[str, int | None], tuple[dict, str]]:
     """Rows {(dataset, buffer size, ...): values} -> one entry for each buffer size; `(dataset,)` has none."""
     return {
-        (dataset, size): (values, source)
-        for (dataset, *sizes), values in table.items()
-        for size in (sizes or [None])
+        (dataset, size): (values, source) for (dataset, *sizes), values in table.items() for size in (sizes or [None])
     }
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from models._method import Block, Context, Method
+import torch
+
+from models._method import Batch, Block, Context, Method
 from utils.arguments import flag
 from utils.buffer import Buffer
 
@@ -34,6 +36,19 @@ class ReplayMethod(Method):
             Block(inputs[part], memory=size, **{name: column[part] for name, column in columns.items()})
             for part in parts
         )
+
+    def replay_jointly(self, batch: Batch) -> Block:
+        """The stream's rows and, after them, one draw's, in one block with labels `y`; the stream alone while the
+        memory is empty."""
+        if len(self.buffer) == 0:
+            return batch.block
+        rows = self.buffer.draw(self.args.minibatch_size)
+        augment = self.context.augment
+        if augment.transforms:
+            inputs = torch.cat((batch.inputs, augment(rows["x"])))
+        else:  # bytes are cheaper to move than floats
+            inputs = augment(torch.cat((batch.x, rows["x"])))
+        return Block(inputs, memory=len(rows["y"]), y=torch.cat((batch.y, rows["y"])))
 
     def get_extra_state(self) -> dict:
         return self.buffer.state_dict()

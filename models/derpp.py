@@ -43,7 +43,11 @@ class DerPP(Der):
         },
     ) | published(
         XDER,
-        {("seq-cifar100", 500, 2000): dict(lr=0.03, batch_size=32, minibatch_size=32, n_epochs=50, alpha=0.1, beta=0.5)},
+        {
+            ("seq-cifar100", 500, 2000): dict(
+                lr=0.03, batch_size=32, minibatch_size=32, n_epochs=50, alpha=0.1, beta=0.5
+            )
+        },
     )
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:

@@ -26,8 +26,7 @@ class ER(ReplayMethod):
     ) | published(XDER, {("seq-cifar100", 500, 2000): dict(lr=0.1, batch_size=32, minibatch_size=32, n_epochs=50)})
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
-        memory = self.replay()
-        return (Block.cat(batch.block, *memory) if memory else batch.block,)
+        return (self.replay_jointly(batch),)
 
     def loss(self, joint: Block) -> Loss:
         return Loss({"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")})

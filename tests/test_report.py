@@ -25,7 +25,7 @@ def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forge
     numbers = {"final_average_accuracy": accuracy, "forgetting_chaudhry18": forgetting}
     summary = {
         "model": model, "dataset": dataset, "optimizer": optimizer, "setting": settings[0], "seed": seed,
-        "status": status, "metrics": {name: numbers for name in settings}, "config_hash": digest,
+        "status": status, "metrics": dict.fromkeys(settings, numbers), "config_hash": digest,
     }  # fmt: skip
     entries = {name: {"value": value, "origin": "argv"} for name, value in given.items()}
     config = {"protocol": 1, "config_hash": digest, "plugins": [], "flags": entries}

@@ -51,7 +51,9 @@ class EngineArgs:
     batch_size: int = flag(32, "images of the stream in a step", low=1)
     optim_wd: float = flag(0.0, "weight decay of the base optimizer", low=0)
     lr_scheduler: str = flag(
-        "none", "learning rate over a task's epochs; starts anew with each task", choices=("none", "multistep", "cosine")
+        "none",
+        "learning rate over a task's epochs; starts anew with each task",
+        choices=("none", "multistep", "cosine"),
     )
     lr_milestones: tuple[int, ...] = flag((), "epochs at which 'multistep' multiplies the rate by --lr_gamma", low=1)
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
@@ -346,7 +348,9 @@ def resolve_request(request: Request) -> Config:
         put(published, label)
     put(chosen["optimizer"].defaults, f"optimizer {values['optimizer']}")
     if file_values:
-        selectors_kept = all(canonical(str(file_values.get(name))) == canonical(cls.name) for name, cls in chosen.items())
+        selectors_kept = all(
+            canonical(str(file_values.get(name))) == canonical(cls.name) for name, cls in chosen.items()
+        )
         for name in file_values.keys() - flags.keys():
             if selectors_kept:
                 problems.append(f"{origin} has the flag '{name}', which does not exist (any more).")

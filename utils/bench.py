@@ -176,7 +176,9 @@ def bench_steps(dataset: str, device: torch.device, rounds: int, count: int, **f
         counts |= {f"{model} step": count, f"{model} bare": count, f"{model} pipeline": max(20, count)}
     times = in_turn(steps, counts, rounds, device)
     batch = next(iter(images.values()))
-    print(f"\n{dataset}, {trainer.config.backbone}, stream {batch} + replay {trainer.method.args.minibatch_size} images")
+    print(
+        f"\n{dataset}, {trainer.config.backbone}, stream {batch} + replay {trainer.method.args.minibatch_size} images"
+    )
     print(f"{'method':12}{'step ms':>10}{'images/s':>12}{'pipeline ms':>13}{'bare ms':>10}{'efficiency':>12}")
     for model in METHODS:
         step, bare, pipeline = (times[f"{model} {kind}"] for kind in ("step", "bare", "pipeline"))

@@ -29,7 +29,7 @@ class Buffer:
         """Present n rows, in order, to the reservoir. `columns[name]` (n, ...), on the buffer's device.
 
         Row i has been preceded by c = num_seen + i presentations: it takes slot c while c < capacity, then the slot
-        r ~ U{0..c} if r < capacity. Where two rows take one slot, the later one stays.
+        r = floor(u * (c + 1)), u ~ U[0, 1), if r < capacity. Where two rows take one slot, the later one stays.
         """
         n = len(next(iter(columns.values())))
         if not self.columns:
@@ -37,7 +37,7 @@ class Buffer:
         slots = np.arange(self.num_seen, self.num_seen + n)
         late = max(0, min(n, self.capacity - self.num_seen))  # the first row that needs a random slot
         if late < n:
-            slots[late:] = self.rng.integers(0, slots[late:] + 1)
+            slots[late:] = self.rng.random(n - late) * (slots[late:] + 1)  # cut off to whole numbers
         self.num_seen += n
         kept = np.flatnonzero(slots < self.capacity).tolist()
         if not kept:

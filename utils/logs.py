@@ -63,7 +63,9 @@ class Logs:
         scalars = {**values, "train/lr": lr, "train/images_per_s": speed}
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
-        finite = {tag: value if value == value and abs(value) != float("inf") else None for tag, value in scalars.items()}
+        finite = {
+            tag: value if value == value and abs(value) != float("inf") else None for tag, value in scalars.items()
+        }
         self.folder.append_metrics({"step": step, **finite})
 
     def task(self, count: int, task: int, cost: Any, row: dict, averages: dict, joint: bool) -> None:

@@ -53,7 +53,13 @@ def summarize(a: Matrix, untrained: list[float], joint: bool = False) -> dict[st
         return {
             "final_average_accuracy": average_accuracy(a[0], len(a[0])),
             **dict.fromkeys(
-                ("average_incremental_accuracy", "forgetting_chaudhry18", "forgetting_mammoth", "bwt_gem17", "fwt_gem17")
+                (
+                    "average_incremental_accuracy",
+                    "forgetting_chaudhry18",
+                    "forgetting_mammoth",
+                    "bwt_gem17",
+                    "fwt_gem17",
+                )
             ),
         }
     return {

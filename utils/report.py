@@ -132,7 +132,7 @@ def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
         kept[run.summary.get("config_hash") or run.path] = run
     if len(kept) < len(runs):
         say(
-            f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; of equal runs the newest counts."
+            f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; the newest of equal runs counts."
         )
     return list(kept.values())
 

@@ -83,9 +83,7 @@ def build(config: Config, device, folder):
     benchmark = config.benchmark(config, "cpu")
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
-    augment = Augment(
-        benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device
-    )
+    augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"))
@@ -290,4 +288,3 @@ def _help(request: Request) -> int:
         shown = "" if default is None or default == "" or default == () else f" (default {_written(default)})"
         print(f"  --{flag.name:20} {flag.help.replace('%%', '%')}{limits}{shown}")
     return OK
-

@@ -1,7 +1,7 @@
-"""A grid of runs: `python -m utils.sweep --models er,derpp --datasets perm-mnist --buffer_sizes 200,500 --seeds 0-2`.
+"""A grid of runs: `python -m utils.sweep --models er,derpp --datasets perm-mnist --seeds 0-2`.
 
-Each of N worker processes imports torch once and runs one `utils.run.main(argv)` after the other. What is finished below
---results_path is not run again, so a sweep that was stopped is continued by the same command.
+Each of N worker processes imports torch once and runs one `utils.run.main(argv)` after the other. What is finished
+below --results_path is not run again, so a sweep that was stopped is continued by the same command.
 """
 
 import dataclasses
@@ -213,7 +213,7 @@ def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
             return runner(argv)
         except KeyboardInterrupt:
             return INTERRUPTED
-        except Exception:  # noqa: BLE001  whatever a run does wrong, the others go on
+        except Exception:  # whatever a run does wrong, the others go on
             traceback.print_exc()
             return FAILED
 
@@ -238,7 +238,7 @@ def _console_to(log: Path):
 
 
 def sweep(jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None) -> int:
-    """Runs what is not finished yet, shows how far it is, and ends with the table of all runs. Returns the exit code."""
+    """Runs what is not finished yet, shows how far it is, ends with the table of all runs; returns the exit code."""
     from tqdm import tqdm
 
     done = finished(jobs)

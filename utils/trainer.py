@@ -65,7 +65,7 @@ class Stream:
                 if batch == chunk[-1]:  # the next batch starts with a chunk of its own, from the state of that moment
                     self._position["augmentation"] = None
                 rows = slice(ends[batch] - origin, ends[batch + 1] - origin)
-                yield Batch(x[rows], y[rows], ids[rows], self.augment(x[rows]) if inputs is None else inputs[rows])
+                yield Batch(x[rows], y[rows], ids[rows], None if inputs is None else inputs[rows], self.augment)
 
     def num_batches(self, split) -> int:
         return len(self._lengths(split))

@@ -124,4 +124,3 @@ class SharpnessAware:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.base.load_state_dict(state["base"])
-

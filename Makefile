@@ -1,0 +1,32 @@
+# `make run` and `make test` do everything on a fresh machine; what is installed is not installed again.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint bench clean
+
+run: .venv/.run
+	$(BIN)/python main.py --model mgser_sam --dataset seq-digits
+
+test: .venv/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.run
+	$(BIN)/python -m utils.bench
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.test: .venv/.run tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	touch $@
