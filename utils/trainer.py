@@ -297,7 +297,7 @@ class Trainer:
         scalars |= {f"train/loss_{name}": term for name, term in loss.terms.items()}
         scalars |= {f"gradients/{name}": value for name, value in self.method.diagnose(objective, update).items()}
         values = dict(zip(scalars, torch.stack([v.float() for v in scalars.values()]).tolist(), strict=True))
-        self.logs.step(self.cost.steps, values, self.optimizer.base.param_groups[0]["lr"])
+        self.logs.step(self.cost.steps, values, self.optimizer.base.lr)
         if not np.isfinite(values["train/loss"]):
             raise RunFailed(
                 f"the loss is {values['train/loss']} at step {self.cost.steps}. Try a smaller --lr "

@@ -2,7 +2,7 @@
 
 A sharpness-aware optimizer says where to move the weights (`ascent`) and how the gradients make the update
 (`descent`); what it needs for that, snapshot and restore by copy, norms, frozen BatchNorm statistics, is here once.
-The update goes to a torch optimizer, the base. Weight decay acts in the base alone, at the unmoved weights.
+The update goes to a base optimizer. Weight decay acts in the base alone, at the unmoved weights.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.arguments import flag
-
-Grads = list[Tensor]
+from utils.optim._base import SGD, Base, Grads
 
 
 def norm(vector: Grads) -> Tensor:
@@ -67,10 +66,8 @@ class SharpnessAware:
         self.base = self.make_base(self.params, lr, weight_decay)
         self._batchnorms = batchnorms(method)
 
-    def make_base(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            params, lr, momentum=self.args.optim_mom, weight_decay=weight_decay, nesterov=self.args.optim_nesterov
-        )
+    def make_base(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> Base:
+        return SGD(params, lr, weight_decay, self.args.optim_mom, self.args.optim_nesterov)
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
         """The offset of the weights for the second pass, from the clean gradient."""
@@ -89,11 +86,7 @@ class SharpnessAware:
     def step(self, objective: Any) -> Grads:
         """One update of the weights; returns it as it went into the base optimizer."""
         update = objective.combine(self.direction(objective))
-        for param, part, used in zip(self.params, update, objective.used, strict=True):
-            param.grad = part if used else None
-        self.base.step()
-        for param in self.params:
-            param.grad = None
+        self.base.step(update, objective.used)
         return update
 
     @contextmanager
@@ -110,8 +103,7 @@ class SharpnessAware:
                 torch._foreach_copy_(self.params, saved)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.base.param_groups:
-            group["lr"] = lr
+        self.base.lr = lr
 
     def begin_task(self, task: Any) -> None:
         """What a variant forgets at a task boundary. The base optimizer goes on."""

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from utils.arguments import flag
+from utils.optim import _base
 from utils.optim._sharpness import Grads, SharpnessAware
 from utils.registry import OPTIMIZERS
 
@@ -12,16 +11,15 @@ from utils.registry import OPTIMIZERS
 @OPTIMIZERS.register("adam")
 class Adam(SharpnessAware):
     defaults = {"lr": 1e-3}  # learning rates published for SGD do not carry over
-    base_type = torch.optim.Adam
+    decoupled = False
 
     @dataclass(frozen=True)
     class Args:
         optim_beta1: float = flag(0.9, "decay of Adam's first moment", low=0, below=1)
         optim_beta2: float = flag(0.999, "decay of Adam's second moment", low=0, below=1)
 
-    def make_base(self, params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        betas = (self.args.optim_beta1, self.args.optim_beta2)
-        return self.base_type(params, lr, betas=betas, weight_decay=weight_decay)
+    def make_base(self, params, lr: float, weight_decay: float) -> _base.Base:
+        return _base.Adam(params, lr, weight_decay, self.args.optim_beta1, self.args.optim_beta2, self.decoupled)
 
     def direction(self, objective) -> Grads:
         return objective.gradient()

@@ -1,0 +1,102 @@
+"""Base optimizers: what turns an update direction into a step. Equal to torch.optim's, bit for bit on the CPU.
+
+They take gradients as a list instead of reading `.grad`, work on the whole model in one call, and start without
+torch.optim, whose first use imports a compiler (a second and 80 MiB).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Grads = list[Tensor]
+
+
+class Base:
+    """Steps `params` with a learning rate `lr`. Parameters that are not `used` are left alone, weight decay too."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float):
+        self.params, self.lr, self.weight_decay = params, lr, weight_decay
+        self.state: dict[str, list[Any]] = {}  # name -> one entry for each parameter, None before its first step
+
+    @torch.no_grad()
+    def step(self, grads: Grads, used: list[bool]) -> None:
+        rows = range(len(self.params)) if all(used) else [i for i, is_used in enumerate(used) if is_used]
+        if len(rows) > 0:
+            self.update([self.params[i] for i in rows], [grads[i] for i in rows], rows)
+
+    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+        """Steps these parameters, which are `rows` of all."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        return {name: list(entries) for name, entries in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+        for name, entries in state.items():
+            self.state[name] = [
+                entry.to(p.device).clone() if isinstance(entry, Tensor) else entry
+                for entry, p in zip(entries, self.params, strict=True)
+            ]
+
+
+class SGD(Base):
+    """d = g + wd * w;  b = d at first, then momentum * b + d;  w -= lr * b (Nesterov: d + momentum * b)."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.0, nesterov: bool = False):
+        super().__init__(params, lr, weight_decay)
+        self.momentum, self.nesterov = momentum, nesterov
+        if momentum:
+            self.state["momentum"] = [None] * len(params)
+
+    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+        if self.weight_decay:
+            grads = torch._foreach_add(grads, params, alpha=self.weight_decay)
+        if self.momentum:
+            buffers = self._accumulate(grads, rows)
+            grads = torch._foreach_add(grads, buffers, alpha=self.momentum) if self.nesterov else buffers
+        torch._foreach_add_(params, grads, alpha=-self.lr)
+
+    def _accumulate(self, grads: Grads, rows: Any) -> Grads:
+        buffers = self.state["momentum"]
+        old = [position for position, i in enumerate(rows) if buffers[i] is not None]
+        if old:
+            known = [buffers[rows[position]] for position in old]
+            torch._foreach_mul_(known, self.momentum)
+            torch._foreach_add_(known, [grads[position] for position in old])
+        for position, i in enumerate(rows):
+            if buffers[i] is None:
+                buffers[i] = grads[position].clone()
+        return [buffers[i] for i in rows]
+
+
+class Adam(Base):
+    """Adam (Kingma & Ba, 2015); with `decoupled`, AdamW (Loshchilov & Hutter, 2019)."""
+
+    eps = 1e-8
+
+    def __init__(self, params, lr: float, weight_decay: float, beta1: float, beta2: float, decoupled: bool = False):
+        super().__init__(params, lr, weight_decay)
+        self.beta1, self.beta2, self.decoupled = beta1, beta2, decoupled
+        for name in ("step", "mean", "square"):
+            self.state[name] = [None] * len(params)
+
+    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+        steps, means, squares = (self.state[name] for name in ("step", "mean", "square"))
+        for i, p in zip(rows, params, strict=True):
+            if steps[i] is None:
+                steps[i], means[i], squares[i] = 0, torch.zeros_like(p), torch.zeros_like(p)
+            steps[i] += 1
+        if self.weight_decay and self.decoupled:
+            torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
+        elif self.weight_decay:
+            grads = torch._foreach_add(grads, params, alpha=self.weight_decay)
+        mean, square = [means[i] for i in rows], [squares[i] for i in rows]
+        torch._foreach_lerp_(mean, grads, 1 - self.beta1)
+        torch._foreach_mul_(square, self.beta2)
+        torch._foreach_addcmul_(square, grads, grads, 1 - self.beta2)
+        denominator = torch._foreach_sqrt(square)
+        torch._foreach_div_(denominator, [(1 - self.beta2 ** steps[i]) ** 0.5 for i in rows])
+        torch._foreach_add_(denominator, self.eps)
+        sizes = [-self.lr / (1 - self.beta1 ** steps[i]) for i in rows]
+        torch._foreach_addcdiv_(params, mean, denominator, sizes)
