@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.arguments import EngineArgs, flags_of
 from utils.errors import UsageError
 from utils.registry import canonical, nearest
 
@@ -23,6 +24,7 @@ BY = ("dataset", "model", "optimizer", "buffer_size")
 METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
 FORMATS = ("markdown", "csv", "latex", "text")
 NOTHING = "–"
+RECORD = "runs.jsonl"
 
 
 def complain(line: str) -> None:
@@ -37,6 +39,7 @@ class Run:
     summary: Mapping[str, Any]
     flags: Mapping[str, Any]
     protocol: int | None = None
+    content: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # the files it was read from
 
     def get(self, key: str) -> Any:
         """The value of a key of the summary, else of a flag; None where the run has neither."""
@@ -91,8 +94,7 @@ def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
-        for file in _summaries(Path(path).expanduser()):
-            run = _read_run(file, say)
+        for run in _runs_in(Path(path).expanduser(), say):
             if run is not None and run.summary["status"] == "finished":
                 found[run.path.resolve()] = run
             elif run is not None:
@@ -103,37 +105,60 @@ def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     return _newest(list(found.values()), say)
 
 
-def _summaries(folder: Path) -> list[Path]:
+def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
+    """Run folders, and records (`runs.jsonl`) of run folders that are not kept."""
     try:
         next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
     except OSError as error:
         raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
-    return sorted(folder.rglob("summary.json"))
+    for file in sorted(folder.rglob("summary.json")):
+        yield _read_run(file.parent, say, lambda file=file: _contents(file.parent))
+    for file in sorted(folder.rglob(RECORD)):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            yield _read_run(file / str(number), say, lambda line=line: json.loads(line))
 
 
-def _read_run(file: Path, say: Callable[[str], None]) -> Run | None:
-    """A run of any status; None for a summary.json that is not one of ours."""
+def _contents(folder: Path) -> dict[str, Any]:
+    """What a record keeps of a run folder."""
+    files = {name: folder / f"{name}.json" for name in ("summary", "config", "environment")}
+    content = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {"folder": folder.name, **content}
+
+
+def _read_run(path: Path, say: Callable[[str], None], read: Callable[[], dict[str, Any]]) -> Run | None:
+    """A run of any status; None for what is not the summary of one of ours."""
     try:
-        summary = json.loads(file.read_text())
-        config_file = file.with_name("config.json")
-        config = json.loads(config_file.read_text()) if config_file.exists() else {"flags": {}}
+        content = read()
+        summary, config = content["summary"], content.get("config", {"flags": {}})
         flags = {name: entry["value"] for name, entry in config["flags"].items()}
         assert isinstance(summary["status"], str) and isinstance(summary["metrics"], dict)
-        return Run(file.parent, summary, flags, config.get("protocol"))
+        return Run(path, summary, flags, config.get("protocol"), content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        say(f"note: left out, since it is not the summary of a run: {file}")
+        say(f"note: left out, since it is not the summary of a run: {path}")
         return None
+
+
+def write_record(runs: Sequence[Run], path: str | Path) -> None:
+    """One line of JSON for each run: summary, configuration and environment, without the accuracy matrix and without
+    the flags that cannot change a number (where files lay)."""
+    places = {name for name, item in flags_of(EngineArgs, "engine").items() if not item.result}
+    lines = []
+    for run in runs:
+        summary = {key: value for key, value in run.content["summary"].items() if key != "accuracy"}
+        config = dict(run.content.get("config", {"flags": {}}))
+        config["flags"] = {name: entry for name, entry in config["flags"].items() if name not in places}
+        lines.append(json.dumps({**run.content, "summary": summary, "config": config}, sort_keys=True))
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
     """One run of each config hash. Folder names begin with the time, and copies keep them, unlike file times."""
     kept: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.path.name, str(run.path))):
+    for run in sorted(runs, key=lambda run: (run.content.get("folder", run.path.name), str(run.path))):
         kept[run.summary.get("config_hash") or run.path] = run
     if len(kept) < len(runs):
-        say(
-            f"note: {len(runs) - len(kept)} run(s) repeat another one's flags and seed; the newest of equal runs counts."
-        )
+        repeated = len(runs) - len(kept)
+        say(f"note: {repeated} run(s) repeat another one's flags and seed; the newest of equal runs counts.")
     return list(kept.values())
 
 
@@ -474,6 +499,7 @@ def _parser() -> Parser:
     add("--order", type=words, default=[], metavar="MODELS", help="models in the order of the rows")
     add("--format", choices=FORMATS, default="markdown")
     add("--out", metavar="FILE", help="write the table there instead of printing it")
+    add("--record", metavar="FILE", help=f"write the runs into one file; as {RECORD} in a folder it can be read again")
     add("--picture", metavar="FILE.png", help="also draw the first metric as bars")
     return parser
 
@@ -499,6 +525,8 @@ def _report(argv: Sequence[str]) -> None:
             Path(args.out).write_text(text, encoding="utf-8")
         else:
             print(text, end="")
+        if args.record:
+            write_record(runs, args.record)
         if args.picture:
             picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
     except OSError as error:

@@ -18,6 +18,7 @@ from utils.augment import Augment
 from utils.errors import RunFailed
 from utils.evaluator import Evaluator, rows_per_pass
 from utils.logs import Logs
+from utils.memory import peak_memory_mib, reset_peak_memory
 from utils.results import RunFolder
 
 DEBUG_BATCHES = 5
@@ -132,17 +133,6 @@ class Cost:
         return {**rounded, "peak_memory_mib": round(peak_memory_mib(device), 1)}
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Of the device where it is a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on every platform
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 @dataclass
 class Progress:
     """Where a run stands: the tasks finished (rows of the matrices) and the epoch under way."""
@@ -176,8 +166,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains what is left to train; returns the summary. Raises `RunFailed` or `Interrupted`."""
         with self._signals():
-            self._started = self._saved = time.monotonic() - self.cost.wall_s
-            self._saved = time.monotonic()
+            reset_peak_memory(self.device)
+            self._started, self._saved = time.monotonic() - self.cost.wall_s, time.monotonic()
             if not self.progress.untrained:
                 self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
             try:
