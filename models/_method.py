@@ -20,6 +20,9 @@ from utils import seeding
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
 
+# (dataset, buffer size or None) -> {flag: (value, where it comes from)}
+Published = Mapping[tuple[str, int | None], Mapping[str, tuple[Any, str]]]
+
 SETTINGS = ("class-il", "domain-il", "general-continual")
 
 
@@ -140,10 +143,9 @@ class Objective:
         self.used = [False] * len(self.params)
         if not guides:
             return self._backward(loss.total, clean=True)
-        parts = [reduce(operator.add, rest.values())] if rest else []
         gradient = None
-        for part in parts:
-            gradient = self._backward(part, keep_graph=True, clean=True)
+        if rest:
+            gradient = self._backward(reduce(operator.add, rest.values()), keep_graph=True, clean=True)
         for position, (guide, term) in enumerate(guides.items(), start=1):
             self.guides[guide] = self._backward(term, keep_graph=position < len(guides), clean=True)
             gradient = self.guides[guide] if gradient is None else torch._foreach_add(gradient, self.guides[guide])
@@ -153,7 +155,7 @@ class Objective:
         grads = torch.autograd.grad(term, self.params, retain_graph=keep_graph, allow_unused=True)
         if clean:
             self.used = [used or grad is not None for used, grad in zip(self.used, grads, strict=True)]
-        if None in self.used or any(grad is None for grad in grads):
+        if any(grad is None for grad in grads):
             return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
         return list(grads)
 
@@ -179,7 +181,7 @@ class Method(nn.Module):
 
     name: str
     Args: type | None = None
-    published: Mapping[tuple[str, int | None], tuple[dict, str]] = {}  # (dataset, buffer size) -> values, source
+    published: Published = {}
     default_optimizer = "sgd"
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
@@ -244,13 +246,16 @@ class Method(nn.Module):
         return self._draws_noise
 
 
-def published(source: str, table: Mapping[tuple, dict]) -> dict[tuple[str, int | None], tuple[dict, str]]:
-    """Rows {(dataset, buffer size, ...): values} -> one entry for each buffer size; `(dataset,)` has none."""
+def published(source: str, table: Mapping[tuple, dict]) -> Published:
+    """Rows {(dataset, buffer size, ...): values}, all from one source; `(dataset,)` has no buffer."""
     return {
-        (dataset, size): (values, source) for (dataset, *sizes), values in table.items() for size in (sizes or [None])
+        (dataset, size): {name: (value, f"published: {source}") for name, value in values.items()}
+        for (dataset, *sizes), values in table.items()
+        for size in (sizes or [None])
     }
 
 
-def ours(base: Mapping, reason: str, **values: Any) -> dict:
-    """The published rows of another method with values of our own added; marked as ours."""
-    return {key: ({**row, **values}, f"ours: {reason}, else {source}") for key, (row, source) in base.items()}
+def ours(base: Published, why: str, **values: Any) -> Published:
+    """Another method's rows with values added that are ours, and marked so."""
+    added = {name: (value, f"ours: {why}") for name, value in values.items()}
+    return {key: {**row, **added} for key, row in base.items()}

@@ -344,8 +344,8 @@ def resolve_request(request: Request) -> Config:
     known = {**file_values, **given}
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", values.get("buffer_size"))
-        published, label = _published(chosen, buffer_size, flags)
-        put(published, label)
+        for name, (value, source) in _published(chosen, buffer_size, flags).items():
+            put({name: value}, source)
     put(chosen["optimizer"].defaults, f"optimizer {values['optimizer']}")
     if file_values:
         selectors_kept = all(
@@ -431,14 +431,18 @@ def _given(request: Request, flags: dict[str, Flag], only_known: bool = False) -
 
 
 def _near_flag(name: str, flags: dict[str, Flag]) -> str:
-    owners = []
-    for selector, registry in SELECTORS.items():
-        if selector in flags and selector != "dataset":
-            owners += [other for other in registry._objects if name in _own_flags(registry._objects[other])]
     hint = nearest(name, sorted(flags))
+    if hint.startswith("Did"):
+        return hint
+    owners = [
+        f"{kind} {other}"
+        for kind, registry in SELECTORS.items()
+        for other in registry.names()
+        if name in _own_flags(registry.load(other))
+    ]
     if owners:
-        return f"It belongs to {', '.join(sorted(owners))}, which this run does not use."
-    return hint if hint.startswith("Did") else "See --model M --dataset D --help for the flags of a pair."
+        return f"It belongs to {', '.join(owners)}, which this run does not use."
+    return "See --model M --dataset D --help for the flags of a pair."
 
 
 def _own_flags(cls: type) -> set[str]:
@@ -452,23 +456,22 @@ def _remedy(flag_: Flag) -> str:
     return f"It is: {flag_.help.replace('%%', '%')}."
 
 
-def _published(chosen: dict[str, type], buffer_size: int | None, flags: dict[str, Flag]) -> tuple[dict, str]:
-    """Published values for exactly this (method, dataset, buffer size), and their source.
+def _published(chosen: dict[str, type], buffer_size: int | None, flags: dict[str, Flag]) -> dict[str, tuple[Any, str]]:
+    """{flag: (value, origin)} published for exactly this method, dataset and buffer size.
 
     The optimizer's own flags (rho) were chosen for the method's default optimizer; another one keeps its defaults.
     """
     method, dataset, optimizer = chosen["model"], chosen["dataset"], chosen["optimizer"]
-    for name in (dataset.name, dataset.published_as):
-        for size in (buffer_size, None):
-            if name and (name, size) in method.published:
-                values, source = method.published[name, size]
-                if canonical(optimizer.name) != canonical(method.default_optimizer):
-                    own = {key for key, item in flags.items() if item.owner.startswith("optimizer ")}
-                    values = {key: value for key, value in values.items() if key not in own}
-                if name != dataset.name:
-                    source = f"ours: the values of {name} ({source})"
-                return values, f"published: {source}"
-    return {}, ""
+    keys = [(name, size) for name in (dataset.name, dataset.published_as) for size in (buffer_size, None)]
+    key = next((key for key in keys if key in method.published), None)
+    if key is None:
+        return {}
+    row = {name: entry for name, entry in method.published[key].items() if name in flags}
+    if canonical(optimizer.name) != canonical(method.default_optimizer):
+        row = {name: entry for name, entry in row.items() if not flags[name].owner.startswith("optimizer ")}
+    if key[0] != dataset.name:
+        row = {name: (value, f"ours: as on {key[0]} ({origin})") for name, (value, origin) in row.items()}
+    return row
 
 
 def _from_json(flag_: Flag, value: Any) -> Any:

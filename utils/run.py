@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 from utils.arguments import (
@@ -24,7 +25,9 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 130 interrupted."""
     try:
-        return _main(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _main(argv)
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -35,6 +38,10 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _show_warning(message, *_where) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _main(argv: list[str]) -> int:
