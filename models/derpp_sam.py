@@ -11,4 +11,4 @@ from utils.registry import METHODS
 @METHODS.register("derpp_sam")
 class DerPPSam(DerPP):
     default_optimizer = "sam"
-    published = ours(DerPP.published, "one rho for all methods under SAM", rho=0.05)
+    published = ours(DerPP.published, "one rho for all methods under SAM", rho=0.1)

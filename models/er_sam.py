@@ -11,4 +11,4 @@ from utils.registry import METHODS
 @METHODS.register("er_sam")
 class ErSam(ER):
     default_optimizer = "sam"
-    published = ours(ER.published, "one rho for all methods under SAM", rho=0.05)
+    published = ours(ER.published, "one rho for all methods under SAM", rho=0.1)

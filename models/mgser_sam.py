@@ -24,7 +24,9 @@ from utils.registry import METHODS
 @METHODS.register("mgser_sam")
 class MgserSam(DerPP):
     default_optimizer = "sam"
-    published = ours(DerPP.published, "chosen on the validation split", rho=0.05, guide=1.0)
+    published = ours(
+        DerPP.published, "chosen on the validation split, tests/records/mgser_validation", rho=0.1, guide=1.0
+    )
 
     @dataclass(frozen=True)
     class Args(DerPP.Args):

@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
+        sys.stdout = open(os.devnull, "w")
+        return FAILED
 
 
 def _show_warning(message, *_where) -> None:
