@@ -21,10 +21,10 @@ class PermMnist(DomainBenchmark):
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_mnist(root, "MNIST")
 
-    @cached_property
-    def _permutations(self) -> list[Tensor]:
-        rng = seeding.generator(self.config.seed, "permutation")
-        return [torch.from_numpy(rng.permutation(28 * 28)) for _ in range(self.num_tasks)]
-
     def pixel_map(self, index: int) -> Tensor:
-        return self._permutations[index]
+        return self._maps[index]
+
+    @cached_property
+    def _maps(self) -> Tensor:
+        rng = seeding.generator(self.config.seed, "permutation")
+        return torch.stack([torch.from_numpy(rng.permutation(28 * 28)) for _ in range(self.num_tasks)])
