@@ -111,11 +111,11 @@ class Objective:
         self.passes: list[tuple[Loss, Grads]] = []
         self.forward_rows = self.backward_rows = 0
         self._rows = sum(len(block) for block in blocks)
-        self._noise = seeding.global_state() if method.draws_noise else None
+        self._noise = seeding.global_state()  # a network may draw (dropout): every pass draws the same
 
     def __call__(self) -> Loss:
         """The loss at the present weights, with its graph."""
-        if self._noise is not None:
+        if self.forward_rows:
             seeding.set_global_state(self._noise)
         self.forward_rows += self._rows
         return self.method.loss(*self.blocks)
@@ -237,13 +237,6 @@ class Method(nn.Module):
         update = optimizer.step(objective)
         self.remember(batch, objective.loss)
         return objective, update
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether a forward pass draws random numbers (dropout), which then must be the same in every pass."""
-        if "_draws_noise" not in self.__dict__:
-            self._draws_noise = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.modules())
-        return self._draws_noise
 
 
 def published(source: str, table: Mapping[tuple, dict]) -> Published:

@@ -37,13 +37,20 @@ def made(name: str, num_images: int) -> type:
         draw = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (num_images, *self.shape), dtype=torch.uint8, generator=draw)
         labels = torch.arange(num_images) % self.num_classes
-        return (images, labels), (images[: num_images // 5], labels[: num_images // 5])
+        return (images, labels), (images[: num_images // 6], labels[: num_images // 6])
 
     return type(f"Made{real.__name__}", (real,), {"load": load})
 
 
 def build(model: str, dataset: str, device: torch.device, num_images: int = 20_000, **flags: Any):
     """A trainer on random images, its memory filled as in mid-run."""
+    trainer = fresh(model, dataset, device, num_images, **flags)
+    fill_memory(trainer)
+    return trainer
+
+
+def fresh(model: str, dataset: str, device: torch.device, num_images: int, **flags: Any):
+    """A trainer on random images, before its first step."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     config = resolve(["--model", model, "--dataset", dataset, "--disable_log", "1", "--non_verbose", "1", *words])
     benchmark = made(dataset, num_images)
@@ -51,9 +58,7 @@ def build(model: str, dataset: str, device: torch.device, num_images: int = 20_0
         **config.values, view=config.view, learner=config.learner, benchmark=benchmark, hash=config.hash,
         values=config.values,
     )  # fmt: skip
-    trainer = run.build(config, device, None)
-    fill_memory(trainer)
-    return trainer
+    return run.build(config, device, None)
 
 
 def fill_memory(trainer) -> None:
@@ -213,6 +218,17 @@ def bench_evaluation(device: torch.device, rounds: int) -> None:
     print(f"evaluation, mnistmlp: {1e3 * images / times['e']:,.0f} MNIST images/s")
 
 
+def whole_run(device: torch.device) -> None:
+    """All of perm-mnist under er, in a process of its own, evaluations included."""
+    trainer = fresh("er", "perm-mnist", device, 60_000, buffer_size=500)
+    cost = trainer.run()["cost"]
+    print(
+        f"er on 20 tasks of perm-mnist's size: {cost['wall_s']:.1f} s ({cost['train_s']:.1f} s training, "
+        f"{cost['eval_s']:.1f} s for {len(trainer.benchmark) * 21} evaluations of 10,000 images), "
+        f"peak memory {cost['peak_memory_mib']:,.0f} MiB"
+    )
+
+
 def bench_start_up() -> None:
     for words in (["--list"], ["--help"]):
         seconds = []
@@ -228,11 +244,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="rounds that the medians are taken over (default 9)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
+    parser.add_argument("--whole_run", type=int, default=0, help="1: only time a whole run of er on perm-mnist")
     parser.add_argument("--quick", type=int, default=0, help="1: one round, a few steps, to see that it runs")
     args = parser.parse_args(argv)
     device = run.resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.whole_run:
+        whole_run(device)
+        return 0
     rounds, scale = (1, 0.05) if args.quick else (args.rounds, 1)
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} CPU threads, medians of {rounds} rounds")
     bench_steps("perm-mnist", device, rounds, max(3, int(100 * scale)), buffer_size=500)
@@ -247,6 +267,10 @@ def main(argv: list[str]) -> int:
     bench_pipeline("seq-tinyimg", device, rounds)
     bench_buffer(device, rounds)
     bench_evaluation(device, rounds)
+    if not args.quick:
+        words = ["--whole_run", "1", "--device", args.device, "--threads", str(args.threads)]
+        done = subprocess.run([sys.executable, "-m", "utils.bench", *words], capture_output=True, text=True, cwd=ROOT)
+        print(done.stdout.splitlines()[-1] if done.returncode == 0 else done.stderr)
     bench_start_up()
     return 0
 

@@ -39,10 +39,10 @@ class Registry:
         def enter(obj):
             key = canonical(name)
             known = self._objects.get(key)
-            if known is not None and (known.__module__, known.__qualname__) != (obj.__module__, obj.__qualname__):
+            owner = known.__module__ if known is not None else self._module(key) if key in self._files() else None
+            if owner not in (None, obj.__module__):
                 raise UsageError(
-                    f"{self.kind} '{name}' is registered twice: by {known.__module__} and by {obj.__module__}. "
-                    "Rename one of them."
+                    f"{self.kind} '{name}' is registered twice: by {owner} and by {obj.__module__}. Rename one of them."
                 )
             obj.name = self.written(key)
             self._objects[key] = obj
@@ -62,7 +62,7 @@ class Registry:
         """The object behind `name`; raises `UsageError` with the nearest names when there is none."""
         key = canonical(name)
         if key not in self._objects and key in self._files():
-            importlib.import_module(f"{self.folder.replace('/', '.')}.{key}")
+            importlib.import_module(self._module(key))
             if key not in self._objects:
                 raise UsageError(f"{self.folder}/{key}.py does not register the {self.kind} '{key}'.")
         if key not in self._objects and key in self._entry_points():
@@ -78,6 +78,13 @@ class Registry:
         if doc is None and canonical(name) in self._objects:
             doc = self._objects[canonical(name)].__doc__
         return (doc or "").strip().split("\n")[0]
+
+    def forget(self, module: str) -> None:
+        """Drops the names that a module has registered."""
+        self._objects = {key: obj for key, obj in self._objects.items() if obj.__module__ != module}
+
+    def _module(self, key: str) -> str:
+        return f"{self.folder.replace('/', '.')}.{key}"
 
     def _files(self) -> dict[str, Path]:
         return {p.stem: p for p in (ROOT / self.folder).glob("*.py") if not p.stem.startswith("_")}
@@ -121,6 +128,8 @@ def load_plugin(path: str) -> None:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a plugin does wrong, the user needs the file and the reason
         del sys.modules[module_name]
+        for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):
+            registry.forget(module_name)
         if isinstance(error, UsageError):
             raise
         raise UsageError(

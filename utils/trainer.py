@@ -43,39 +43,31 @@ class Stream:
             seeding.set_generator_state(self.rng, resume["order"])
         order_state = seeding.generator_state(self.rng)
         order, ends = self._plan(split)
-        chunks = self._chunks(ends, split.images.shape[1:])
         first = resume["batches"] if resume else 0
-        chunks = [chunk for chunk in chunks if chunk[-1] >= first]
-        after_chunk = seeding.global_state() if resume else None
+        chunks = [chunk for chunk in self._chunks(ends, split.images.shape[1:]) if chunk[-1] >= first]
         raw = self._fetch(split, order, ends, chunks[0]) if chunks else None
+        if resume:  # a chunk that was under way is augmented again as it was, then the generators go on from where
+            under_way = chunks and chunks[0].start < first  # they stood
+            seeding.set_global_state(resume["chunk_random" if under_way else "random"])
         for position, chunk in enumerate(chunks):
             x, y, ids = raw
-            if resume and position == 0:
-                seeding.set_global_state(resume["augmentation"])
-            before_chunk = seeding.global_state()
+            chunk_random = seeding.global_state()
             # without augmentation a batch is converted when it is due, while it is in the cache
             inputs = self.augment(x) if self.augment.transforms else None
-            if resume and position == 0:
-                seeding.set_global_state(after_chunk)
+            if chunk.start < first:
+                seeding.set_global_state(resume["random"])
             raw = self._fetch(split, order, ends, chunks[position + 1]) if position + 1 < len(chunks) else None
-            origin = ends[chunk[0]]
-            for batch in chunk:
-                if batch < first:
-                    continue
-                self._position = {"order": order_state, "batches": batch + 1, "augmentation": before_chunk}
-                if batch == chunk[-1]:  # the next batch starts with a chunk of its own, from the state of that moment
-                    self._position["augmentation"] = None
-                rows = slice(ends[batch] - origin, ends[batch + 1] - origin)
+            for batch in range(max(chunk.start, first), chunk.stop):
+                self._position = {"order": order_state, "batches": batch + 1, "chunk_random": chunk_random}
+                rows = slice(ends[batch] - ends[chunk.start], ends[batch + 1] - ends[chunk.start])
                 yield Batch(x[rows], y[rows], ids[rows], None if inputs is None else inputs[rows], self.augment)
 
     def num_batches(self, split) -> int:
         return len(self._lengths(split))
 
     def state_dict(self) -> dict[str, Any]:
-        state = dict(self._position)
-        if state["augmentation"] is None:
-            state["augmentation"] = seeding.global_state()
-        return state
+        """Where the epoch under way stands, and the global generators, now and when its chunk was augmented."""
+        return {**self._position, "random": seeding.global_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = state
@@ -222,10 +214,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
         seeding.set_generator_state(self.stream.rng, state["order"])
+        seeding.set_global_state(state["random"])
         if state["stream"] is not None:
             self.stream.load_state_dict(state["stream"])
             self._mid_epoch = True
-        seeding.set_global_state(state["random"])
         self.folder.truncate_metrics(state["metrics_size"])
         self.logs.resume(self.cost.steps)
 

@@ -2,7 +2,7 @@
 
     e = rho * T^2 g / (|T g| + 1e-16)    T = |w| + eta on weights, 1 on biases
 
-As the authors' code: parameters whose name contains `weight` (BatchNorm's included) are scaled, the others are not;
+As the authors' code: parameters called `weight...` (BatchNorm's included) are scaled, the others are not;
 eta is the paper's 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move in
 the clean pass only. 2 forwards, 2 backwards.
 """
@@ -30,6 +30,8 @@ class ASAM(SharpnessAware):
 
     @torch.no_grad()
     def ascent(self, g: Grads, objective) -> Grads:
+        if not self._scaled:
+            return torch._foreach_mul(g, self.args.rho / (norm(g) + 1e-16))
         scale = torch._foreach_add(torch._foreach_abs([self.params[i] for i in self._scaled]), self.args.eta)
         t_g = list(g)
         for i, product in zip(self._scaled, torch._foreach_mul([g[i] for i in self._scaled], scale), strict=True):

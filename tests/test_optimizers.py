@@ -1,0 +1,613 @@
+"""The optimizers against computations of our own over one flat vector, and what every optimizer must keep."""
+
+import io
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models._method import Batch, Block, Context, Loss, Method, Objective
+from utils.augment import Augment
+from utils.optim._sharpness import frozen_statistics
+from utils.registry import METHODS, OPTIMIZERS
+
+CLASSES, LR, MOMENTUM, DECAY, RHO, ETA = 3, 0.1, 0.9, 5e-4, 0.2, 0.01
+SIZES = (12, 12, 9, 12, 12, 5, 12)  # rows of the seven batches
+DETERMINISTIC = ("sgd", "adam", "adamw", "sam", "asam")  # a step draws no random numbers of its own
+TASK = SimpleNamespace(index=0, classes=range(CLASSES))
+
+
+def conv_bn_linear(momentum=0.1, dtype=torch.float64):
+    """(N, 2, 6, 6) -> (N, 3), from a fixed seed."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)
+    )
+    nn.init.uniform_(net[1].weight, 0.5, 1.5)
+    nn.init.uniform_(net[1].bias, -0.5, 0.5)
+    return net.to(dtype)
+
+
+def batches(dtype=torch.float64, sizes=SIZES):
+    generator = torch.Generator().manual_seed(2)
+    for n in sizes:
+        x = torch.randn(n, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+        yield x, torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+class Watched(Method):
+    """Cross entropy over a net; calls `watch` with the pass's number after each forward."""
+
+    watch = staticmethod(lambda number, logits: None)
+
+    def loss(self, stream):
+        logits = self.net(stream.x)
+        self.passes = getattr(self, "passes", 0) + 1
+        self.watch(self.passes, logits)
+        return Loss({"current": nn.functional.cross_entropy(logits, stream.y, reduction="none")}, logits)
+
+
+def make(name, net, lr=LR, weight_decay=DECAY, **flags):
+    """A method over `net` and an optimizer of the registry, at the start of a task."""
+    kind = OPTIMIZERS.load(name)
+    method = Watched(net, None, None).train()
+    optimizer = kind(method, lr, weight_decay, kind.Args(**flags))
+    optimizer.begin_task(TASK)
+    optimizer.begin_epoch(0)
+    return method, optimizer
+
+
+def step(method, optimizer, x, y, trace=False):
+    block = Block(x, y=y, ids=torch.arange(len(y)))
+    objective = Objective(method, (block,), optimizer.params, trace)
+    update = optimizer.step(objective)
+    return objective, update
+
+
+def flat(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+
+
+def copies(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Oracle:
+    """The net above as a function of one float64 vector w; BatchNorm, cross entropy and base SGD by hand."""
+
+    SHAPES = ((4, 2, 3, 3), (4,), (4,), (4,), (CLASSES, 64), (CLASSES,))
+    SCALED = (True, False, True, False, True, False)  # names that contain `weight`
+
+    def __init__(self, net):
+        self.w, self.momentum_buffer = flat(net), None
+        self.mean, self.var, self.tracked = torch.zeros(4).double(), torch.ones(4).double(), 0
+        sizes = [math.prod(shape) for shape in self.SHAPES]
+        self.sizes = sizes
+        self.scaled = torch.cat([torch.full((n,), s) for n, s in zip(sizes, self.SCALED, strict=True)])
+
+    def logits(self, w, x, track):
+        parts = [part.view(shape) for part, shape in zip(w.split(self.sizes), self.SHAPES, strict=True)]
+        kernel, bias, gamma, beta, matrix, offset = parts
+        windows = x.unfold(2, 3, 1).unfold(3, 3, 1)  # (N, C, 4, 4, 3, 3)
+        maps = torch.einsum("nchwij,ocij->nohw", windows, kernel) + bias[:, None, None]
+        mean = maps.mean((0, 2, 3))
+        centred = maps - mean[:, None, None]
+        var = centred.square().mean((0, 2, 3))
+        if track:
+            n = maps.numel() // 4
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+            self.var = 0.9 * self.var + 0.1 * var.detach() * n / (n - 1)
+            self.tracked += 1
+        hidden = centred / (var + 1e-5).sqrt()[:, None, None] * gamma[:, None, None] + beta[:, None, None]
+        return hidden.clamp(min=0).flatten(1) @ matrix.T + offset
+
+    @staticmethod
+    def cross_entropy(logits, y):
+        return (logits.exp().sum(1).log() - logits[torch.arange(len(y)), y]).mean()
+
+    def gradient(self, w, x, y, track):
+        w = w.clone().requires_grad_()
+        return torch.autograd.grad(self.cross_entropy(self.logits(w, x, track), y), w)[0]
+
+    def base(self, u, decay=DECAY, momentum=MOMENTUM, nesterov=False):
+        d = u + decay * self.w
+        self.momentum_buffer = d if self.momentum_buffer is None else momentum * self.momentum_buffer + d
+        self.w = self.w - LR * (d + momentum * self.momentum_buffer if nesterov else self.momentum_buffer)
+
+    def offset(self, name, g):
+        if name == "sam":
+            return RHO * g / (g.square().sum().sqrt() + 1e-12)
+        t = torch.where(self.scaled, self.w.abs() + ETA, torch.ones_like(self.w))
+        return RHO * t * t * g / ((t * g).square().sum().sqrt() + 1e-16)
+
+    def assert_equal(self, net):
+        assert (flat(net) - self.w).abs().max() < 1e-12
+        assert (net[1].running_mean - self.mean).abs().max() < 1e-12
+        assert (net[1].running_var - self.var).abs().max() < 1e-12
+        assert net[1].num_batches_tracked == self.tracked
+
+
+@pytest.mark.parametrize("nesterov", (False, True))
+@pytest.mark.parametrize("name, flags", [("sam", dict(rho=RHO)), ("asam", dict(rho=RHO, eta=ETA))])
+def test_sam_and_asam_equal_their_equations_after_every_step(name, flags, nesterov):
+    net = conv_bn_linear()
+    oracle = Oracle(net)
+    method, optimizer = make(name, net, optim_mom=MOMENTUM, optim_nesterov=nesterov, **flags)
+    for number, (x, y) in enumerate(batches(), start=1):
+        g = oracle.gradient(oracle.w, x, y, track=True)
+        u = oracle.gradient(oracle.w + oracle.offset(name, g), x, y, track=False)
+        oracle.base(u, nesterov=nesterov)
+        objective, update = step(method, optimizer, x, y)
+        oracle.assert_equal(net)
+        assert (torch.cat([part.flatten() for part in update]) - u).abs().max() < 1e-12
+        assert objective.forward_rows == objective.backward_rows == 2 * len(y)
+        assert oracle.tracked == number
+
+
+def test_the_equations_tell_the_variants_apart():
+    """The comparison above would notice unscaled weights, scaled biases or another eta."""
+    net = conv_bn_linear()
+    oracle = Oracle(net)
+    x, y = next(batches())
+    g = oracle.gradient(oracle.w, x, y, track=False)
+    right = oracle.offset("asam", g)
+    everything = Oracle(net)
+    everything.scaled = torch.ones_like(oracle.scaled)
+    assert (right - everything.offset("asam", g)).abs().max() > 1e-4
+    assert (right - oracle.offset("sam", g)).abs().max() > 1e-4
+
+
+class ByHand(nn.Module):
+    """A linear layer whose parameters are not called weight or bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.full((72, CLASSES), 0.01))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+def test_asam_without_any_parameter_called_weight_is_sam():
+    results = []
+    for name in ("sam", "asam"):
+        net = ByHand()
+        method, optimizer = make(name, net, rho=RHO)
+        for x, y in batches(torch.float32, (6, 6)):
+            step(method, optimizer, x, y)
+        results.append(flat(net))
+    assert torch.allclose(*results, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "name, flags, reference",
+    [
+        ("sgd", {}, lambda p: torch.optim.SGD(p, LR, weight_decay=DECAY)),
+        ("sgd", dict(optim_mom=0.9), lambda p: torch.optim.SGD(p, LR, 0.9, weight_decay=DECAY)),
+        (
+            "sgd",
+            dict(optim_mom=0.9, optim_nesterov=True),
+            lambda p: torch.optim.SGD(p, LR, 0.9, weight_decay=DECAY, nesterov=True),
+        ),
+        ("adam", {}, lambda p: torch.optim.Adam(p, LR, weight_decay=DECAY)),
+        (
+            "adam",
+            dict(optim_beta1=0.5, optim_beta2=0.9),
+            lambda p: torch.optim.Adam(p, LR, (0.5, 0.9), weight_decay=DECAY),
+        ),
+        ("adamw", {}, lambda p: torch.optim.AdamW(p, LR, weight_decay=DECAY)),
+    ],
+)
+def test_plain_optimizers_equal_a_torch_loop_bit_for_bit(name, flags, reference, assert_same):
+    net, other = conv_bn_linear(dtype=torch.float32), conv_bn_linear(dtype=torch.float32)
+    method, optimizer = make(name, net, **flags)
+    torch_optimizer = reference(other.parameters())
+    for x, y in batches(torch.float32):
+        objective, _ = step(method, optimizer, x, y)
+        torch_optimizer.zero_grad()
+        nn.functional.cross_entropy(other(x), y).backward()
+        torch_optimizer.step()
+        assert_same(net.state_dict(), other.state_dict())
+        assert objective.forward_rows == objective.backward_rows == len(y)
+
+
+@pytest.mark.parametrize("name", ("sam", "asam"))
+@pytest.mark.parametrize("model, flags", [("er", {}), ("derpp", {}), ("mgser_sam", dict(guide=0))])
+def test_rho_zero_is_sgd_bit_for_bit(start, assert_same, name, model, flags):
+    """Weights, BatchNorm statistics, buffer with its logits and generator, momentum: after two tasks."""
+    flags = dict(debug_mode=1, stop_after=2, optim_mom=0.9, optim_wd=5e-4, buffer_size=30, **flags)
+    plain = start(model, optimizer="sgd", **flags)
+    plain.run()
+    moved = start(model, optimizer=name, rho=0, **flags)
+    moved.run()
+    assert plain.method.state_dict()["_extra_state"]["num_seen"] > 30
+    assert_same(plain.method.state_dict(), moved.method.state_dict())
+    assert_same(plain.optimizer.state_dict(), moved.optimizer.state_dict())
+    assert moved.cost.forward_rows == 2 * plain.cost.forward_rows
+
+
+class Doubles(Augment):
+    """Network inputs in float64."""
+
+    def __call__(self, images):
+        return super().__call__(images).double()
+
+
+class MgserOracle(Oracle):
+    """MGSER-SAM with a reservoir of its own: lists of (image, label, logits)."""
+
+    def __init__(self, net, capacity, minibatch, seed, alpha, beta, guide, guide_on):
+        super().__init__(net)
+        self.capacity, self.minibatch, self.rng = capacity, minibatch, np.random.default_rng(seed)
+        self.alpha, self.beta, self.guide, self.guide_on = alpha, beta, guide, guide_on
+        self.rows, self.seen = [], 0
+
+    def step(self, x, y):
+        """x uint8; returns the rows of one pass."""
+        as_input = lambda images: (images.float() / 255).double()  # noqa: E731
+        draws = []
+        if self.rows:
+            n = min(self.minibatch, len(self.rows))
+            for _ in range(2):
+                picked = [self.rows[i] for i in self.rng.choice(len(self.rows), n, replace=False)]
+                draws.append([torch.stack(column) for column in zip(*picked, strict=True)])
+
+        def terms(w, track):
+            """[current, logits, labels], each with a forward of its own."""
+            stream = self.logits(w, as_input(x), track)
+            parts = [self.cross_entropy(stream, y)]
+            if draws:
+                (image1, _, past), (image2, label, _) = draws
+                parts.append(self.alpha * (self.logits(w, as_input(image1), track) - past).square().mean())
+                parts.append(self.beta * self.cross_entropy(self.logits(w, as_input(image2), track), label))
+            return parts, stream.detach()
+
+        w = self.w.clone().requires_grad_()
+        parts, stream = terms(w, track=True)
+        gradients = [torch.autograd.grad(part, w)[0] for part in parts]
+        moved = (self.w + self.offset("sam", sum(gradients))).requires_grad_()
+        u = torch.autograd.grad(sum(terms(moved, track=False)[0]), moved)[0]
+        if draws:
+            _, on_logits, on_labels = gradients
+            guides = {"memory": on_logits + on_labels, "logits": on_logits, "labels": on_labels}
+            u = u + self.guide * guides[self.guide_on]
+        self.base(u)
+        for row in zip(x, y, stream, strict=True):
+            if self.seen < self.capacity:
+                self.rows.append(row)
+            else:
+                slot = int(self.rng.random() * (self.seen + 1))
+                if slot < self.capacity:
+                    self.rows[slot] = row
+            self.seen += 1
+        return len(y) + sum(len(draw[0]) for draw in draws)
+
+
+@pytest.mark.parametrize("guide, guide_on", [(1.0, "memory"), (0.5, "memory"), (0.7, "logits"), (2.0, "labels")])
+def test_mgser_sam_equals_its_equations_after_every_step(guide, guide_on):
+    net = conv_bn_linear()
+    oracle = MgserOracle(net, 20, 7, seed=5, alpha=0.3, beta=0.6, guide=guide, guide_on=guide_on)
+    augment = Doubles([], None, None, "cpu")
+    kind, sam = METHODS.load("mgser_sam"), OPTIMIZERS.load("sam")
+    args = kind.Args(buffer_size=20, minibatch_size=7, alpha=0.3, beta=0.6, guide=guide, guide_on=guide_on)
+    context = Context(None, augment, torch.device("cpu"), np.random.default_rng(5))
+    method = kind(net, args, context).train()
+    optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM))
+    generator = torch.Generator().manual_seed(3)
+    for n in SIZES:
+        x = torch.randint(0, 256, (n, 2, 6, 6), generator=generator, dtype=torch.uint8)
+        y = torch.randint(0, CLASSES, (n,), generator=generator)
+        rows = oracle.step(x, y)
+        objective, _ = method.observe(Batch(x, y, torch.arange(n), inputs=None, augment=augment), optimizer)
+        oracle.assert_equal(net)
+        assert objective.forward_rows == objective.backward_rows == 2 * rows
+        stored = method.buffer.all()
+        images, labels, logits = (torch.stack(column) for column in zip(*oracle.rows, strict=True))
+        assert torch.equal(stored["x"], images) and torch.equal(stored["y"], labels)
+        assert (stored["logits"] - logits).abs().max() < 1e-12
+    assert oracle.seen > 2 * oracle.capacity  # the reservoir was at work
+    assert oracle.tracked == 3 * len(SIZES) - 2
+
+
+def test_guide_zero_is_derpp_sam_bit_for_bit_and_the_guide_costs_nothing(start, assert_same):
+    flags = dict(debug_mode=1, stop_after=2, optim_mom=0.9, optim_wd=5e-4, buffer_size=40)
+    runs = []
+    for model, guide in [("derpp_sam", {}), ("mgser_sam", dict(guide=0)), ("mgser_sam", dict(guide=1))]:
+        runs.append(start(model, **guide, **flags))
+        runs[-1].run()
+    plain, unguided, guided = runs
+    assert plain.config.optimizer == unguided.config.optimizer == "sam"
+    assert_same(plain.method.state_dict(), unguided.method.state_dict())
+    assert_same(plain.optimizer.state_dict(), unguided.optimizer.state_dict())
+    assert not torch.equal(flat(plain.method.net), flat(guided.method.net))
+    # 10 steps of 16 rows, all but the first with two draws of 16; two passes
+    assert {(t.cost.forward_rows, t.cost.backward_rows) for t in runs} == {(896, 896)}
+
+
+class Trip(Exception):
+    pass
+
+
+@pytest.mark.parametrize("room", ("forward", "backward"))
+@pytest.mark.parametrize("momentum", (0.1, None))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_an_exception_in_any_pass_leaves_weights_and_batchnorm_as_they_were(name, momentum, room, assert_same):
+    x, y = next(batches(torch.float32))
+    for fatal in range(1, 20):
+        net = conv_bn_linear(momentum, torch.float32)
+        method, optimizer = make(name, net)
+        statistics = []
+
+        def watch(number, logits, net=net, fatal=fatal, statistics=statistics):
+            statistics.append(copies(net[1]))
+            if number == fatal:
+                if room == "forward":
+                    raise Trip
+                logits.register_hook(trip)
+
+        method.watch = watch
+        before, places = copies(net), [p.data_ptr() for p in net.parameters()]
+        try:
+            step(method, optimizer, x, y)
+        except Trip:
+            pass
+        else:
+            break  # it makes no such pass
+        assert torch.is_grad_enabled() and net[1].track_running_stats and net[1].momentum == momentum
+        assert places == [p.data_ptr() for p in net.parameters()]
+        assert_same({k: before[k] for k, _ in net.named_parameters()}, {k: v.data for k, v in net.named_parameters()})
+        # only the clean pass moves the statistics, and after the accident they move again
+        clean, now = statistics[0], copies(net[1])
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(clean[key], now[key])
+        assert now["num_batches_tracked"] == 1
+        net(x)
+        assert net[1].num_batches_tracked == 2
+        method.watch = lambda number, logits: None
+        step(method, optimizer, x, y)  # and training goes on
+        assert not torch.equal(flat(net), torch.cat([before[k].flatten() for k, _ in net.named_parameters()]))
+    assert 1 < fatal < 19
+
+
+def trip(gradient):
+    raise Trip
+
+
+@pytest.mark.parametrize("name", ("sam", "asam"))
+def test_the_second_pass_is_at_moved_weights_and_an_accident_there_changes_no_later_step(name, assert_same):
+    x, y = next(batches())
+    nets = []
+    for accident in (False, True):
+        net = conv_bn_linear()
+        method, optimizer = make(name, net, optim_mom=MOMENTUM)
+        start, seen = flat(net), []
+
+        def watch(number, logits, net=net, seen=seen, accident=accident):
+            seen.append(flat(net))
+            if accident and number == 2:
+                raise Trip
+
+        method.watch = watch
+        if accident:
+            with pytest.raises(Trip):
+                step(method, optimizer, x, y)
+            assert torch.equal(flat(net), start)
+        step(method, optimizer, x, y)
+        assert torch.equal(seen[0], start) and not torch.equal(seen[1], start)
+        nets.append(net)
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+@pytest.mark.parametrize("momentum", (0.1, None))
+def test_frozen_statistics_nest_and_thaw(momentum, assert_same):
+    net = conv_bn_linear(momentum)
+    never = nn.BatchNorm2d(4, track_running_stats=False).double()
+    both = nn.ModuleList([net, never])
+    x, _ = next(batches())
+    before = copies(net)
+    with frozen_statistics(both):
+        net(x)
+        with frozen_statistics(both):
+            net(x)
+        net(x)  # still frozen after the inner one has ended
+        assert_same(before, copies(net))
+        with pytest.raises(Trip), frozen_statistics(both):
+            raise Trip
+        net(x)
+        assert_same(before, copies(net))
+    assert net[1].track_running_stats and not never.track_running_stats
+    with frozen_statistics(both):  # a second time
+        frozen = net(x)
+    assert_same(before, copies(net))
+    assert torch.equal(frozen, net(x))  # it normalised with the batch, as now
+    assert net[1].num_batches_tracked == 1 and not torch.equal(net[1].running_mean, before["1.running_mean"])
+
+
+class TwoHeads(nn.Module):
+    """Two linear heads of which one is in use, and a scale that the loss never depends on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.heads = nn.ModuleList(nn.Linear(72, CLASSES) for _ in range(2))
+        self.spare_weight = nn.Parameter(torch.tensor([1.0, -0.0]))
+        self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.head, self.seen = 0, []
+
+    def forward(self, x):
+        self.seen.append({name: value.clone() for name, value in self.state_dict().items()})
+        return self.heads[self.head](x.flatten(1))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_parameters_without_gradient_are_neither_moved_nor_stepped(name):
+    net = TwoHeads()
+    kind = OPTIMIZERS.load(name)
+    momentum = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
+    method, optimizer = make(name, net, weight_decay=0.1, **momentum)
+    spare = net.spare_weight.detach().clone()
+    for number, (x, y) in enumerate(batches(torch.float32, (6,) * 4)):
+        net.head, net.seen = number // 2, []
+        before = {key: value.clone() for key, value in net.state_dict().items()}
+        step(method, optimizer, x, y)
+        idle = [key for key in before if not key.startswith(f"heads.{net.head}.")]
+        assert len(idle) == 4
+        for key in idle:  # the idle head has momentum from before, and weight decay is on
+            assert all(torch.equal(seen[key], before[key]) for seen in net.seen), key
+            assert torch.equal(net.state_dict()[key], before[key]), key
+        busy = f"heads.{net.head}.weight"
+        assert not torch.equal(net.state_dict()[busy], before[busy])
+    assert torch.equal(net.spare_weight, spare) and net.spare_weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "name, flags, reference",
+    [
+        ("sgd", dict(optim_mom=0.9), lambda p: torch.optim.SGD(p, LR, 0.9, weight_decay=0.1)),
+        ("adam", {}, lambda p: torch.optim.Adam(p, LR, weight_decay=0.1)),
+        ("adamw", {}, lambda p: torch.optim.AdamW(p, LR, weight_decay=0.1)),
+    ],
+    ids=("sgd", "adam", "adamw"),
+)
+def test_a_parameter_that_pauses_keeps_its_state_as_in_torch(name, flags, reference):
+    """Momentum and the step count of a head belong to the steps in which it was used."""
+    net, other = TwoHeads(), TwoHeads()
+    method, optimizer = make(name, net, weight_decay=0.1, **flags)
+    torch_optimizer = reference([p for p in other.parameters() if p.requires_grad])
+    for (x, y), head in zip(batches(torch.float32), (0, 0, 1, 0, 1, 1, 0), strict=True):
+        net.head = other.head = head
+        step(method, optimizer, x, y)
+        torch_optimizer.zero_grad()
+        nn.functional.cross_entropy(other(x), y).backward()
+        torch_optimizer.step()
+        assert torch.equal(flat(net), flat(other))
+
+
+class Noisy(nn.Module):
+    """Dropout as a module or as a function; keeps the masks of its forwards."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(6)
+        self.linear, self.masks = nn.Linear(72, CLASSES), []
+        if kind == "module":
+            self.dropout = nn.Dropout(0.5)
+        else:
+            self.dropout = lambda x: nn.functional.dropout(x, 0.5, self.training)
+
+    def forward(self, x):
+        mask = self.dropout(torch.ones_like(x))
+        self.masks.append(mask)
+        return self.linear((x * mask).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ("module", "function"))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_dropout_is_the_same_in_all_passes_of_a_step_and_new_in_the_next(name, kind):
+    net = Noisy(kind)
+    method, optimizer = make(name, net)
+    x, y = next(batches(torch.float32))
+    torch.manual_seed(7)
+    nn.functional.dropout(torch.ones_like(x))
+    after_one_forward = torch.get_rng_state()
+    torch.manual_seed(7)
+    steps = []
+    for _ in range(3):
+        net.masks = []
+        step(method, optimizer, x, y)
+        if not steps and name in DETERMINISTIC:
+            assert torch.equal(torch.get_rng_state(), after_one_forward)
+        steps.append(net.masks)
+    for masks in steps:
+        assert all(torch.equal(mask, masks[0]) for mask in masks if mask.shape == masks[0].shape)
+    assert not torch.equal(steps[0][0], steps[1][0]) and not torch.equal(steps[1][0], steps[2][0])
+
+
+@pytest.mark.parametrize("name", ("sam", "asam"))
+def test_with_rho_zero_both_passes_have_the_same_loss_under_dropout(name):
+    method, optimizer = make(name, Noisy("module"), lr=0.0, rho=0.0)
+    x, y = next(batches(torch.float32))
+    losses = []
+    for _ in range(2):
+        objective, _ = step(method, optimizer, x, y, trace=True)
+        clean, moved = (loss.total for loss, _ in objective.passes)
+        assert torch.equal(clean, moved) and torch.equal(clean, objective.loss.total)
+        losses.append(clean)
+    assert not torch.equal(*losses)  # same weights, same images: the mask is another
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_step_without_dropout_draws_nothing(name):
+    method, optimizer = make(name, conv_bn_linear())
+    before = torch.get_rng_state()
+    step(method, optimizer, *next(batches()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_saved_and_loaded_in_mid_run_goes_on_bit_for_bit(name, assert_same):
+    kind = OPTIMIZERS.load(name)
+    flags = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
+    stream = list(batches(torch.float32))
+    method, optimizer = make(name, conv_bn_linear(dtype=torch.float32), **flags)
+    for x, y in stream[:3]:
+        step(method, optimizer, x, y)
+    file = io.BytesIO()
+    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    noise = torch.get_rng_state()
+    for x, y in stream[3:]:
+        step(method, optimizer, x, y)
+
+    other = conv_bn_linear(dtype=torch.float32)
+    nn.init.zeros_(other[4].weight)
+    method2, optimizer2 = make(name, other, **flags)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    method2.load_state_dict(state["method"])
+    optimizer2.load_state_dict(state["optimizer"])
+    torch.set_rng_state(noise)
+    for x, y in stream[3:]:
+        step(method2, optimizer2, x, y)
+    assert_same(method.state_dict(), method2.state_dict())
+    assert_same(optimizer.state_dict(), optimizer2.state_dict())
+
+
+def test_momentum_is_what_a_resumed_run_would_miss():
+    """The test above sees a forgotten momentum."""
+    results = []
+    for forget in (False, True):
+        net = conv_bn_linear()
+        method, optimizer = make("sam", net, optim_mom=0.9)
+        for number, (x, y) in enumerate(batches()):
+            if forget and number == 3:
+                _, optimizer = make("sam", net, optim_mom=0.9)
+            step(method, optimizer, x, y)
+        results.append(flat(net))
+    assert not torch.allclose(*results)
+
+
+class Flat(Watched):
+    """A loss with a gradient of exactly zero everywhere."""
+
+    def loss(self, stream):
+        logits = self.net(stream.x)
+        return Loss({"current": 0.0 * logits.sum(1)}, logits)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_gradient_of_zero_moves_nothing(name, dtype):
+    kind = OPTIMIZERS.load(name)
+    net = conv_bn_linear(dtype=dtype)
+    method = Flat(net, None, None).train()
+    optimizer = kind(method, LR, 0.0, kind.Args())
+    optimizer.begin_task(TASK)
+    optimizer.begin_epoch(0)
+    before = flat(net)
+    for x, y in batches(dtype, (4, 4, 4)):
+        _, update = step(method, optimizer, x, y)
+        assert all((part == 0).all() for part in update)
+        assert torch.equal(flat(net), before)

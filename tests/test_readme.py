@@ -1,0 +1,184 @@
+"""The README's commands resolve and its example files run as they are printed."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from utils import run
+from utils.registry import ROOT
+
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "tests/records").glob("*/README.md"))) if page.is_file()]
+REGISTERS = re.compile(r'@(METHODS|DATASETS|BACKBONES|OPTIMIZERS)\.register\("([^"]+)"\)')
+SELECTOR = {"METHODS": "model", "DATASETS": "dataset", "BACKBONES": "backbone", "OPTIMIZERS": "optimizer"}
+SAMPLE = """
+Some text with `python main.py --list` in a line, and `python main.py` alone, which is no command.
+
+```
+python main.py --model er \\
+    --dataset seq-synth   # with a comment
+$ CONTINUAL_DATA=data .venv/bin/python main.py --model sgd --notes "two words" && echo done
+tensorboard --logdir results
+```
+
+- in a list:
+
+  ```bash
+  for seed in 0 1; do python main.py --model er --seed $seed; done
+  python -m utils.report results --pivot dataset
+  ```
+
+```python
+@METHODS.register("one")
+class One: ...
+```
+
+```python
+print("registers nothing")
+```
+"""
+
+
+def fences(text):
+    """(language, content) of the fenced blocks, dedented."""
+    found = re.findall(r"^([ \t]*)```(\w*)[^\n]*\n(.*?)^\1```[ \t]*$", text, re.MULTILINE | re.DOTALL)
+    return [
+        (language, "\n".join(line.removeprefix(indent) for line in content.splitlines()))
+        for indent, language, content in found
+    ]
+
+
+def shell_lines(text):
+    """The commands of a page: lines of its blocks that are no Python, and inline code."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = re.findall(r"`([^`\n]+)`", prose)
+    for language, content in fences(text):
+        if language != "python":
+            lines += content.replace("\\\n", " ").splitlines()
+    return lines
+
+
+def commands(text, start):
+    """The words after `python <start>`, of every command that has any. Shell variables become 0."""
+    found = []
+    for line in shell_lines(text):
+        for part in re.split(r"&&|\|\||[;|]", line):
+            match = re.search(rf"python3?\s+{re.escape(start)}(.*)", part)
+            if match:
+                words = shlex.split(re.sub(r"\$\{?\w+\}?", "0", match[1]), comments=True)
+                if words:
+                    found.append(words)
+    return found
+
+
+def examples(text):
+    """(selector, name, code) of the complete example files."""
+    found = []
+    for language, content in fences(text):
+        match = REGISTERS.search(content)
+        if language == "python" and match:
+            found.append((SELECTOR[match[1]], match[2], content + "\n"))
+    return found
+
+
+def collected(of):
+    return [pytest.param(item, id=f"{page.parent.name if page.parent != ROOT else 'front'}-{number}") for page in PAGES
+            for number, item in enumerate(of(page.read_text()))]  # fmt: skip
+
+
+def test_the_parser_finds_commands_and_examples():
+    assert commands(SAMPLE, "main.py") == [
+        ["--list"],
+        ["--model", "er", "--dataset", "seq-synth"],
+        ["--model", "sgd", "--notes", "two words"],
+        ["--model", "er", "--seed", "0"],
+    ]
+    assert commands(SAMPLE, "-m ") == [["utils.report", "results", "--pivot", "dataset"]]
+    ((selector, name, code),) = examples(SAMPLE)
+    assert (selector, name) == ("model", "one") and code.startswith("@METHODS") and code.endswith("...\n")
+
+
+def test_the_readme_has_commands_and_an_example_of_each_kind():
+    if not (ROOT / "README.md").is_file():
+        pytest.skip("there is no README yet")
+    text = (ROOT / "README.md").read_text()
+    assert len(commands(text, "main.py")) >= 5
+    assert {selector for selector, _, _ in examples(text)} == set(SELECTOR.values())
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder of its own, with the README's example files as plugins."""
+    monkeypatch.chdir(tmp_path)
+    words = []
+    for page in PAGES:
+        for _, name, code in examples(page.read_text()):
+            file = tmp_path / f"{name.replace('-', '_')}.py"
+            file.write_text(code)
+            words += ["--plugin", str(file)]
+    return words
+
+
+@pytest.mark.parametrize("words", collected(lambda text: commands(text, "main.py")))
+def test_command_resolves(words, elsewhere, tmp_path, capsys):
+    if {word.partition("=")[0] for word in words} & {"--resume", "--from"}:
+        pytest.skip("needs a run of the reader's own")
+    before = sorted(tmp_path.iterdir())
+    words = [*words[: words.index("--plugin")], *words[words.index("--plugin") + 2 :]] if "--plugin" in words else words
+    extra = [] if {"--list", "--help", "-h"} & set(words) else ["--dry_run"]
+    assert run.main([*words, *elsewhere, *extra]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == before, "a dry run wrote something"
+
+
+MODULES = sorted(
+    {words[0] for page in PAGES for words in commands(page.read_text(), "-m ")} - {"pytest", "pip", "venv"}
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tool_exists_and_answers_help(module):
+    assert module.startswith("utils.")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr
+
+
+def sweeps(text):
+    return [words for words in commands(text, "-m ") if words[0] == "utils.sweep"]
+
+
+@pytest.mark.parametrize("words", collected(sweeps))
+def test_sweep_resolves(words):
+    from utils import sweep
+
+    jobs, workers, _ = sweep._prepare(words[1:])
+    assert jobs and workers >= 1
+
+
+@pytest.mark.parametrize("example", collected(examples))
+def test_example_trains_two_tasks(example, tmp_path, capsys):
+    selector, name, code = example
+    file = tmp_path / f"{name.replace('-', '_')}.py"
+    file.write_text(code)
+    chosen = {"model": "er", "dataset": "seq-synth", selector: name}
+    argv = [word for key, value in chosen.items() for word in (f"--{key}", value)]
+    argv += ["--plugin", str(file), "--debug_mode", "--stop_after", "2", "--results_path", str(tmp_path / "out")]
+    assert run.main(argv) == 0, capsys.readouterr().err
+    assert "Accuracy for 2 task(s)" in capsys.readouterr().out
+    summary = next((tmp_path / "out").rglob("summary.json")).read_text()
+    assert f'"{selector}": "{name}"' in summary and '"status": "finished"' in summary
+
+
+@pytest.mark.parametrize("example", collected(examples))
+def test_example_is_listed_with_its_first_line(example, tmp_path, capsys):
+    """Written into the house, the file says what it is, as every file of the house does."""
+    _, name, code = example
+    assert re.match(r'"""[^"\n]+', code), "no docstring"
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    assert run.main(["--list", "--plugin", str(file)]) == 0
+    assert re.search(rf"^  {re.escape(name)} ", capsys.readouterr().out, re.MULTILINE)

@@ -1,0 +1,820 @@
+"""Whole runs: what they leave on disk, that they repeat, and that stopping them changes nothing."""
+
+import json
+import math
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made import make_mnist
+from PIL import Image
+
+import utils
+from utils import checkpoint, evaluator, metrics, results, run
+from utils.arguments import resolve
+from utils.logs import Logs
+from utils.registry import ROOT
+from utils.trainer import Trainer, learning_rate
+
+SUMMARY = {
+    "model", "dataset", "optimizer", "backbone", "setting", "seed", "status", "metrics", "accuracy", "cost",
+    "config_hash", "notes",
+}  # fmt: skip
+COST = {"steps", "forward_rows", "backward_rows", "train_s", "eval_s", "wall_s", "peak_memory_mib"}
+METRICS = {
+    "final_average_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18", "forgetting_mammoth",
+    "bwt_gem17", "fwt_gem17",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_process_state(monkeypatch):
+    """Threads and the user's settings must not leak from test to test."""
+    monkeypatch.delenv("CONTINUAL_DATA", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unpictured(monkeypatch):
+    """Drawing takes longer than training here; what is drawn has tests of its own."""
+    monkeypatch.setattr(Logs, "finish", lambda self, summary: None)
+
+
+def start(folder, *argv, code=0):
+    """Runs a command line below `folder`; returns its run folder."""
+    before = set(Path(folder).rglob("config.json"))
+    assert run.main([*argv, "--results_path", str(folder)]) == code
+    (file,) = set(Path(folder).rglob("config.json")) - before
+    return file.parent
+
+
+def read(folder, name="summary.json"):
+    return json.loads((folder / name).read_text())
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder):
+    """metrics.jsonl without what the clock decides."""
+    return [{key: value for key, value in line.items() if not key.endswith("_per_s")} for line in lines_of(folder)]
+
+
+def identical(a, b):
+    """Bit for bit, through dicts and lists; NaN equals NaN."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(identical(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def trained(*argv):
+    """(accuracies and untrained row, weights and state) of a run that writes nothing."""
+    config = resolve([*argv, "--disable_log"])
+    trainer = run.build(config, torch.device("cpu"), None)
+    trainer.run()
+    return vars(trainer.progress), dict(trainer.method.state_dict())
+
+
+def write_plugin(folder, name, text):
+    file = folder / f"{name}.py"
+    file.write_text(text)
+    return str(file)
+
+
+# the run folder
+
+
+@pytest.fixture(scope="module")
+def mgser(tmp_path_factory):
+    """A finished run of mgser_sam with a point of the training curve at every second step."""
+    words = (
+        "--model",
+        "mgser_sam",
+        "--dataset",
+        "seq-synth",
+        "--log_every",
+        "2",
+        "--notes",
+        "a note",
+        "--threads",
+        "1",
+    )
+    return start(tmp_path_factory.mktemp("mgser"), *words)
+
+
+@pytest.fixture(scope="module")
+def events(mgser):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(mgser), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def test_the_run_folder_lies_where_the_design_says_and_has_every_file(mgser):
+    setting, dataset, model, name = mgser.parts[-4:]
+    assert (setting, dataset, model) == ("class-il", "seq-synth", "mgser_sam")
+    assert name.endswith(read(mgser, "config.json")["config_hash"])
+    names = {path.name for path in mgser.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "accuracy.json", "summary.json", "checkpoint"} <= names
+    assert {"accuracy_matrix.png", "accuracy_matrix_task-il.png", "curves.png"} <= names
+    assert any("tfevents" in name for name in names)
+    assert not list(mgser.rglob("*.new"))
+
+
+def test_config_has_value_and_origin_of_every_flag(mgser):
+    content = read(mgser, "config.json")
+    config = resolve(["--from", str(mgser)])
+    assert set(content["flags"]) == set(config.values)
+    assert all(set(entry) == {"value", "origin"} and entry["origin"] for entry in content["flags"].values())
+    assert content["flags"]["log_every"] == {"value": 2, "origin": "argv"}
+    assert content["flags"]["lr"] == {"value": 0.05, "origin": "dataset seq-synth"}
+    assert content["protocol"] >= 1 and content["config_hash"] == config.hash
+
+
+def test_environment_names_what_the_numbers_depend_on(mgser):
+    content = read(mgser, "environment.json")
+    assert content["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert content["device"] == ("cuda" if torch.cuda.is_available() else "cpu") and content["device_name"]
+    assert content["threads"] == 1 and content["cpus"] >= 1 and content["python"]
+    assert content["commit"] is None or len(content["commit"]) == 40
+
+
+def test_metrics_has_a_line_for_each_task_and_the_training_curve(mgser):
+    lines = lines_of(mgser)
+    tasks = [line for line in lines if "task" in line]
+    steps = [line for line in lines if "task" not in line]
+    assert [line["task"] for line in tasks] == list(range(5))
+    assert [line["step"] for line in steps] == list(range(2, 41, 2))
+    assert all({"train/loss", "train/lr", "train/images_per_s"} <= set(line) for line in steps)
+    assert [line["accuracy"]["class-il"] for line in tasks] == read(mgser)["accuracy"]["class-il"]
+    assert [line["step"] for line in tasks] == [8, 16, 24, 32, 40]
+    for count, line in enumerate(tasks, start=1):
+        for setting, average in line["average_accuracy"].items():
+            assert average == pytest.approx(sum(line["accuracy"][setting][:count]) / count, abs=1e-12)
+
+
+def test_accuracy_has_the_whole_matrix_and_the_untrained_row(mgser):
+    content, summary = read(mgser, "accuracy.json"), read(mgser)
+    assert content["accuracy"] == summary["accuracy"]
+    for setting in ("class-il", "task-il"):
+        assert np.array(content["accuracy"][setting]).shape == (5, 5)
+        assert len(content["untrained"][setting]) == 5
+        assert all(0 <= value <= 1 for row in content["accuracy"][setting] for value in row)
+    assert content["untrained"]["task-il"] != content["accuracy"]["task-il"][0]
+
+
+def test_summary_has_exactly_the_agreed_keys_and_right_numbers(mgser):
+    summary = read(mgser)
+    assert set(summary) == SUMMARY and set(summary["cost"]) == COST
+    assert set(summary["metrics"]) == set(summary["accuracy"]) == {"class-il", "task-il"}
+    assert summary["status"] == "finished" and summary["notes"] == "a note" and summary["seed"] == 0
+    assert (summary["optimizer"], summary["backbone"], summary["setting"]) == ("sam", "mnistmlp", "class-il")
+    untrained = read(mgser, "accuracy.json")["untrained"]
+    for setting, matrix in summary["accuracy"].items():
+        a = np.array(matrix)
+        found = summary["metrics"][setting]
+        assert set(found) == METRICS
+        assert found["final_average_accuracy"] == pytest.approx(a[-1].mean())
+        rows = [a[t, : t + 1].mean() for t in range(5)]
+        assert found["average_incremental_accuracy"] == pytest.approx(np.mean(rows))
+        assert found["forgetting_chaudhry18"] == pytest.approx((a[:-1].max(0) - a[-1])[:-1].mean())
+        assert found["bwt_gem17"] == pytest.approx((a[-1] - a.diagonal())[:-1].mean())
+        b = np.array(untrained[setting])
+        assert found["fwt_gem17"] == pytest.approx((np.diagonal(a, 1) - b[1:]).mean())
+
+
+def test_the_cost_counts_every_pass(mgser):
+    """SAM passes each row twice; DER++ adds two draws of 16, once there is a memory."""
+    cost = read(mgser)["cost"]
+    assert cost["steps"] == 40
+    assert cost["forward_rows"] == cost["backward_rows"] == 2 * (16 + 39 * 48)
+    assert 0 < cost["train_s"] <= cost["wall_s"] and cost["eval_s"] > 0 and cost["peak_memory_mib"] > 0
+
+
+def test_the_pictures_open(mgser):
+    for file in mgser.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.load()
+            assert min(picture.size) > 50
+    assert len(list(mgser.glob("*.png"))) == 4
+
+
+def test_tensorboard_has_the_agreed_tags(events):
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/loss_current", "train/loss_logits", "train/loss_labels"} <= tags
+    assert {"train/lr", "train/images_per_s", "accuracy/class-il", "accuracy/task-il"} <= tags
+    for setting in ("class-il", "task-il"):
+        assert {f"accuracy/{setting}/task_{task:02d}" for task in range(1, 6)} <= tags
+    assert {tag.rpartition("/")[2] for tag in tags if tag.startswith("metrics/")} == METRICS
+    assert {tag for tag in tags if tag.startswith("gradients/")} >= {
+        "gradients/cos_current_memory",
+        "gradients/norm_memory",
+    }
+    images = set(events.Tags()["images"])
+    assert {"accuracy_matrix", "accuracy_matrix_task-il"} <= images
+    assert events.Images("accuracy_matrix")[0].encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_the_numbers_of_the_run(events, mgser):
+    summary, steps = read(mgser), [line for line in lines_of(mgser) if "task" not in line]
+    losses = events.Scalars("train/loss")
+    assert [point.step for point in losses] == [line["step"] for line in steps]
+    assert [point.value for point in losses] == pytest.approx([line["train/loss"] for line in steps], rel=1e-6)
+    for j in range(5):
+        points = events.Scalars(f"accuracy/class-il/task_{j + 1:02d}")
+        assert [point.step for point in points] == [1, 2, 3, 4, 5]
+        assert [point.value for point in points] == pytest.approx([row[j] for row in summary["accuracy"]["class-il"]])
+    (final,) = events.Scalars("metrics/class-il/final_average_accuracy")
+    assert final.value == pytest.approx(summary["metrics"]["class-il"]["final_average_accuracy"])
+    assert [point.value for point in events.Scalars("train/lr")] == pytest.approx([0.05] * 20)
+
+
+def test_loss_terms_add_up_to_the_loss(mgser):
+    for line in lines_of(mgser):
+        if "task" not in line:
+            terms = [value for key, value in line.items() if key.startswith("train/loss_")]
+            assert sum(terms) == pytest.approx(line["train/loss"], rel=1e-5)
+
+
+def test_tensorboard_has_the_hyperparameters(events):
+    from tensorboard.plugins.hparams import metadata
+
+    assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(
+        events.summary_metadata
+    )
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert given["rho"].number_value == 0.05 and given["model"].string_value == "mgser_sam"
+
+
+def test_the_console_has_a_line_for_each_task_and_the_closing_table(tmp_path, capsys, unpictured):
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth")
+    out = capsys.readouterr().out
+    final = read(folder)["metrics"]
+    assert [f"Accuracy for {t} task(s): [Class-IL]: " in out for t in range(1, 6)] == [True] * 5
+    values = [f"{100 * final[setting]['final_average_accuracy']:.2f} %" for setting in ("class-il", "task-il")]
+    assert f"Accuracy for 5 task(s): [Class-IL]: {values[0]} [Task-IL]: {values[1]}" in out
+    assert all(name in out for name in METRICS)
+    assert "40 steps" in out and "1,264 rows forward" in out and str(folder) in out
+
+
+def test_two_equal_runs_at_one_time_get_folders_of_their_own(tmp_path, unpictured):
+    argv = ("--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "1")
+    assert len({start(tmp_path, *argv) for _ in range(3)}) == 3
+
+
+def test_every_json_file_is_put_in_place_whole(tmp_path, monkeypatch, unpictured):
+    placed, replace = [], os.replace
+
+    def watch(source, target):
+        if str(target).endswith(".json"):
+            json.loads(Path(source).read_text())
+        placed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--stop_after", "2", "--debug_mode")
+    assert {path.name for path in folder.glob("*.json")} | {"state.pt"} <= set(placed)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "summary.json"
+    results.write_json(file, {"a": 1})
+    with pytest.raises(ValueError):
+        results.write_json(file, {"a": math.nan})
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError):
+        results.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Logs, "finish", lambda self, summary: 1 / 0)
+    folder = start(tmp_path, "--model", "sgd", "--dataset", "seq-synth", "--debug_mode")
+    assert read(folder)["status"] == "finished" and "results are complete" in capsys.readouterr().err
+
+
+# every kind of run finishes
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_mnist(root, n_train=300, n_test=100)
+    return str(root)
+
+
+@pytest.mark.parametrize("model", ["er", "mgser_sam", "joint"])
+@pytest.mark.parametrize("dataset", ["perm-mnist", "rot-mnist"])
+def test_domain_incremental(model, dataset, mnist, tmp_path, unpictured):
+    argv = ("--model", model, "--dataset", dataset, "--base_path", mnist, "--n_tasks", "3", "--log_every", "1")
+    folder = start(tmp_path, *argv, "--lr", "0.02")
+    summary = read(folder)
+    assert list(summary["accuracy"]) == ["domain-il"] and set(summary["metrics"]["domain-il"]) == METRICS
+    assert np.array(summary["accuracy"]["domain-il"]).shape == ((1, 3) if model == "joint" else (3, 3))
+    assert folder.parts[-4:-1] == ("domain-il", dataset, model)
+
+
+@pytest.mark.parametrize("model", ["er", "derpp", "mgser_sam", "joint"])
+def test_general_continual(model, mnist, tmp_path, unpictured):
+    summary = read(start(tmp_path, "--model", model, "--dataset", "mnist-360", "--base_path", mnist, "--lr", "0.02"))
+    assert list(summary["accuracy"]) == ["general-continual"]
+    assert np.array(summary["accuracy"]["general-continual"]).shape == (1, 1)
+    assert summary["metrics"]["general-continual"]["forgetting_chaudhry18"] is None
+    assert summary["status"] == "finished" and summary["cost"]["steps"] > 10
+
+
+def test_pictures_of_a_run_with_one_task_and_of_a_joint_run(mnist, tmp_path):
+    for number, words in enumerate(
+        (("--dataset", "mnist-360"), ("--dataset", "perm-mnist", "--n_tasks", "2", "--joint"))
+    ):
+        folder = start(tmp_path / str(number), "--model", "er", *words, "--base_path", mnist, "--debug_mode")
+        assert read(folder)["status"] == "finished"
+        with Image.open(folder / "accuracy_matrix.png") as picture:
+            picture.load()
+
+
+def test_joint_is_one_row_and_only_its_average_is_defined(tmp_path, capsys, unpictured):
+    summary = read(start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--joint"))
+    row = summary["accuracy"]["class-il"][0]
+    found = summary["metrics"]["class-il"]
+    assert found.pop("final_average_accuracy") == pytest.approx(sum(row) / 5)
+    assert set(found.values()) == {None}
+    assert "Accuracy for 5 task(s)" in capsys.readouterr().out
+
+
+def test_start_from_and_stop_after_give_the_part_between(tmp_path, capsys, unpictured):
+    argv = ("--model", "er", "--dataset", "seq-synth", "--start_from", "1", "--stop_after", "4")
+    folder = start(tmp_path, *argv)
+    summary, out = read(folder), capsys.readouterr().out
+    matrix = np.array(summary["accuracy"]["task-il"])
+    assert matrix.shape == (3, 5) and read(folder, "accuracy.json")["tasks"] == [1, 2, 3]
+    square = matrix[:, 1:4]
+    untrained = np.array(read(folder, "accuracy.json")["untrained"]["task-il"])[1:4]
+    assert summary["metrics"]["task-il"] == metrics.summarize(square.tolist(), untrained.tolist())
+    assert summary["metrics"]["task-il"]["final_average_accuracy"] == pytest.approx(square[-1].mean())
+    assert [line["task"] for line in lines_of(folder) if "task" in line] == [1, 2, 3]
+    table = out.split("after task (row)")[1].splitlines()[2:5]
+    assert [row.split()[0] for row in table] == ["2", "3", "4"], "rows are named after the tasks that were trained"
+
+
+def test_stop_after_trains_the_first_tasks_as_the_whole_run_does():
+    argv = ("--model", "er", "--dataset", "seq-synth")
+    whole, part = trained(*argv)[0], trained(*argv, "--stop_after", "2")[0]
+    assert part["accuracy"]["class-il"] == whole["accuracy"]["class-il"][:2]
+
+
+def test_dry_run_and_disable_log_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", "er", "--dataset", "seq-synth", "--debug_mode"]
+    assert run.main([*argv, "--dry_run"]) == 0
+    assert run.main([*argv, "--disable_log"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_rates_of_the_schedulers(tmp_path, unpictured):
+    argv = ["--model", "sgd", "--dataset", "seq-synth", "--lr", "0.08", "--n_epochs", "4"]
+    steps = resolve([*argv, "--lr_scheduler", "multistep", "--lr_milestones", "1,3", "--lr_gamma", "0.5"])
+    assert [learning_rate(steps, epoch) for epoch in range(4)] == pytest.approx([0.08, 0.04, 0.04, 0.02])
+    cosine = resolve([*argv, "--lr_scheduler", "cosine"])
+    expected = [0.04 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
+    assert [learning_rate(cosine, epoch) for epoch in range(4)] == pytest.approx(expected)
+    words = ("--n_tasks", "2", "--lr_scheduler", "multistep", "--lr_milestones", "1", "--log_every", "20")
+    folder = start(tmp_path, *argv[:4], "--n_epochs", "2", "--lr", "0.08", *words)
+    rates = [line["train/lr"] for line in lines_of(folder) if "train/lr" in line]
+    assert rates == pytest.approx([0.08, 0.008, 0.08, 0.008]), "each task starts anew"
+
+
+# repeatability
+
+
+@pytest.mark.parametrize("model", ["er", "derpp", "mgser_sam"])
+def test_one_seed_gives_one_run_whatever_ran_before(model):
+    argv = ("--model", model, "--dataset", "seq-synth")
+    first = trained(*argv)
+    trained("--model", "er_sam", "--dataset", "seq-digits", "--seed", "3", "--debug_mode", "--batch_size", "7")
+    torch.rand(5), np.random.rand(5)
+    assert identical(trained(*argv), first)
+
+
+def test_what_is_logged_does_not_change_the_run(tmp_path, unpictured):
+    argv = ("--model", "mgser_sam", "--dataset", "seq-synth")
+    folder = start(tmp_path, *argv, "--log_every", "1", "--checkpoint_minutes", "1e-9")
+    assert read(folder)["accuracy"] == trained(*argv)[0]["accuracy"]
+    assert identical(checkpoint.load(folder / "checkpoint")["method"], trained(*argv)[1])
+
+
+def test_different_seeds_differ_in_weights_data_order_and_accuracy():
+    argv = ("--model", "er", "--dataset", "seq-synth", "--augmentation", "0")
+    runs = [trained(*argv, "--seed", str(seed)) for seed in range(3)]
+    assert len({json.dumps(progress["accuracy"]) for progress, _ in runs}) == 3
+    assert len({json.dumps(progress["untrained"]) for progress, _ in runs}) == 3
+
+
+def test_runs_in_one_process_do_not_share_threads(tmp_path):
+    """`--threads 0` leaves the number to torch, not to the run before."""
+    torch.set_num_threads(2)
+    trained("--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--threads", "1")
+    run.main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--threads", "1", "--disable_log"])
+    run.main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--disable_log"])
+    assert torch.get_num_threads() == 2
+
+
+# stopping and going on
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Sends this process a signal after a number of steps from now."""
+    advance = Logs.advance
+
+    def arm(step, number=signal.SIGTERM):
+        done = 0
+
+        def counted(self, images):
+            nonlocal done
+            done += 1
+            advance(self, images)
+            if done == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(Logs, "advance", counted)
+
+    yield arm
+    monkeypatch.setattr(Logs, "advance", advance)
+
+
+def assert_same_run(a, b):
+    """Accuracies, curves, weights, buffer, momentum and generators of two run folders, bit for bit."""
+    one, two = read(a), read(b)
+    for key in ("status", "metrics", "accuracy", "config_hash"):
+        assert one[key] == two[key], key
+    assert [one["cost"][key] == two["cost"][key] for key in ("steps", "forward_rows", "backward_rows")] == [True] * 3
+    assert timeless(a) == timeless(b)
+    assert read(a, "accuracy.json") == read(b, "accuracy.json")
+    first, second = checkpoint.load(a / "checkpoint"), checkpoint.load(b / "checkpoint")
+    for key in ("method", "optimizer", "order", "random", "progress", "stream"):
+        assert identical(first[key], second[key]), key
+
+
+TWO_EPOCHS = ("--n_epochs", "2", "--stop_after", "3")  # 8 steps an epoch, 16 a task, 48 in all
+CASES = [
+    pytest.param("er", TWO_EPOCHS, 1, id="er-first-step"),
+    pytest.param("er", TWO_EPOCHS, 8, id="er-last-step-of-an-epoch"),
+    pytest.param("er", TWO_EPOCHS, 16, id="er-last-step-of-a-task"),
+    pytest.param("er", TWO_EPOCHS, 17, id="er-first-step-of-a-task"),
+    pytest.param("er", TWO_EPOCHS, 48, id="er-very-last-step"),
+    pytest.param("sgd", TWO_EPOCHS, 11, id="sgd-second-epoch"),
+    pytest.param("derpp", TWO_EPOCHS, 5, id="derpp-inside-task-1"),
+    pytest.param("derpp", TWO_EPOCHS, 29, id="derpp-second-epoch-of-task-2"),
+    pytest.param("er", (*TWO_EPOCHS, "--augmentation", "0"), 21, id="er-not-augmented"),
+    pytest.param("er", (*TWO_EPOCHS, "--optimizer", "adam"), 21, id="er-adam"),
+    pytest.param("er", ("--n_epochs", "2", "--joint"), 50, id="er-joint"),
+    pytest.param(
+        "mgser_sam",
+        (*TWO_EPOCHS, "--optim_mom", "0.9", "--lr_scheduler", "multistep", "--lr_milestones", "1", "--lr", "0.02"),
+        43, id="mgser_sam-last-task-momentum-multistep",
+    ),
+    pytest.param(
+        "mgser_sam", (*TWO_EPOCHS, "--lr_scheduler", "cosine", "--optim_mom", "0.9", "--lr", "0.02"), 13,
+        id="mgser_sam-second-epoch-cosine",
+    ),
+    pytest.param(
+        "derpp", ("--backbone", "reduced-resnet18", "--debug_mode", "--stop_after", "2", "--batch_size", "4",
+                  "--minibatch_size", "4"), 7, id="derpp-batchnorm",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, words, step", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one(model, words, step, tmp_path, interrupt, unpictured, capsys):
+    argv = ("--model", model, "--dataset", "seq-synth", *words, "--log_every", "3")
+    whole = start(tmp_path / "whole", *argv)
+    interrupt(step)
+    part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)
+    assert f"--resume {part}" in capsys.readouterr().err
+    assert read(part)["status"] == "interrupted" and read(part)["cost"]["steps"] == step
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_resuming_anywhere_in_an_epoch_that_is_augmented_in_chunks(step, tmp_path, interrupt, unpictured, monkeypatch):
+    """As on larger images, where an epoch does not fit into one call: here chunks of 3, 3 and 2 batches."""
+    monkeypatch.setattr(evaluator, "CPU_BYTES", 50 * 4 * 3 * 8 * 8)
+    argv = ("--model", "er", "--dataset", "seq-synth", "--stop_after", "2", "--log_every", "1")
+    whole = start(tmp_path / "whole", *argv)
+    interrupt(step)
+    part = start(tmp_path / "part", *argv, code=143)
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+def test_the_chunks_of_the_test_above_are_chunks(monkeypatch):
+    monkeypatch.setattr(evaluator, "CPU_BYTES", 50 * 4 * 3 * 8 * 8)
+    trainer = run.build(resolve(["--model", "er", "--dataset", "seq-synth"]), torch.device("cpu"), None)
+    _, ends = trainer.stream._plan(trainer.benchmark[0].train)
+    chunks = trainer.stream._chunks(ends, (3, 8, 8))
+    assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 3), (3, 6), (6, 8)]
+
+
+def test_a_run_that_is_interrupted_again_and_again(tmp_path, interrupt, unpictured):
+    argv = ("--model", "derpp", "--dataset", "seq-synth", *TWO_EPOCHS, "--log_every", "1")
+    whole = start(tmp_path / "whole", *argv)
+    interrupt(7)
+    part = start(tmp_path / "part", *argv, code=143)
+    for code in (143, 143, 143, 143, 143, 0):
+        interrupt(7)
+        assert run.main(["--resume", str(part)]) == code
+    assert_same_run(whole, part)
+
+
+def test_ctrl_c_is_answered_with_a_checkpoint_as_well(tmp_path, interrupt, unpictured):
+    argv = ("--model", "er", "--dataset", "seq-synth", "--stop_after", "2")
+    interrupt(3, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    folder = start(tmp_path, *argv, code=130)
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 3
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("step", [1, 10, 19])
+def test_a_stream_without_boundaries_resumes(step, mnist, tmp_path, interrupt, unpictured):
+    argv = ("--model", "derpp", "--dataset", "mnist-360", "--base_path", mnist, "--log_every", "1", "--lr", "0.02")
+    whole = start(tmp_path / "whole", *argv)
+    assert read(whole)["cost"]["steps"] == 19
+    interrupt(step)
+    part = start(tmp_path / "part", *argv, code=143)
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+SIGNALLING = """
+import signal
+from models.derpp import DerPP
+from utils.registry import METHODS
+
+@METHODS.register("told_to_stop")
+class ToldToStop(DerPP):
+    stop_at = None
+
+    def loss(self, *blocks):
+        if self.buffer.num_seen == ToldToStop.stop_at:
+            ToldToStop.stop_at = None
+            signal.raise_signal(signal.SIGTERM)
+        return super().loss(*blocks)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, unpictured):
+    from utils.registry import METHODS
+
+    file = write_plugin(tmp_path, "told_to_stop", SIGNALLING)
+    argv = ("--model", "told_to_stop", "--plugin", file, "--dataset", "seq-synth", "--optimizer", "sam", *TWO_EPOCHS)
+    whole = start(tmp_path / "whole", *argv, "--log_every", "1")
+    METHODS.load("told_to_stop").stop_at = 20 * 16
+    part = start(tmp_path / "part", *argv, "--log_every", "1", code=143)
+    assert read(part)["cost"]["steps"] == 21
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+def test_a_run_that_ended_between_two_tasks_goes_on(tmp_path, monkeypatch, unpictured):
+    argv = ("--model", "mgser_sam", "--dataset", "seq-synth", "--optim_mom", "0.9", "--lr", "0.02", "--log_every", "3")
+    whole = start(tmp_path / "whole", *argv)
+    train_task = Trainer._train_task
+
+    def dies(self, task):
+        if task.index == 3:
+            raise OSError("pulled the plug")
+        train_task(self, task)
+
+    monkeypatch.setattr(Trainer, "_train_task", dies)
+    with pytest.raises(OSError, match="pulled the plug"):
+        run.main([*argv, "--results_path", str(tmp_path / "part")])
+    monkeypatch.setattr(Trainer, "_train_task", train_task)
+    (file,) = (tmp_path / "part").rglob("config.json")
+    part = file.parent
+    summary = read(part)
+    assert summary["status"] == "crashed" and len(summary["accuracy"]["class-il"]) == 3
+    assert summary["accuracy"]["class-il"] == read(whole)["accuracy"]["class-il"][:3]
+    assert read(part, "accuracy.json")["tasks"] == [0, 1, 2]
+    assert [line["task"] for line in lines_of(part) if "task" in line] == [0, 1, 2]
+    assert set(summary) == SUMMARY and set(summary["metrics"]["class-il"]) == METRICS
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+MORTAL = """
+from models.er import ER
+from utils.registry import METHODS
+
+@METHODS.register("mortal")
+class Mortal(ER):
+    dies_at = None
+
+    def remember(self, batch, loss):
+        super().remember(batch, loss)
+        if self.buffer.num_seen == Mortal.dies_at:
+            raise OSError("pulled the plug")
+"""
+
+
+def test_a_crash_inside_a_task_keeps_the_finished_ones_and_can_be_resumed(tmp_path, unpictured):
+    """What was logged after the last checkpoint is written anew, not twice."""
+    from utils.registry import METHODS
+
+    file = write_plugin(tmp_path, "mortal", MORTAL)
+    argv = ("--model", "mortal", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1")
+    whole = start(tmp_path / "whole", *argv)
+    METHODS.load("mortal").dies_at = 21 * 16
+    with pytest.raises(OSError, match="pulled the plug"):
+        run.main([*argv, "--results_path", str(tmp_path / "part")])
+    (config,) = (tmp_path / "part").rglob("config.json")
+    part = config.parent
+    assert read(part)["status"] == "crashed" and len(read(part)["accuracy"]["task-il"]) == 2
+    assert read(part)["accuracy"]["task-il"] == read(whole)["accuracy"]["task-il"][:2]
+    assert lines_of(part)[-1]["step"] == 20
+    METHODS.load("mortal").dies_at = None
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+def test_tensorboard_of_a_resumed_run_has_each_point_once(tmp_path, interrupt):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from utils.registry import METHODS
+
+    file = write_plugin(tmp_path, "mortal", MORTAL)
+    argv = ("--model", "mortal", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1", "--stop_after", "3")
+    run.load_plugin(file)
+    METHODS.load("mortal").dies_at = 21 * 16
+    with pytest.raises(OSError):
+        run.main([*argv, "--results_path", str(tmp_path)])
+    (config,) = tmp_path.rglob("config.json")
+    METHODS.load("mortal").dies_at = None
+    assert run.main(["--resume", str(config.parent)]) == 0
+    events = EventAccumulator(str(config.parent), size_guidance={"scalars": 0}).Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 25))
+    assert [point.step for point in events.Scalars("accuracy/class-il/task_03")] == [1, 2, 3]
+
+
+def test_a_crash_before_the_first_task_ends_leaves_a_readable_summary(tmp_path, unpictured):
+    from utils.registry import METHODS
+
+    file = write_plugin(tmp_path, "mortal", MORTAL)
+    run.load_plugin(file)
+    METHODS.load("mortal").dies_at = 3 * 16
+    with pytest.raises(OSError, match="pulled the plug"):
+        run.main(["--model", "mortal", "--dataset", "seq-synth", "--results_path", str(tmp_path)])
+    (summary,) = tmp_path.rglob("summary.json")
+    assert read(summary.parent)["status"] == "crashed" and read(summary.parent)["accuracy"] == {}
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    assert run.main(list(argv)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_a_run_without_checkpoint_cannot_be_resumed(tmp_path, capsys, unpictured):
+    folder = start(tmp_path, "--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "1")
+    (folder / "checkpoint" / "state.pt").unlink()
+    assert "--from" in refused(capsys, "--resume", str(folder))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "half", "keys"])
+def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys, unpictured):
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2")
+    file = folder / "checkpoint" / "state.pt"
+    content = file.read_bytes()
+    if damage == "keys":
+        torch.save({"method": {}}, file)
+    else:
+        file.write_bytes(
+            {"cut": content[:-200], "empty": b"", "foreign": b"hello", "half": content[: len(content) // 2]}[damage]
+        )
+    before = {path: path.read_bytes() for path in folder.glob("*.json*")}
+    line = refused(capsys, "--resume", str(folder))
+    assert str(file) in line and "--from" in line
+    assert before == {path: path.read_bytes() for path in folder.glob("*.json*")}
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path, capsys, unpictured):
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2")
+    content = read(folder, "config.json")
+    content["flags"]["hidden"]["value"] = 50
+    (folder / "config.json").write_text(json.dumps(content))
+    assert "state.pt" in refused(capsys, "--resume", str(folder))
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path, capsys, unpictured):
+    folder = start(tmp_path, "--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "1")
+    before = (folder / "summary.json").read_bytes()
+    assert "finished" in refused(capsys, "--resume", str(folder))
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_resume_changes_nothing_that_could_change_a_number(tmp_path, capsys, interrupt, unpictured):
+    interrupt(3)
+    argv = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--stop_after", "1")
+    folder = start(tmp_path, *argv, code=143)
+    for words in (("--lr", "0.2"), ("--seed", "0"), ("--results_path", "x"), ("--disable_log",)):
+        assert f"{words[0]} cannot be changed" in refused(capsys, "--resume", str(folder), *words)
+    assert run.main(["--resume", str(folder), "--non_verbose", "--threads", "1", "--device", "cpu"]) == 0
+
+
+def test_a_run_without_folder_can_be_interrupted(interrupt, capsys):
+    interrupt(2)
+    assert run.main(["--model", "er", "--dataset", "seq-synth", "--disable_log"]) == 143
+    assert "interrupted at step 2" in capsys.readouterr().err
+
+
+# runs that fail
+
+
+@pytest.mark.parametrize("words", [("--log_every", "1"), ()], ids=["logged-often", "logged-never"])
+def test_a_run_that_diverges_says_so(words, tmp_path, capsys, unpictured):
+    """However seldom it logs: 40 steps are fewer than --log_every."""
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--lr", "1e6", *words, code=1)
+    err = capsys.readouterr().err
+    assert err.startswith("failed: the loss is") and "--lr" in err and len(err.splitlines()) == 1
+    assert read(folder)["status"] == "diverged" and set(read(folder)) == SUMMARY
+
+
+def test_a_run_that_diverges_in_its_second_task_keeps_the_first(tmp_path, capsys, unpictured):
+    text = (
+        "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
+        "@METHODS.register('late')\nclass Late(ER):\n    def loss(self, joint):\n        loss = super().loss(joint)\n"
+        "        bad = float('nan') if self.buffer.num_seen > 12 * 16 else 1.0\n"
+        "        return Loss({name: rows * bad for name, rows in loss.rows.items()})\n"
+    )
+    file = write_plugin(tmp_path, "late", text)
+    argv = ("--model", "late", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1")
+    summary = read(start(tmp_path / "out", *argv, code=1))
+    assert summary["status"] == "diverged" and len(summary["accuracy"]["class-il"]) == 1
+    assert "nan at step 14" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_built_leaves_no_folder(tmp_path):
+    text = (
+        "from models.er import ER\nfrom utils.registry import METHODS\n@METHODS.register('unbuilt')\n"
+        "class Unbuilt(ER):\n    def __init__(self, *args):\n        raise RuntimeError('a mistake in a plugin')\n"
+    )
+    argv = ["--model", "unbuilt", "--plugin", write_plugin(tmp_path, "unbuilt", text), "--dataset", "seq-synth"]
+    with pytest.raises(RuntimeError, match="a mistake in a plugin"):
+        run.main([*argv, "--results_path", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").rglob("config.json"))
+
+
+# offline
+
+OFFLINE = """
+import importlib, socket, sys
+
+class Refused(socket.socket):
+    def __new__(cls, *args, **kwargs):
+        raise AssertionError("opened a socket")
+
+def refuse(*args, **kwargs):
+    raise AssertionError("asked for an address")
+
+socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
+from utils.run import main
+assert main(["--list"]) == 0
+for module in MODULES:
+    importlib.import_module(module)
+assert main(["--model", "mgser_sam", "--dataset", "seq-synth", "--debug_mode", "--results_path", sys.argv[1]]) == 0
+try:
+    socket.socket()
+except AssertionError:
+    print("offline to the end")
+"""
+
+
+def test_nothing_opens_a_socket(tmp_path):
+    """Importing every module, listing, and a whole run."""
+    modules = [f"utils.{module.name}" for module in pkgutil.iter_modules(utils.__path__)]
+    for folder in ("models", "datasets", "backbone", "utils/optim"):
+        modules += [f"{folder.replace('/', '.')}.{path.stem}" for path in sorted((ROOT / folder).glob("*.py"))]
+    code = f"MODULES = {[name for name in modules if not name.endswith('__init__')]}\n{OFFLINE}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "offline to the end"
