@@ -16,7 +16,7 @@ from utils.registry import BACKBONES
 class MnistMlp(nn.Module):
     @dataclass(frozen=True)
     class Args:
-        hidden: int = flag(100, "units of each hidden layer of the MLP", low=1)
+        hidden: int = flag(100, "units of each hidden layer of the MLP", low=1, high=10**5)
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, args: Args):
         super().__init__()

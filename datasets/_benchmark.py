@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import seeding
+from utils.errors import DataError
 
 Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 
@@ -109,11 +110,13 @@ class Benchmark(Sequence[Task]):
         """Problems of this benchmark with a configuration, one line each; called before any data is loaded."""
         problems = []
         if config.start_from >= config.n_tasks:
-            problems.append(f"--start_from must be less than the {config.n_tasks} tasks, got {config.start_from}.")
+            problems.append(
+                f"--start_from must be less than the {config.n_tasks} tasks, got {config.start_from}. Give less."
+            )
         if config.stop_after is not None and not config.start_from < config.stop_after <= config.n_tasks:
             problems.append(
                 f"--stop_after must lie between start_from + 1 = {config.start_from + 1} and the number of tasks "
-                f"{config.n_tasks}, got {config.stop_after}."
+                f"{config.n_tasks}, got {config.stop_after}. Give a number in between."
             )
         return problems + cls.check_classes(config)
 
@@ -163,6 +166,10 @@ class Benchmark(Sequence[Task]):
     def test_split(self, index: int) -> Split:
         if index not in self._tests:
             self._tests[index] = self.make_test(index)
+            if len(self._tests[index]) == 0:
+                raise DataError(
+                    f"{self.name}: task {index + 1} has no test images. Use larger data, or no --validation."
+                )
         return self._tests[index]
 
     def make_test(self, index: int) -> Split:

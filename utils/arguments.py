@@ -46,10 +46,10 @@ class EngineArgs:
     dataset: str = flag(None, "the benchmark (see --list)")
     backbone: str = flag(None, "the network; default: the benchmark's")
     optimizer: str = flag(None, "the optimizer, plain or sharpness-aware; default: the method's")
-    lr: float = flag(0.1, "learning rate", above=0)
-    n_epochs: int = flag(1, "epochs over each task", low=1)
-    batch_size: int = flag(32, "images of the stream in a step", low=1)
-    optim_wd: float = flag(0.0, "weight decay of the base optimizer", low=0)
+    lr: float = flag(0.1, "learning rate", above=0, high=1e6)
+    n_epochs: int = flag(1, "epochs over each task", low=1, high=10**6)
+    batch_size: int = flag(32, "images of the stream in a step", low=1, high=10**6)
+    optim_wd: float = flag(0.0, "weight decay of the base optimizer", low=0, high=1e6)
     lr_scheduler: str = flag(
         "none",
         "learning rate over a task's epochs; starts anew with each task",
@@ -80,7 +80,7 @@ class EngineArgs:
         "auto", "where the images live: 'device', 'cpu', or auto (on the device where they fit)",
         choices=("auto", "cpu", "device"), result=False,
     )  # fmt: skip
-    threads: int = flag(0, "CPU threads of a run; 0 leaves it to torch", low=0, result=False)
+    threads: int = flag(0, "CPU threads of a run; 0 leaves it to torch", low=0, high=4096, result=False)
     base_path: str = flag("./data", "folder of the data sets (default also from $CONTINUAL_DATA)", result=False)
     results_path: str = flag("./results", "folder of the run folders", result=False)
     notes: str = flag("", "free text, kept in the run's files", result=False)
@@ -136,6 +136,18 @@ class Flag:
         if not math.isfinite(value):
             raise ValueError(f"expects a finite number, got '{word}'")
         return value
+
+    def from_json(self, value: Any) -> Any:
+        """A value that was read from a file; raises ValueError where its type is not the flag's."""
+        if value is None and (self.optional or self.default is None):
+            return None
+        if self.many != isinstance(value, list):
+            raise ValueError(f"expects {'a list' if self.many else 'one value'}, got {json.dumps(value)}")
+        for item in value if self.many else [value]:
+            right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
+            if not right or (isinstance(item, bool) and self.kind is not bool):
+                raise ValueError(f"expects {self.kind.__name__}, got {json.dumps(item)}")
+        return tuple(value) if self.many else self.kind(value)
 
     def check(self, value: Any) -> str | None:
         """What is wrong with a value, or None."""
@@ -318,7 +330,8 @@ def resolve_request(request: Request) -> Config:
     file_values, plugins, origin = {}, request.plugins, ""
     if request.source is not None:
         file_values, file_plugins, origin = read_config_file(request.source)
-        plugins = tuple(dict.fromkeys(file_plugins + plugins))
+        plugins = file_plugins + plugins
+    plugins = tuple(dict.fromkeys(str(Path(plugin).expanduser().resolve()) for plugin in plugins))
     for plugin in plugins:
         load_plugin(plugin)
 
@@ -354,15 +367,18 @@ def resolve_request(request: Request) -> Config:
         for name in file_values.keys() - flags.keys():
             if selectors_kept:
                 problems.append(f"{origin} has the flag '{name}', which does not exist (any more).")
-        values_of_file = {name: _from_json(flags[name], value) for name, value in file_values.items() if name in flags}
-        for name in SELECTORS:
-            values_of_file.pop(name, None)
+        values_of_file = {}
+        for name in (file_values.keys() & flags.keys()) - SELECTORS.keys():
+            try:
+                values_of_file[name] = flags[name].from_json(file_values[name])
+            except ValueError as error:
+                problems.append(f"{origin}: '{name}' {error}. {_remedy(flags[name])}")
         put(values_of_file, f"from {origin}")
     put({name: value for name, value in given.items() if name not in SELECTORS}, "argv")
     for name in SELECTORS:
         if name in request.words:
             origins[name] = "argv"
-        elif name in file_values and canonical(file_values[name]) == canonical(values[name]):
+        elif name in file_values and canonical(str(file_values[name])) == canonical(values[name]):
             origins[name] = f"from {origin}"
 
     bad = {line.split()[0] for line in problems}
@@ -399,7 +415,7 @@ def _choose(request: Request, file_values: dict) -> tuple[dict[str, type], list[
         elif words is not None:
             load(selector, words[0])
         elif selector in file_values:
-            load(selector, file_values[selector])
+            load(selector, str(file_values[selector]))
         elif selector in ("model", "dataset"):
             problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.names())}.")
     if chosen["dataset"] and chosen["backbone"] is None and "backbone" not in request.words:
@@ -474,10 +490,6 @@ def _published(chosen: dict[str, type], buffer_size: int | None, flags: dict[str
     return row
 
 
-def _from_json(flag_: Flag, value: Any) -> Any:
-    return tuple(value) if flag_.many else value
-
-
 def _check_together(config: Config) -> list[str]:
     """Flags that are right one by one but not together."""
     problems = []
@@ -487,6 +499,13 @@ def _check_together(config: Config) -> list[str]:
 
     if config.lr_scheduler == "multistep" and not config.lr_milestones:
         problems.append("--lr_scheduler multistep needs --lr_milestones, got none. Give epochs, e.g. 35,45.")
+    late = [epoch for epoch in config.lr_milestones if epoch >= config.n_epochs]
+    if late and argv("lr_milestones"):
+        problems.append(
+            f"--lr_milestones {late[0]} is never reached: --n_epochs is {config.n_epochs}. Give earlier ones."
+        )
+    if config.lr_scheduler == "cosine" and config.n_epochs == 1:
+        problems.append("--lr_scheduler cosine has no effect in 1 epoch. Give a larger --n_epochs.")
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
             problems.append(f"--{name} has no effect with --lr_scheduler {config.lr_scheduler}. Use multistep.")
@@ -494,6 +513,7 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
     if config.permute_classes and config.custom_class_order:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
-    if config.joint and (config.start_from or config.stop_after):
-        problems.append("--joint trains all tasks at once: --start_from and --stop_after do not fit. Drop them.")
+    jointly = config.joint or config.learner.trains_jointly
+    if jointly and (config.start_from or config.stop_after):
+        problems.append("Joint training trains all tasks at once: --start_from and --stop_after do not fit. Drop them.")
     return problems

@@ -81,7 +81,7 @@ class Augment:
         for transform in self.on_bytes:
             transform.to(device)
             transform.set_rng_device_and_dtype(torch.device(device), torch.float32)
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors name it
         self.mean = None if mean is None else torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self.std = None if std is None else torch.tensor(std, device=device).view(1, -1, 1, 1)
 

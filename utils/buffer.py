@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.errors import UsageError
 from utils.seeding import generator_state, set_generator_state
 
 
@@ -74,10 +75,16 @@ class Buffer:
                 column.copy_(state["columns"][name])
 
     def _allocate(self, like: dict[str, Tensor]) -> None:
-        self.columns = {
-            name: torch.empty((self.capacity, *rows.shape[1:]), dtype=rows.dtype, device=self.device)
-            for name, rows in like.items()
-        }
+        try:
+            self.columns = {
+                name: torch.empty((self.capacity, *rows.shape[1:]), dtype=rows.dtype, device=self.device)
+                for name, rows in like.items()
+            }
+        except RuntimeError:  # torch's way of saying that memory is short
+            size = sum(rows[:1].nbytes for rows in like.values()) * self.capacity / 2**30
+            raise UsageError(
+                f"--buffer_size {self.capacity} needs {size:,.1f} GiB on {self.device}, more than there is. Give less."
+            ) from None
 
     def _index(self, positions: Any) -> Tensor:
         index = torch.as_tensor(positions, dtype=torch.int64)

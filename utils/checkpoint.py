@@ -19,14 +19,22 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     os.replace(fresh, folder / FILE)
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, config_hash: str) -> dict[str, Any]:
+    """The state that a run with this configuration has saved; raises `UsageError` if there is none that fits."""
     file = folder / FILE
     if not file.is_file():
         raise UsageError(
             f"{file} does not exist: this run was stopped before its first checkpoint. Repeat it with --from instead."
         )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        saved_hash = state["config_hash"]
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).split("\n")[0]
         raise UsageError(f"{file} is damaged ({reason}). Repeat the run with --from instead.") from error
+    if saved_hash != config_hash:
+        raise UsageError(
+            f"{file} belongs to the configuration {saved_hash}, config.json is {config_hash}: it was edited. "
+            "Start a new run with --from instead."
+        )
+    return state

@@ -28,10 +28,11 @@ class Evaluator:
 
         `classes_seen` outputs compete in class-il if the evaluator was built with class_il_argmax 'seen'.
         """
-        was_training = method.training
+        modes = [(module, module.training) for module in method.modules()]
         method.eval()
         counts = [self._count(method, task, classes_seen) for task in self.benchmark]
-        method.train(was_training)
+        for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
+            module.training = was_training
         correct = torch.stack(counts).tolist()  # (T, settings); the one wait for the device
         sizes = [len(task.test) for task in self.benchmark]
         return {

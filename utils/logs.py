@@ -81,8 +81,8 @@ class Logs:
                 self.writer.add_scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
         self.folder.append_metrics({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Pictures, hparams and final metrics into the folder and TensorBoard."""
+    def finish(self, summary: dict[str, Any], tasks: list[int], joint: bool) -> None:
+        """Pictures, hparams and final metrics into the folder and TensorBoard. `tasks`: those trained, from 0."""
         if self.folder is None:
             return
         from utils import pictures  # matplotlib is slow to import
@@ -96,12 +96,13 @@ class Logs:
         title = f"{summary['model']} on {summary['dataset']}"
         for index, (setting, matrix) in enumerate(summary["accuracy"].items()):
             suffix = "" if index == 0 else f"_{setting}"
-            figure = pictures.accuracy_matrix(matrix, f"{title}, {WRITTEN[setting]}")
+            figure = pictures.accuracy_matrix(matrix, f"{title}, {WRITTEN[setting]}", None if joint else tasks)
             pictures.save(figure, self.folder.path / f"accuracy_matrix{suffix}.png")
             image = pictures.to_array(figure)
             self.writer.add_image(f"accuracy_matrix{suffix}", image, dataformats="HWC")
             if len(matrix) > 1:
-                figure = pictures.curves(matrix, f"{title}, {WRITTEN[setting]}")
+                trained = [[row[task] for task in tasks] for row in matrix]
+                figure = pictures.curves(trained, f"{title}, {WRITTEN[setting]}")
                 pictures.save(figure, self.folder.path / f"curves{suffix}.png")
                 self.writer.add_image(f"curves{suffix}", pictures.to_array(figure), dataformats="HWC")
         self._hparams(finals)

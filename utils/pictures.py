@@ -21,8 +21,9 @@ SERIES = ("#2b6cb0", "#dd8452", "#4c9f70", "#8c6bb1", "#c44e52", "#64748b")
 MAX_NUMBERED = 12  # tasks up to which a cell is wide enough for its number
 
 
-def accuracy_matrix(matrix: Matrix, title: str) -> "Figure":
-    """The matrix as a heat map, 0..100 %. A joint run's 1xT matrix is one row."""
+def accuracy_matrix(matrix: Matrix, title: str, tasks: Sequence[int] | None = None) -> "Figure":
+    """The matrix as a heat map, 0..100 %. `tasks` (counted from 0) are those that the rows stand for, if not the first
+    ones; without it a 1xT matrix is a joint run's."""
     from matplotlib.patches import Rectangle
 
     percent = _percent(matrix)
@@ -41,10 +42,10 @@ def accuracy_matrix(matrix: Matrix, title: str) -> "Figure":
     size = 9 if columns <= MAX_NUMBERED else 8
     axes.set_xticks(range(columns), [str(j + 1) for j in range(columns)], fontsize=size)
     axes.set_xlabel("accuracy on task")
-    if rows == 1 and columns > 1:
+    if rows == 1 and columns > 1 and tasks is None:
         axes.set_yticks([0], ["end of\ntraining"], fontsize=size)
     else:
-        axes.set_yticks(range(rows), [str(t + 1) for t in range(rows)], fontsize=size)
+        axes.set_yticks(range(rows), [str(t + 1) for t in (range(rows) if tasks is None else tasks)], fontsize=size)
         axes.set_ylabel("after training task")
     axes.set_title(title, fontsize=11, wrap=True)
     beside = axes.inset_axes([1 + 0.18 / (cell * columns), 0, 0.16 / (cell * columns), 1])  # as high as the matrix

@@ -1,9 +1,12 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
+import json
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.arguments import (
@@ -68,28 +71,38 @@ def train(config: Config) -> int:
 
     device = resolve_device(config.device)
     folder = None if config.disable_log else RunFolder.create(config)
+    with cpu_threads(config.threads):
+        try:
+            trainer = build(config, device, folder)
+        except BaseException:
+            if folder is not None:  # nothing has been computed: no trace of a run that never began
+                _remove_empty_run(folder.path)
+            raise
+        print(describe(config))
+        return _train(trainer)
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """torch computes with so many threads inside; 0 leaves it to torch. Other runs of the process are not touched."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
     try:
-        trainer = build(config, device, folder)
-    except UsageError:
-        if folder is not None:  # nothing has been computed: no trace of a run that never began
-            _remove_empty_run(folder.path)
-        raise
-    print(describe(config))
-    return _train(trainer)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def build(config: Config, device, folder):
     """Benchmark, network, method, optimizer: each built once. Returns the trainer."""
-    import torch
-
     from models._method import Context
     from utils import results, seeding
     from utils.augment import Augment
     from utils.registry import BACKBONES, OPTIMIZERS
     from utils.trainer import Trainer
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
     benchmark = config.benchmark(config, "cpu")
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
@@ -133,20 +146,22 @@ def _train(trainer) -> int:
     if folder is not None:  # the result first, then everything that could go wrong
         folder.write("summary.json", summary)
     try:
-        logs.finish(summary)
+        logs.finish(summary, trainer.progress.tasks, trainer.joint)
     except Exception:  # a picture is not worth a result
         traceback.print_exc()
         print("the pictures could not be drawn; the results are complete", file=sys.stderr)
     logs.close()
-    print(closing_table(summary, trainer.benchmark.name, folder))
+    print(closing_table(summary, trainer.progress.tasks, folder))
     return OK
 
 
 def _resume(request: Request) -> int:
     from utils.results import RunFolder
 
-    values, _, file = read_config_file(request.resume)
+    _, _, file = read_config_file(request.resume)
     path = Path(file).parent
+    if _status(path) == "finished":
+        raise UsageError(f"--resume {path}: this run is finished. Use --from to repeat it, or to change its flags.")
     hidden = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
     changed = [name for name in request.words if name not in hidden - {"results_path", "disable_log"}]
     if changed:
@@ -165,23 +180,37 @@ def _resume(request: Request) -> int:
         raise UsageError(f"--resume {path}: cannot write there. Copy the folder to where you can.")
     from utils import checkpoint
 
-    checkpoint.load(path / "checkpoint")  # before any work: is there anything to go on from?
-    trainer = build(config, device, folder)
-    trainer.load_checkpoint()
-    print(describe(config))
-    print(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
-    return _train(trainer)
+    checkpoint.load(path / "checkpoint", config.hash)  # before any work: is there anything to go on from?
+    with cpu_threads(config.threads):
+        trainer = build(config, device, folder)
+        try:
+            trainer.load_checkpoint()
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).split("\n")[0]
+            raise UsageError(
+                f"{path}/checkpoint does not fit this program's network or method ({reason}). Use the version that "
+                "wrote it, or start a new run with --from."
+            ) from error
+        print(describe(config))
+        print(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
+        return _train(trainer)
+
+
+def _status(path: Path) -> str | None:
+    try:
+        return json.loads((path / "summary.json").read_text())["status"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def resolve_device(name: str):
-    """torch.device of --device; raises `UsageError` if it is not there."""
+    """torch.device of --device, with its index, as tensors name it; raises `UsageError` if it is not there."""
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
@@ -226,16 +255,16 @@ def _written(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def closing_table(summary: dict, dataset: str, folder) -> str:
-    """The end of a run on the console: matrix, metrics, cost, and where the files are."""
+def closing_table(summary: dict, tasks: list[int], folder) -> str:
+    """The end of a run on the console: matrix, metrics, cost, and where the files are. `tasks`: those trained."""
     from utils.logs import WRITTEN
 
     lines = []
     for setting, matrix in summary["accuracy"].items():
         lines.append(f"\nAccuracy in % [{WRITTEN[setting]}], after task (row) on task (column)")
         lines.append("      " + "".join(f"{task:>7}" for task in range(1, len(matrix[0]) + 1)))
-        for number, row in enumerate(matrix, start=1):
-            lines.append(f"{number:>4}  " + "".join(f"{100 * value:7.2f}" for value in row))
+        for task, row in zip(tasks, matrix, strict=True):
+            lines.append(f"{task + 1:>4}  " + "".join(f"{100 * value:7.2f}" for value in row))
     lines.append("")
     names = list(next(iter(summary["metrics"].values())))
     lines.append(f"{'metric':30}" + "".join(f"{WRITTEN[setting]:>11}" for setting in summary["metrics"]))

@@ -195,6 +195,7 @@ class Trainer:
             return
         self.cost.wall_s = time.monotonic() - self._started
         state = {
+            "config_hash": self.config.hash,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
@@ -209,7 +210,7 @@ class Trainer:
 
     def load_checkpoint(self) -> None:
         """Puts the run where its last checkpoint left it."""
-        state = checkpoint.load(self.folder.path / "checkpoint")
+        state = checkpoint.load(self.folder.path / "checkpoint", self.config.hash)
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
@@ -228,11 +229,10 @@ class Trainer:
         return range(self.config.start_from, stop)
 
     def _train_task(self, task) -> None:
-        resumed = self._mid_epoch or self.progress.epoch > 0
-        if not resumed:
+        self.method.train()
+        if not self._mid_epoch:
             self.method.begin_task(task)
             self.optimizer.begin_task(task)
-        self.method.train()
         steps = self.stream.num_batches(task.train) * self.n_epochs
         done = self.stream.num_batches(task.train) * self.progress.epoch
         if self._mid_epoch:
@@ -268,9 +268,17 @@ class Trainer:
                 if self._stop_signal is not None:
                     raise Interrupted(self._stop_signal)
         self._mid_epoch = False
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._check_weights()
         self.cost.train_s += time.monotonic() - start
+
+    def _check_weights(self) -> None:
+        """Once an epoch; also waits for the device, so that training time is all there."""
+        norms = torch.stack(torch._foreach_norm(self.optimizer.params))
+        if not norms.isfinite().all():
+            raise RunFailed(
+                f"the weights are not finite after step {self.cost.steps}. Try a smaller --lr (now "
+                f"{self.config.lr:g}). Finished tasks are kept."
+            )
 
     def _log_step(self, objective, update) -> None:
         """The only place in training where the host waits for the device."""
