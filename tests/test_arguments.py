@@ -797,8 +797,11 @@ def check_data_device(tmp_path, capsys, monkeypatch):
 
 def check_threads(tmp_path, capsys, monkeypatch):
     torch.set_num_threads(2)
-    build(*FAST, "--threads", "1")
-    assert torch.get_num_threads() == 1
+    for threads in (0, 1):
+        argv = [*FAST, "--debug_mode", "--n_tasks", "1", "--threads", str(threads), "--results_path", str(tmp_path)]
+        assert run.main(argv) == 0
+    found = [json.loads(file.read_text())["threads"] for file in tmp_path.rglob("environment.json")]
+    assert sorted(found) == [1, 2]
 
 
 def check_base_path(tmp_path, capsys, monkeypatch):

@@ -699,8 +699,9 @@ def test_a_run_without_checkpoint_cannot_be_resumed(tmp_path, capsys, unpictured
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "half", "keys"])
-def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys, unpictured):
-    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2")
+def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys, interrupt, unpictured):
+    interrupt(3)
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2", code=143)
     file = folder / "checkpoint" / "state.pt"
     content = file.read_bytes()
     if damage == "keys":
@@ -715,8 +716,9 @@ def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys, unpictured):
     assert before == {path: path.read_bytes() for path in folder.glob("*.json*")}
 
 
-def test_a_checkpoint_of_another_network_is_named(tmp_path, capsys, unpictured):
-    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2")
+def test_a_checkpoint_of_another_network_is_named(tmp_path, capsys, interrupt, unpictured):
+    interrupt(3)
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2", code=143)
     content = read(folder, "config.json")
     content["flags"]["hidden"]["value"] = 50
     (folder / "config.json").write_text(json.dumps(content))
@@ -753,7 +755,11 @@ def test_a_run_that_diverges_says_so(words, tmp_path, capsys, unpictured):
     """However seldom it logs: 40 steps are fewer than --log_every."""
     folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--lr", "1e6", *words, code=1)
     err = capsys.readouterr().err
-    assert err.startswith("failed: the loss is") and "--lr" in err and len(err.splitlines()) == 1
+    assert (
+        err.startswith("failed: the loss is" if words else "failed: the weights are not finite")
+        and "--lr" in err
+        and len(err.splitlines()) == 1
+    )
     assert read(folder)["status"] == "diverged" and set(read(folder)) == SUMMARY
 
 

@@ -500,7 +500,7 @@ def _check_together(config: Config) -> list[str]:
     if config.lr_scheduler == "multistep" and not config.lr_milestones:
         problems.append("--lr_scheduler multistep needs --lr_milestones, got none. Give epochs, e.g. 35,45.")
     late = [epoch for epoch in config.lr_milestones if epoch >= config.n_epochs]
-    if late and argv("lr_milestones"):
+    if late and argv("lr_milestones") and config.lr_scheduler == "multistep":
         problems.append(
             f"--lr_milestones {late[0]} is never reached: --n_epochs is {config.n_epochs}. Give earlier ones."
         )
@@ -515,5 +515,6 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
     jointly = config.joint or config.learner.trains_jointly
     if jointly and (config.start_from or config.stop_after):
-        problems.append("Joint training trains all tasks at once: --start_from and --stop_after do not fit. Drop them.")
+        given = "--joint" if config.joint else f"--model {config.model}"
+        problems.append(f"{given} trains all tasks at once: --start_from and --stop_after do not fit. Drop them.")
     return problems

@@ -19,8 +19,8 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     os.replace(fresh, folder / FILE)
 
 
-def load(folder: Path, config_hash: str) -> dict[str, Any]:
-    """The state that a run with this configuration has saved; raises `UsageError` if there is none that fits."""
+def load(folder: Path, config_hash: str | None = None) -> dict[str, Any]:
+    """The saved state; raises `UsageError` if there is none, or none of the configuration with this hash."""
     file = folder / FILE
     if not file.is_file():
         raise UsageError(
@@ -32,7 +32,7 @@ def load(folder: Path, config_hash: str) -> dict[str, Any]:
     except Exception as error:  # a damaged file fails in many ways
         reason = str(error).split("\n")[0]
         raise UsageError(f"{file} is damaged ({reason}). Repeat the run with --from instead.") from error
-    if saved_hash != config_hash:
+    if config_hash not in (None, saved_hash):
         raise UsageError(
             f"{file} belongs to the configuration {saved_hash}, config.json is {config_hash}: it was edited. "
             "Start a new run with --from instead."

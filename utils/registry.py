@@ -81,7 +81,8 @@ class Registry:
 
     def forget(self, module: str) -> None:
         """Drops the names that a module has registered."""
-        self._objects = {key: obj for key, obj in self._objects.items() if obj.__module__ != module}
+        for key in [key for key, obj in self._objects.items() if obj.__module__ == module]:
+            del self._objects[key]
 
     def _module(self, key: str) -> str:
         return f"{self.folder.replace('/', '.')}.{key}"
