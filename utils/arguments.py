@@ -16,6 +16,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -327,74 +328,91 @@ def resolve(argv: list[str]) -> Config:
 
 
 def resolve_request(request: Request) -> Config:
-    file_values, plugins, origin = {}, request.plugins, ""
+    file_values, plugins, file = {}, request.plugins, ""
     if request.source is not None:
-        file_values, file_plugins, origin = read_config_file(request.source)
+        file_values, file_plugins, file = read_config_file(request.source)
         plugins = file_plugins + plugins
     plugins = tuple(dict.fromkeys(str(Path(plugin).expanduser().resolve()) for plugin in plugins))
     for plugin in plugins:
         load_plugin(plugin)
-
     chosen, problems = _choose(request, file_values)
     if problems:
         raise UsageError(*(problems + _unknown_words(request, chosen)))
     flags = schema(chosen)
     given, problems = _given(request, flags)
 
-    values = {name: flag.default for name, flag in flags.items()}
-    origins = dict.fromkeys(flags, "default")
-
-    def put(layer: dict[str, Any], label: str) -> None:
-        for name in flags.keys() & layer.keys():
-            values[name], origins[name] = layer[name], label
-
-    put(chosen["dataset"].defaults, f"dataset {chosen['dataset'].name}")
-    put({name: cls.name for name, cls in chosen.items()}, "")
-    origins["backbone"], origins["optimizer"] = f"dataset {values['dataset']}", f"model {values['model']}"
-    if os.environ.get("CONTINUAL_DATA"):
-        put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
-
-    known = {**file_values, **given}
-    if known.get("model_config", "best") == "best":
-        buffer_size = known.get("buffer_size", values.get("buffer_size"))
-        for name, (value, source) in _published(chosen, buffer_size, flags).items():
-            put({name: value}, source)
-    put(chosen["optimizer"].defaults, f"optimizer {values['optimizer']}")
-    if file_values:
-        selectors_kept = all(
-            canonical(str(file_values.get(name))) == canonical(cls.name) for name, cls in chosen.items()
-        )
-        for name in file_values.keys() - flags.keys():
-            if selectors_kept:
-                problems.append(f"{origin} has the flag '{name}', which does not exist (any more).")
-        values_of_file = {}
-        for name in (file_values.keys() & flags.keys()) - SELECTORS.keys():
-            try:
-                values_of_file[name] = flags[name].from_json(file_values[name])
-            except ValueError as error:
-                problems.append(f"{origin}: '{name}' {error}. {_remedy(flags[name])}")
-        put(values_of_file, f"from {origin}")
-    put({name: value for name, value in given.items() if name not in SELECTORS}, "argv")
+    layers = _Layers(flags)
+    _put_defaults(layers, chosen, known={**file_values, **given})
+    problems += _put_file(layers, chosen, file_values, file)
+    layers.put({name: value for name, value in given.items() if name not in SELECTORS}, "argv")
     for name in SELECTORS:
         if name in request.words:
-            origins[name] = "argv"
-        elif name in file_values and canonical(str(file_values[name])) == canonical(values[name]):
-            origins[name] = f"from {origin}"
+            layers.origins[name] = "argv"
+        elif name in file_values:
+            layers.origins[name] = f"from {file}"
 
-    bad = {line.split()[0] for line in problems}
-    for name, flag_ in flags.items():
-        wrong = flag_.check(values[name]) if f"--{name}" not in bad else None
-        if wrong:
-            problems.append(f"--{name} {wrong}. {_remedy(flag_)}")
-    config = Config(values, origins, plugins, flags)
-    if not problems:
-        problems += _check_together(config)
-    if not problems:
-        problems += chosen["dataset"].check(config)
-        problems += chosen["model"].check(config, chosen["dataset"])
+    config = Config(layers.values, layers.origins, plugins, flags)
+    problems += _check_each(config, reported={line.split()[0] for line in problems})
+    problems = problems or _check_together(config)
+    problems = problems or chosen["dataset"].check(config) + chosen["model"].check(config, chosen["dataset"])
     if problems:
         raise UsageError(*problems)
     return config
+
+
+class _Layers:
+    """Values and their origins; each layer that is put covers those before it, where it has a value."""
+
+    def __init__(self, flags: dict[str, Flag]):
+        self.flags = flags
+        self.values = {name: flag_.default for name, flag_ in flags.items()}
+        self.origins = dict.fromkeys(flags, "default")
+
+    def put(self, layer: Mapping[str, Any], origin: str) -> None:
+        for name in self.flags.keys() & layer.keys():
+            self.values[name], self.origins[name] = layer[name], origin
+
+
+def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any]) -> None:
+    """Everything below the command line. `known` are the values that the user has given so far."""
+    dataset, model, optimizer = chosen["dataset"], chosen["model"], chosen["optimizer"]
+    layers.put(dataset.defaults, f"dataset {dataset.name}")
+    layers.put({name: cls.name for name, cls in chosen.items()}, "argv")
+    layers.origins |= {"backbone": f"dataset {dataset.name}", "optimizer": f"model {model.name}"}
+    if os.environ.get("CONTINUAL_DATA"):
+        layers.put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
+    if known.get("model_config", "best") == "best":
+        buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
+        for name, (value, origin) in _published(chosen, buffer_size, layers.flags).items():
+            layers.put({name: value}, origin)
+    layers.put(optimizer.defaults, f"optimizer {optimizer.name}")
+
+
+def _put_file(layers: _Layers, chosen: dict[str, type], values: dict[str, Any], file: str) -> list[str]:
+    """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped."""
+    problems, good = [], {}
+    same = all(canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items())
+    for name in sorted(values.keys() - SELECTORS.keys()):
+        if name not in layers.flags:
+            if same:
+                problems.append(f"{file} has the flag '{name}', which does not exist (any more). Remove it there.")
+            continue
+        try:
+            good[name] = layers.flags[name].from_json(values[name])
+        except ValueError as error:
+            problems.append(f"{file}: '{name}' {error}. {_remedy(layers.flags[name])}")
+    layers.put(good, f"from {file}")
+    return problems
+
+
+def _check_each(config: Config, reported: set[str]) -> list[str]:
+    """Bounds and choices of each flag, unless there is a problem with it already."""
+    problems = []
+    for name, flag_ in config.flags.items():
+        wrong = None if f"--{name}" in reported else flag_.check(config.values[name])
+        if wrong:
+            problems.append(f"--{name} {wrong}. {_remedy(flag_)}")
+    return problems
 
 
 def _choose(request: Request, file_values: dict) -> tuple[dict[str, type], list[str]]:
