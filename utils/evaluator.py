@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from utils.augment import Augment
+from utils.errors import DataError
 
 CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
 
@@ -30,6 +31,11 @@ class Evaluator:
         """
         modes = [(module, module.training) for module in method.modules()]
         method.eval()
+        for task in self.benchmark:
+            if len(task.test) == 0:
+                raise DataError(
+                    f"{self.benchmark.name}: task {task.index + 1} has no test images. Use larger data, or no --validation."
+                )
         counts = [self._count(method, task, classes_seen) for task in self.benchmark]
         for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
             module.training = was_training
