@@ -31,11 +31,10 @@ class Evaluator:
         """
         modes = [(module, module.training) for module in method.modules()]
         method.eval()
-        for task in self.benchmark:
-            if len(task.test) == 0:
-                raise DataError(
-                    f"{self.benchmark.name}: task {task.index + 1} has no test images. Use larger data, or no --validation."
-                )
+        empty = [task.index + 1 for task in self.benchmark if len(task.test) == 0]
+        if empty:
+            name = self.benchmark.name
+            raise DataError(f"{name}: task {empty[0]} has no test images. Use larger data, or no --validation.")
         counts = [self._count(method, task, classes_seen) for task in self.benchmark]
         for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
             module.training = was_training
