@@ -22,6 +22,11 @@ class Evaluator:
         self.benchmark, self.augment, self.argmax = benchmark, augment, class_il_argmax
         both = benchmark.setting == "class-il"
         self.settings = ("class-il", "task-il") if both else (benchmark.setting,)
+        empty = [task.index + 1 for task in benchmark if len(task.test) == 0]
+        if empty:
+            raise DataError(
+                f"{benchmark.name}: task {empty[0]} has no test images. Use larger data, or no --validation."
+            )
 
     @torch.inference_mode()
     def __call__(self, method, classes_seen: int) -> dict[str, list[float]]:
@@ -31,10 +36,6 @@ class Evaluator:
         """
         modes = [(module, module.training) for module in method.modules()]
         method.eval()
-        empty = [task.index + 1 for task in self.benchmark if len(task.test) == 0]
-        if empty:
-            name = self.benchmark.name
-            raise DataError(f"{name}: task {empty[0]} has no test images. Use larger data, or no --validation.")
         counts = [self._count(method, task, classes_seen) for task in self.benchmark]
         for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
             module.training = was_training
