@@ -25,7 +25,7 @@ from utils.registry import METHODS
 class MgserSam(DerPP):
     default_optimizer = "sam"
     published = ours(
-        DerPP.published, "chosen on the validation split, tests/records/mgser_validation", rho=0.1, guide=1.0
+        DerPP.published, "validation splits of four MNIST streams, tests/records/mgser_validation", rho=0.1, guide=1.0
     )
 
     @dataclass(frozen=True)
