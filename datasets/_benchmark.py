@@ -253,10 +253,3 @@ def gather_pixels(images: Tensor, pixel_map: Tensor) -> Tensor:
     if images.device.type == "cpu":  # four times as fast as torch's index_select along a row
         return torch.from_numpy(flat.numpy().take(pixel_map.numpy(), axis=2)).reshape(images.shape)
     return flat.index_select(2, pixel_map.to(images.device)).reshape(images.shape)
-
-
-def require_single_epoch(config: Any, name: str) -> list[str]:
-    """A stream is seen once."""
-    if config.n_epochs == 1 or config.joint or config.learner.trains_jointly:
-        return []
-    return [f"--n_epochs must be 1 on {name}, which is a stream, got {config.n_epochs}. Drop it or add --joint."]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets._benchmark import Arrays, Benchmark, Split, gather_pixels, require_single_epoch
+from datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
 from datasets._files import load_mnist
 from datasets._rotation import rotation_maps
 from utils import seeding
@@ -45,7 +45,11 @@ class Mnist360(Benchmark):
             )
             if given
         ]
-        return problems + require_single_epoch(config, cls.name)
+        if config.n_epochs != 1 and not (config.joint or config.learner.trains_jointly):
+            problems.append(
+                f"--n_epochs must be 1 on {cls.name}, which is a stream, got {config.n_epochs}. Drop it or add --joint."
+            )
+        return problems
 
     def train_split(self, index: int) -> Split:
         rows, angles, lengths = self._stream()
