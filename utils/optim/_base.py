@@ -1,7 +1,7 @@
 """Base optimizers: what turns an update direction into a step. Equal to torch.optim's, bit for bit on the CPU.
 
 They take gradients as a list instead of reading `.grad`, work on the whole model in one call, and start without
-torch.optim, whose first use imports a compiler (a second and 80 MiB).
+torch.optim, whose first use imports a compiler (1.3 s and 149 MiB with torch 2.15).
 """
 
 from typing import Any
