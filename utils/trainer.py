@@ -38,12 +38,12 @@ class Stream:
 
     def epoch(self, split) -> Iterator[Batch]:
         """One pass over a split. An ordinary split is shuffled and its last, smaller batch kept."""
+        first = self.batches_to_skip
         resume, self._resume = self._resume, None
         if resume:
             seeding.set_generator_state(self.rng, resume["order"])
         order_state = seeding.generator_state(self.rng)
         order, ends = self._plan(split)
-        first = resume["batches"] if resume else 0
         chunks = [chunk for chunk in self._chunks(ends, split.images.shape[1:]) if chunk[-1] >= first]
         raw = self._fetch(split, order, ends, chunks[0]) if chunks else None
         if resume:  # a chunk that was under way is augmented again as it was, then the generators go on from where
@@ -61,6 +61,11 @@ class Stream:
                 self._position = {"order": order_state, "batches": batch + 1, "chunk_random": chunk_random}
                 rows = slice(ends[batch] - ends[chunk.start], ends[batch + 1] - ends[chunk.start])
                 yield Batch(x[rows], y[rows], ids[rows], None if inputs is None else inputs[rows], self.augment)
+
+    @property
+    def batches_to_skip(self) -> int:
+        """Batches of the next epoch that were done before a restored position."""
+        return self._resume["batches"] if self._resume else 0
 
     def num_batches(self, split) -> int:
         return len(self._lengths(split))
@@ -157,7 +162,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains what is left to train; returns the summary. Raises `RunFailed` or `Interrupted`."""
-        with self._signals():
+        with _SignalWatch(self):
             reset_peak_memory(self.device)
             self._started, self._saved = time.monotonic() - self.cost.wall_s, time.monotonic()
             if not self.progress.untrained:
@@ -236,7 +241,7 @@ class Trainer:
         steps = self.stream.num_batches(task.train) * self.n_epochs
         done = self.stream.num_batches(task.train) * self.progress.epoch
         if self._mid_epoch:
-            done += self.stream._resume["batches"]
+            done += self.stream.batches_to_skip
         self.logs.open_bar(task.index, len(self._task_indices()), steps, done)
         for epoch in range(self.progress.epoch, self.n_epochs):
             self.progress.epoch = epoch
@@ -332,9 +337,6 @@ class Trainer:
         columns = range(len(self.benchmark)) if self.joint else self.progress.tasks
         untrained = [self.progress.untrained[setting][column] for column in columns]
         return metrics.summarize(self._trained_columns(setting), untrained, self.joint)
-
-    def _signals(self):
-        return _SignalWatch(self)
 
 
 class _SignalWatch:
