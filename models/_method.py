@@ -3,46 +3,23 @@
 A method has three rooms: `draw` (all randomness), `loss` (pure; called one to four times a step, at moved weights) and
 `remember` (all side effects, from the clean pass). `observe` puts them together and is final. What lies between, the
 gradients and the weights, belongs to the optimizer (`utils/optim/_sharpness.py`), which sees a method as an
-`Objective`: a frozen function of the weights.
+`Objective` (`models/_objective.py`): a frozen function of the weights.
 """
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import seeding
-
-Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
+from models._objective import Block, Grads, Loss, Objective
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
 Published = Mapping[tuple[str, int | None], Mapping[str, tuple[Any, str]]]
 
 SETTINGS = ("class-il", "domain-il", "general-continual")
-
-
-class Block:
-    """Rows that pass through the network together: one forward, hence one BatchNorm batch.
-
-    `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
-    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer.
-    """
-
-    def __init__(self, x: Tensor, memory: int = 0, **columns: Tensor):
-        self.x, self.memory, self.columns = x, memory, columns
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name == "columns" or name not in self.columns:
-            raise AttributeError(f"this block has no column '{name}'")
-        return self.columns[name]
 
 
 class Batch:
@@ -64,103 +41,6 @@ class Batch:
     @property
     def block(self) -> Block:
         return Block(self.inputs, y=self.y, ids=self.ids)
-
-
-class Loss:
-    """What a method minimises, term by term.
-
-    `rows[name]` (n,) holds a term's cost for each of its rows, weight included; the term is their mean.
-    `penalties[name]` () are terms that belong to no row (a regulariser). `logits` (N, K) are the stream's.
-    """
-
-    def __init__(self, rows: Mapping[str, Tensor], logits: Tensor | None = None, penalties: Mapping[str, Tensor] = {}):
-        self.rows, self.logits, self.penalties = rows, logits, penalties
-
-    @cached_property
-    def terms(self) -> dict[str, Tensor]:
-        """{name: ()}; they sum to `total`."""
-        return {**{name: rows.mean() for name, rows in self.rows.items()}, **self.penalties}
-
-    @cached_property
-    def total(self) -> Tensor:
-        return reduce(operator.add, self.terms.values())
-
-    def detach(self) -> "Loss":
-        loss = Loss(
-            {name: rows.detach() for name, rows in self.rows.items()},
-            None if self.logits is None else self.logits.detach(),
-            {name: term.detach() for name, term in self.penalties.items()},
-        )
-        loss.terms = {name: term.detach() for name, term in self.terms.items()}
-        loss.total = self.total.detach()
-        return loss
-
-
-class Objective:
-    """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
-
-    The first call of `gradient` is the clean pass: its loss stays in `loss`, the gradients of the method's guides in
-    `guides`. With `trace`, the losses and gradients of all passes are kept in `passes` for diagnostics.
-    """
-
-    def __init__(self, method: "Method", blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False):
-        self.method, self.blocks, self.params, self.trace = method, blocks, params, trace
-        self.loss: Loss | None = None
-        self.guides: dict[str, Grads] = {}
-        self.used = [True] * len(params)  # which parameters the clean loss depends on; the others are not stepped
-        self.passes: list[tuple[Loss, Grads]] = []
-        self.forward_rows = self.backward_rows = 0
-        self._rows = sum(len(block) for block in blocks)
-        self._noise = seeding.global_state()  # a network may draw (dropout): every pass draws the same
-
-    def __call__(self) -> Loss:
-        """The loss at the present weights, with its graph."""
-        if self.forward_rows:
-            seeding.set_global_state(self._noise)
-        self.forward_rows += self._rows
-        return self.method.loss(*self.blocks)
-
-    def gradient(self) -> Grads:
-        """The gradient of the total loss at the present weights."""
-        loss = self()
-        self.backward_rows += self._rows
-        if self.loss is None:
-            gradient = self._clean_gradient(loss)
-            self.loss = loss.detach()
-        else:
-            gradient = self._backward(loss.total)
-        if self.trace:
-            self.passes.append((loss.detach(), gradient))
-        return gradient
-
-    def _clean_gradient(self, loss: Loss) -> Grads:
-        """Takes the guides' gradients apart from the rest. Blocks have forwards of their own, so this costs nothing."""
-        guides, rest = {}, dict(loss.terms)
-        for guide, names in self.method.guides.items():
-            present = [rest.pop(name) for name in names if name in rest]
-            if present:
-                guides[guide] = reduce(operator.add, present)
-        self.used = [False] * len(self.params)
-        if not guides:
-            return self._backward(loss.total, clean=True)
-        gradient = None
-        if rest:
-            gradient = self._backward(reduce(operator.add, rest.values()), keep_graph=True, clean=True)
-        for position, (guide, term) in enumerate(guides.items(), start=1):
-            self.guides[guide] = self._backward(term, keep_graph=position < len(guides), clean=True)
-            gradient = self.guides[guide] if gradient is None else torch._foreach_add(gradient, self.guides[guide])
-        return gradient
-
-    def _backward(self, term: Tensor, keep_graph: bool = False, clean: bool = False) -> Grads:
-        grads = torch.autograd.grad(term, self.params, retain_graph=keep_graph, allow_unused=True)
-        if clean:
-            self.used = [used or grad is not None for used, grad in zip(self.used, grads, strict=True)]
-        if any(grad is None for grad in grads):
-            return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
-        return list(grads)
-
-    def combine(self, update: Grads) -> Grads:
-        return self.method.combine(update, self.guides)
 
 
 @dataclass(frozen=True)
@@ -185,6 +65,8 @@ class Method(nn.Module):
     default_optimizer = "sgd"
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
+    has_memory = False  # replays rows of the past
+    amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
 
     def __init__(self, net: nn.Module, args: Any, context: Context):
@@ -222,6 +104,9 @@ class Method(nn.Module):
     def end_task(self, task: Any) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
 
+    def remembered_ids(self) -> Tensor | None:
+        """Ids (M,) int64 of the rows that may be replayed, if the memory keeps them."""
+
     def diagnose(self, objective: Objective, update: Grads) -> dict[str, Tensor]:
         """{name: ()} for TensorBoard, on logged steps only; `objective.passes` holds every pass of the step."""
         return {}
@@ -235,7 +120,8 @@ class Method(nn.Module):
         """One training step on one batch."""
         objective = Objective(self, self.draw(batch), optimizer.params, trace)
         update = optimizer.step(objective)
-        self.remember(batch, objective.loss)
+        if not objective.skipped:
+            self.remember(batch, objective.loss)
         return objective, update
 
 

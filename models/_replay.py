@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from models._method import Batch, Block, Context, Method
 from utils.arguments import flag
@@ -10,7 +11,12 @@ from utils.buffer import Buffer
 
 
 class ReplayMethod(Method):
-    """A method with a reservoir of past images (uint8, un-augmented) and whatever columns `remember` adds to it."""
+    """A method with a reservoir of past images (uint8, un-augmented) and whatever columns `remember` adds to it.
+
+    With a column `ids`, optimizers that keep records of single images know the replayed ones too.
+    """
+
+    has_memory = True
 
     @dataclass(frozen=True)
     class Args:
@@ -38,8 +44,8 @@ class ReplayMethod(Method):
         )
 
     def replay_jointly(self, batch: Batch) -> Block:
-        """The stream's rows and, after them, one draw's, in one block with labels `y`; the stream alone while the
-        memory is empty."""
+        """The stream's rows and, after them, one draw's, in one block with `y` and, where the memory has them, `ids`;
+        the stream alone while the memory is empty."""
         if len(self.buffer) == 0:
             return batch.block
         rows = self.buffer.draw(self.args.minibatch_size)
@@ -48,7 +54,11 @@ class ReplayMethod(Method):
             inputs = torch.cat((batch.inputs, augment(rows["x"])))
         else:  # bytes are cheaper to move than floats
             inputs = augment(torch.cat((batch.x, rows["x"])))
-        return Block(inputs, memory=len(rows["y"]), y=torch.cat((batch.y, rows["y"])))
+        columns = {name: torch.cat((getattr(batch, name), rows[name])) for name in ("y", "ids") if name in rows}
+        return Block(inputs, memory=len(rows["y"]), **columns)
+
+    def remembered_ids(self) -> Tensor | None:
+        return self.buffer.all().get("ids")
 
     def get_extra_state(self) -> dict:
         return self.buffer.state_dict()

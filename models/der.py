@@ -59,4 +59,4 @@ class Der(ReplayMethod):
         return Loss(rows, logits)
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, logits=loss.logits)
+        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids, logits=loss.logits)

@@ -32,4 +32,4 @@ class ER(ReplayMethod):
         return Loss({"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")})
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y)
+        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)

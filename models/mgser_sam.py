@@ -44,21 +44,27 @@ class MgserSam(DerPP):
         return torch._foreach_add(update, guides["memory"], alpha=self.args.guide)
 
     def diagnose(self, objective: Objective, update: Grads) -> dict[str, Tensor]:
-        """Whether the conflict that the paper speaks of is there: angles, norms and sharpness gaps of this step."""
-        if "memory" not in objective.guides:
+        """Whether the conflict that the paper speaks of is there: angles, norms and sharpness gaps of this step.
+
+        Gaps and the adversarial gradient are of the step's second pass, under optimizers that have one over all rows.
+        """
+        if "memory" not in objective.guides or not objective.passes:
             return {}
-        (clean, g), (moved, g_adv) = objective.passes[0], objective.passes[-1]
+        (clean, g), *moved = objective.passes
         g_s = objective.guides["memory"]
         g_t = torch._foreach_sub(g, g_s)
-        gap = {name: moved.terms[name] - clean.terms[name] for name in clean.terms}
-        return {
+        found = {
             "cos_current_memory": _cosine(g_t, g_s),
-            "cos_adversarial_memory": _cosine(g_adv, g_s),
             "norm_current": norm(g_t),
             "norm_memory": norm(g_s),
-            "sharpness_current": gap["current"],
-            "sharpness_memory": gap["logits"] + gap["labels"],
         }
+        if moved:
+            loss, g_adv = moved[0]
+            gap = {name: loss.terms[name] - clean.terms[name] for name in clean.terms}
+            found["cos_adversarial_memory"] = _cosine(g_adv, g_s)
+            found["sharpness_current"] = gap["current"]
+            found["sharpness_memory"] = gap["logits"] + gap["labels"]
+        return found
 
 
 def _cosine(a: Grads, b: Grads) -> Tensor:

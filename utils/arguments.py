@@ -75,6 +75,12 @@ class EngineArgs:
     model_config: str = flag(
         "best", "'best' applies published hyperparameters, 'default' drops them", choices=("best", "default")
     )
+    budget_rows: int | None = flag(
+        None,
+        "compute of the run, rows forward + 2 x rows backward, shared evenly by its tasks; in place of --n_epochs",
+        low=1,
+    )
+    amp: str = flag("none", "the passes of a step in bfloat16 (autocast), weights in float32", choices=("none", "bf16"))
     debug_mode: bool = flag(False, "a quick look: 1 epoch of 5 batches for each task")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...", result=False)
     data_device: str = flag(
@@ -354,7 +360,11 @@ def resolve_request(request: Request) -> Config:
     config = Config(layers.values, layers.origins, plugins, flags)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
     problems = problems or _check_together(config)
-    problems = problems or chosen["dataset"].check(config) + chosen["model"].check(config, chosen["dataset"])
+    problems = problems or [
+        *chosen["dataset"].check(config),
+        *chosen["model"].check(config, chosen["dataset"]),
+        *chosen["optimizer"].check(config, chosen["model"]),
+    ]
     if problems:
         raise UsageError(*problems)
     return config
@@ -518,12 +528,23 @@ def _check_together(config: Config) -> list[str]:
     if config.lr_scheduler == "multistep" and not config.lr_milestones:
         problems.append("--lr_scheduler multistep needs --lr_milestones, got none. Give epochs, e.g. 35,45.")
     late = [epoch for epoch in config.lr_milestones if epoch >= config.n_epochs]
-    if late and argv("lr_milestones") and config.lr_scheduler == "multistep":
+    if late and argv("lr_milestones") and config.lr_scheduler == "multistep" and config.budget_rows is None:
         problems.append(
             f"--lr_milestones {late[0]} is never reached: --n_epochs is {config.n_epochs}. Give earlier ones."
         )
     if config.lr_scheduler == "cosine" and config.n_epochs == 1:
         problems.append("--lr_scheduler cosine has no effect in 1 epoch. Give a larger --n_epochs.")
+    if config.budget_rows is not None:
+        if argv("n_epochs"):
+            problems.append(
+                "--n_epochs and --budget_rows exclude each other: the budget ends a task. Give one of them."
+            )
+        if config.debug_mode:
+            problems.append("--debug_mode has a length of its own: --budget_rows does not fit. Drop one of them.")
+        if config.lr_scheduler == "cosine":
+            problems.append(
+                "--lr_scheduler cosine needs a number of epochs, which --budget_rows leaves open. Use multistep."
+            )
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
             problems.append(f"--{name} has no effect with --lr_scheduler {config.lr_scheduler}. Use multistep.")

@@ -97,6 +97,8 @@ def cpu_threads(number: int) -> Iterator[None]:
 
 def build(config: Config, device, folder):
     """Benchmark, network, method, optimizer: each built once. Returns the trainer."""
+    import torch
+
     from models._method import Context
     from utils import results, seeding
     from utils.augment import Augment
@@ -111,8 +113,11 @@ def build(config: Config, device, folder):
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"))
     method = config.learner(net, config.view(config.learner), context).to(device)
+    method.amp = torch.bfloat16 if config.amp == "bf16" else None
     optimizer_type = OPTIMIZERS.load(config.optimizer)
-    optimizer = optimizer_type(method, config.lr, config.optim_wd, config.view(optimizer_type))
+    optimizer = optimizer_type(
+        method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
+    )
     if folder is not None:
         folder.write("environment.json", results.environment(str(device)))
     return Trainer(config, benchmark, method, optimizer, augment, folder)
@@ -278,6 +283,8 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         f"{cost['train_s']:.1f} s training, {cost['eval_s']:.1f} s evaluation, {cost['wall_s']:.1f} s in all; "
         f"peak memory {cost['peak_memory_mib']:,.0f} MiB"
     )
+    if cost["skipped_steps"]:
+        lines.append(f"{cost['skipped_steps']:,} steps were not taken: a loss or an update was not finite")
     if folder is not None:
         lines.append(f"run folder: {folder.path}")
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from utils.memory import peak_memory_mib, reset_peak_memory
 from utils.results import RunFolder
 
 DEBUG_BATCHES = 5
+SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 
 
 class Interrupted(Exception):
@@ -119,6 +120,7 @@ class Cost:
     """What a run has used. Rows count images: one row forward is one image through the network."""
 
     steps: int = 0
+    skipped_steps: int = 0
     forward_rows: int = 0
     backward_rows: int = 0
     train_s: float = 0.0
@@ -238,21 +240,34 @@ class Trainer:
         if not self._mid_epoch:
             self.method.begin_task(task)
             self.optimizer.begin_task(task)
-        steps = self.stream.num_batches(task.train) * self.n_epochs
-        done = self.stream.num_batches(task.train) * self.progress.epoch
-        if self._mid_epoch:
-            done += self.stream.batches_to_skip
+        batches = self.stream.num_batches(task.train)
+        done = batches * self.progress.epoch + (self.stream.batches_to_skip if self._mid_epoch else 0)
+        steps = None if self.config.budget_rows else batches * self.n_epochs
         self.logs.open_bar(task.index, len(self._task_indices()), steps, done)
-        for epoch in range(self.progress.epoch, self.n_epochs):
+        for epoch in self._epochs():
             self.progress.epoch = epoch
             self.optimizer.set_lr(learning_rate(self.config, epoch))
             if not self._mid_epoch:
-                self.optimizer.begin_epoch(epoch)
+                self.optimizer.begin_epoch(epoch, None if self.config.budget_rows else self.n_epochs)
             self._train_epoch(task.train)
         self.logs.close_bar()
         if self.has_boundaries:
             self.method.end_task(task)
         self._finish_task(task)
+
+    def _epochs(self) -> Iterator[int]:
+        """The epochs of the task under way that are left; with a budget, until the task's share is spent."""
+        epoch = self.progress.epoch
+        while epoch < self.n_epochs if self.config.budget_rows is None else epoch == 0 or not self._is_spent():
+            yield epoch
+            epoch += 1
+
+    def _is_spent(self) -> bool:
+        """Whether the tasks up to this one have had their share of --budget_rows."""
+        if self.config.budget_rows is None:
+            return False
+        share = self.config.budget_rows * (len(self.progress.tasks) + 1) / len(self._task_indices())
+        return self.cost.forward_rows + 2 * self.cost.backward_rows >= share
 
     def _train_epoch(self, split) -> None:
         start, log_every = time.monotonic(), self.config.log_every
@@ -265,6 +280,8 @@ class Trainer:
             self.cost.backward_rows += objective.backward_rows
             if logged:
                 self._log_step(objective, update)
+            if logged or self.device.type == "cpu":
+                self._check_skips()
             self.logs.advance(len(batch.y))
             if self._stop_signal is not None or self._checkpoint_is_due():
                 self.cost.train_s += time.monotonic() - start
@@ -272,8 +289,11 @@ class Trainer:
                 self.save_checkpoint()
                 if self._stop_signal is not None:
                     raise Interrupted(self._stop_signal)
+            if self._is_spent():
+                break
         self._mid_epoch = False
         self._check_weights()
+        self._check_skips()
         self.cost.train_s += time.monotonic() - start
 
     def _check_weights(self) -> None:
@@ -285,19 +305,24 @@ class Trainer:
                 f"{self.config.lr:g}). Finished tasks are kept."
             )
 
+    def _check_skips(self) -> None:
+        """Counts the steps that the optimizer has not taken, and ends a run that gets nowhere."""
+        self.cost.skipped_steps, in_a_row = self.optimizer.skips.tolist()
+        if in_a_row >= SKIPS_IN_A_ROW:
+            raise RunFailed(
+                f"the loss or the update was not finite in {in_a_row} steps in a row (step {self.cost.steps}): they "
+                f"were not taken. Try a smaller --lr (now {self.config.lr:g}). Finished tasks are kept."
+            )
+
     def _log_step(self, objective, update) -> None:
         """The only place in training where the host waits for the device."""
         loss = objective.loss
         scalars = {"train/loss": loss.total}
         scalars |= {f"train/loss_{name}": term for name, term in loss.terms.items()}
+        scalars["train/skipped_steps"] = self.optimizer.skips[0]
         scalars |= {f"gradients/{name}": value for name, value in self.method.diagnose(objective, update).items()}
         values = dict(zip(scalars, torch.stack([v.float() for v in scalars.values()]).tolist(), strict=True))
         self.logs.step(self.cost.steps, values, self.optimizer.base.lr)
-        if not np.isfinite(values["train/loss"]):
-            raise RunFailed(
-                f"the loss is {values['train/loss']} at step {self.cost.steps}. Try a smaller --lr "
-                f"(now {self.config.lr:g}). Finished tasks are kept."
-            )
 
     def _checkpoint_is_due(self) -> bool:
         minutes = self.config.checkpoint_minutes

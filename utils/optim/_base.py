@@ -57,6 +57,18 @@ class SGD(Base):
             grads = torch._foreach_add(grads, buffers, alpha=self.momentum) if self.nesterov else buffers
         torch._foreach_add_(params, grads, alpha=-self.lr)
 
+    @torch.no_grad()
+    def look_ahead(self, grads: Grads) -> Grads:
+        """The offset that a step with these gradients would move the weights by; changes nothing."""
+        if self.weight_decay:
+            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
+        if self.momentum:
+            buffers = [
+                g if b is None else self.momentum * b + g for b, g in zip(self.state["momentum"], grads, strict=True)
+            ]
+            grads = torch._foreach_add(grads, buffers, alpha=self.momentum) if self.nesterov else buffers
+        return torch._foreach_mul(grads, -self.lr)
+
     def _accumulate(self, grads: Grads, rows: Any) -> Grads:
         buffers = self.state["momentum"]
         old = [position for position, i in enumerate(rows) if buffers[i] is not None]

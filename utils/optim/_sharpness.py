@@ -1,118 +1,123 @@
-"""The driver of all optimizers: directions and combinations over a frozen objective.
+"""Sharpness-aware optimizers: a rule for the direction of the ascent, and one that combines gradients to an update.
 
-A sharpness-aware optimizer says where to move the weights (`ascent`) and how the gradients make the update
-(`descent`); what it needs for that, snapshot and restore by copy, norms, frozen BatchNorm statistics, is here once.
-The update goes to a base optimizer. Weight decay acts in the base alone, at the unmoved weights.
+Subclasses override `ascent` (where the weights go for the second pass) or `descent` (the update), or, for another
+number of passes, `direction`. Where to be flat is the same for all of them: which rows are climbed, which parameters
+are moved, from which task on. Weight decay acts in the base optimizer alone, at the unmoved weights.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils.arguments import flag
-from utils.optim._base import SGD, Base, Grads
+from utils.optim._base import Grads
+from utils.optim._driver import Driver, dot, frozen_statistics, norm
+from utils.registry import BACKBONES
+
+__all__ = ["Grads", "SharpnessAware", "dot", "frozen_statistics", "norm"]
+
+EPS = 1e-12  # added to norms that divide
+NORMS = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+)  # fmt: skip
 
 
-def norm(vector: Grads) -> Tensor:
-    """Global L2 norm () of a list of tensors."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
-
-
-def dot(a: Grads, b: Grads) -> Tensor:
-    """Inner product () of two aligned lists of tensors."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(a, b)]).sum()
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module | list[nn.Module]) -> Iterator[None]:
-    """BatchNorm layers normalise with the batch, but their running averages and counters stay as they are.
-
-    Takes a module or its list of BatchNorm layers. Safe to nest, and left behind by an exception as by a return.
-    """
-    layers = batchnorms(module) if isinstance(module, nn.Module) else module
-    tracked = [layer.track_running_stats for layer in layers]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer, was_tracked in zip(layers, tracked, strict=True):
-            layer.track_running_stats = was_tracked
-
-
-def batchnorms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-
-class SharpnessAware:
-    """SAM's skeleton: one clean pass, one pass at moved weights. Subclasses override `ascent` or `descent`, or, for
-    another number of passes, `direction`."""
-
-    name: str
-    defaults: dict[str, Any] = {}  # values that a published SGD setting cannot speak for
+class SharpnessAware(Driver):
+    """SAM's skeleton: one clean pass, one pass at moved weights."""
 
     @dataclass(frozen=True)
-    class Args:
-        optim_mom: float = flag(0.0, "momentum of the base SGD", low=0, below=1)
-        optim_nesterov: bool = flag(False, "Nesterov momentum in the base SGD")
+    class Args(Driver.Args):
+        rho: float = flag(0.05, "radius of the ball in which the worst point is sought", low=0)
+        ascent_on: str = flag(
+            "all",
+            "which loss is climbed: all of it, that of the stream's rows, or that of the memory's",
+            choices=("all", "current", "memory"),
+        )
+        perturb: str = flag(
+            "all",
+            "which parameters are moved: all, all but biases and those of normalisation layers, or only the latter",
+            choices=("all", "no_norm_bias", "norm_only"),
+        )
+        sam_from_task: int = flag(0, "first task that is trained sharpness-aware, counted from 0", low=0)
+        renormalize: bool = flag(False, "scale the update to the norm of the clean gradient (Stable SAM)")
 
-    def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any):
-        self.args = args
-        self.params = [p for p in method.parameters() if p.requires_grad]
-        self.base = self.make_base(self.params, lr, weight_decay)
-        self._batchnorms = batchnorms(method)
+    def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: Any = None):
+        super().__init__(method, lr, weight_decay, args, rng)
+        self._unmoved = self._find_unmoved()
 
-    def make_base(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> Base:
-        return SGD(params, lr, weight_decay, self.args.optim_mom, self.args.optim_nesterov)
+    @classmethod
+    def check(cls, config: Any, method: type) -> list[str]:
+        problems = []
+        if config.ascent_on != "all" and not method.has_memory:
+            problems.append(
+                f"--ascent_on {config.ascent_on} needs a method with a memory, {method.name} has none. Use all."
+            )
+        if config.sam_from_task and (config.joint or method.trains_jointly or config.sam_from_task >= config.n_tasks):
+            tasks = 1 if config.joint or method.trains_jointly else config.n_tasks
+            problems.append(
+                f"--sam_from_task must be less than the number of tasks {tasks}, got {config.sam_from_task}. "
+                "Give less, or use the optimizer sgd."
+            )
+        if config.perturb == "norm_only" and not _has_norms(config):
+            problems.append(
+                f"--perturb norm_only needs normalisation layers, the backbone {config.backbone} has none. "
+                "Choose another backbone, or perturb all."
+            )
+        return problems
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
-        """The offset of the weights for the second pass, from the clean gradient."""
-        raise NotImplementedError
+        """The offset of the weights for the second pass, from the clean gradient of what is climbed."""
+        return torch._foreach_mul(g, self.args.rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
-        """The update, from the clean gradient and the one at the moved weights."""
+        """The update, from the clean gradient of the whole loss and the one at the moved weights."""
         return g_adv
 
     def direction(self, objective: Any) -> Grads:
-        g = objective.gradient()
-        with self.at(self.ascent(g, objective)):
+        g, climbed = self.gradients(objective)
+        with self.at(self.ascent(climbed, objective)):
             g_adv = objective.gradient()
         return self.descent(g, g_adv)
 
-    def step(self, objective: Any) -> Grads:
-        """One update of the weights; returns it as it went into the base optimizer."""
-        update = objective.combine(self.direction(objective))
-        self.base.step(update, objective.used)
+    def gradients(self, objective: Any, wanted: list[bool] | None = None) -> tuple[Grads, Grads]:
+        """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
+        g, climbed = objective.gradients(self.args.ascent_on, wanted)
+        if not self._unmoved:
+            return g, climbed
+        return g, [self._unmoved.get(i, part) for i, part in enumerate(climbed)]
+
+    def is_sharp(self, objective: Any) -> bool:
+        """Whether this step is one of the variant's, and not the base optimizer's."""
+        return self.clock["task"] >= self.args.sam_from_task and objective.has(self.args.ascent_on)
+
+    def update(self, objective: Any) -> Grads:
+        if not self.is_sharp(objective):
+            return objective.gradient()
+        update = self.direction(objective)
+        if self.args.renormalize:
+            return torch._foreach_mul(update, norm(objective.clean) / (norm(update) + EPS))
         return update
 
-    @contextmanager
-    def at(self, offset: Grads) -> Iterator[None]:
-        """Inside, the weights are moved by `offset` and BatchNorm statistics are frozen; after it, and after any
-        exception, the weights are bitwise what they were."""
-        with torch.no_grad():
-            saved = [param.detach().clone() for param in self.params]
-            try:
-                torch._foreach_add_(self.params, offset)
-                with frozen_statistics(self._batchnorms), torch.enable_grad():
-                    yield
-            finally:
-                torch._foreach_copy_(self.params, saved)
+    def follow(self) -> bool:
+        has_changed = super().follow()
+        if has_changed:
+            self._unmoved = self._find_unmoved()
+        return has_changed
 
-    def set_lr(self, lr: float) -> None:
-        self.base.lr = lr
+    def _find_unmoved(self) -> dict[int, torch.Tensor]:
+        """{position of a parameter that --perturb leaves alone: zeros}."""
+        if self.args.perturb == "all":
+            return {}
+        norms = {id(p) for m in self.method.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        only = self.args.perturb == "norm_only"
+        moved = [id(p) in norms if only else p.ndim > 1 and id(p) not in norms for p in self.params]
+        return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, moved, strict=True)) if not m}
 
-    def begin_task(self, task: Any) -> None:
-        """What a variant forgets at a task boundary. The base optimizer goes on."""
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Clock of variants that count epochs; `epoch` starts at 0 in each task."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"base": self.base.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.base.load_state_dict(state["base"])
+def _has_norms(config: Any) -> bool:
+    backbone = BACKBONES.load(config.backbone)
+    with torch.device("meta"):
+        net = backbone(config.benchmark.shape, config.benchmark.num_classes, config.view(backbone))
+    return any(isinstance(module, NORMS) for module in net.modules())

@@ -1,15 +1,19 @@
-"""Adam (Kingma & Ba, ICLR 2015), no ascent. 1 forward, 1 backward."""
+"""Adam (Kingma & Ba, ICLR 2015), no ascent.
+
+Passes: 1 forward, 1 backward
+Memory: 2 P (both moments)
+"""
 
 from dataclasses import dataclass
 
 from utils.arguments import flag
 from utils.optim import _base
-from utils.optim._sharpness import Grads, SharpnessAware
+from utils.optim._driver import Driver
 from utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("adam")
-class Adam(SharpnessAware):
+class Adam(Driver):
     defaults = {"lr": 1e-3}  # learning rates published for SGD do not carry over
     decoupled = False
 
@@ -20,6 +24,3 @@ class Adam(SharpnessAware):
 
     def make_base(self, params, lr: float, weight_decay: float) -> _base.Base:
         return _base.Adam(params, lr, weight_decay, self.args.optim_beta1, self.args.optim_beta2, self.decoupled)
-
-    def direction(self, objective) -> Grads:
-        return objective.gradient()

@@ -1,4 +1,8 @@
-"""AdamW (Loshchilov & Hutter, ICLR 2019): Adam with decoupled weight decay, no ascent. 1 forward, 1 backward."""
+"""AdamW (Loshchilov & Hutter, ICLR 2019): Adam with decoupled weight decay, no ascent.
+
+Passes: 1 forward, 1 backward
+Memory: 2 P (both moments)
+"""
 
 from utils.optim.adam import Adam
 from utils.registry import OPTIMIZERS

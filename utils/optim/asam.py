@@ -1,10 +1,13 @@
 """ASAM (Kwon et al., ICML 2021), eq. 8: SAM in a ball that scales with the weights.
 
-    e = rho * T^2 g / (|T g| + 1e-16)    T = |w| + eta on weights, 1 on biases
+    e = rho * T^2 g / (|T g| + 1e-16)    T = |w| + asam_eta on weights, 1 on biases
 
 As the authors' code: parameters called `weight...` (BatchNorm's included) are scaled, the others are not;
-eta is the paper's 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move in
-the clean pass only. 2 forwards, 2 backwards.
+asam_eta is the paper's 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move
+in the clean pass only.
+
+Passes: 2 forward, 2 backward
+Memory: 1 P (saved weights)
 """
 
 from dataclasses import dataclass
@@ -21,21 +24,17 @@ class ASAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         rho: float = flag(0.5, "radius of the scaled ball in which the worst point is sought", low=0)
-        eta: float = flag(0.01, "added to |w|, so that a weight of zero still moves", low=0)
-
-    def __init__(self, method, lr: float, weight_decay: float, args):
-        super().__init__(method, lr, weight_decay, args)
-        names = [name for name, p in method.named_parameters() if p.requires_grad]
-        self._scaled = [i for i, name in enumerate(names) if "weight" in name.rsplit(".", 1)[-1]]
+        asam_eta: float = flag(0.01, "added to |w|, so that a weight of zero still moves", low=0)
 
     @torch.no_grad()
     def ascent(self, g: Grads, objective) -> Grads:
-        if not self._scaled:
+        scaled = [i for i, name in enumerate(self.names) if "weight" in name.rsplit(".", 1)[-1]]
+        if not scaled:
             return torch._foreach_mul(g, self.args.rho / (norm(g) + 1e-16))
-        scale = torch._foreach_add(torch._foreach_abs([self.params[i] for i in self._scaled]), self.args.eta)
+        scale = torch._foreach_add(torch._foreach_abs([self.params[i] for i in scaled]), self.args.asam_eta)
         t_g = list(g)
-        for i, product in zip(self._scaled, torch._foreach_mul([g[i] for i in self._scaled], scale), strict=True):
+        for i, product in zip(scaled, torch._foreach_mul([g[i] for i in scaled], scale), strict=True):
             t_g[i] = product
         offset = torch._foreach_mul(t_g, self.args.rho / (norm(t_g) + 1e-16))
-        torch._foreach_mul_([offset[i] for i in self._scaled], scale)
+        torch._foreach_mul_([offset[i] for i in scaled], scale)
         return offset

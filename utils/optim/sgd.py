@@ -1,10 +1,13 @@
-"""Stochastic gradient descent, no ascent. 1 forward, 1 backward."""
+"""SGD: stochastic gradient descent, no ascent.
 
-from utils.optim._sharpness import Grads, SharpnessAware
+Passes: 1 forward, 1 backward
+Memory: none
+"""
+
+from utils.optim._driver import Driver
 from utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("sgd")
-class SGD(SharpnessAware):
-    def direction(self, objective) -> Grads:
-        return objective.gradient()
+class SGD(Driver):
+    """The driver's own direction: the gradient."""

@@ -1,0 +1,428 @@
+"""What lies between a method and an optimizer: blocks and a loss on one side, a function of the weights on the other.
+
+A method gives `Block`s and a `Loss`; an optimizer sees an `Objective`: images, targets and dropout noise are fixed for
+a step, and only the weights move. It can be asked for the whole loss, for its rows that come from the stream or from
+the memory, for shards of its rows, or for those that have become worst.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils import seeding
+from utils.optim._driver import frozen_statistics
+
+Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
+
+
+class Block:
+    """Rows that pass through the network together: one forward, hence one BatchNorm batch.
+
+    `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
+    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer.
+    """
+
+    def __init__(self, x: Tensor, memory: int = 0, **columns: Tensor):
+        self.x, self.memory, self.columns = x, memory, columns
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name == "columns" or name not in self.columns:
+            raise AttributeError(f"this block has no column '{name}'")
+        return self.columns[name]
+
+    @property
+    def sources(self) -> list[range]:
+        """The rows of the stream, then those of the memory; a source without rows is left out."""
+        cut = len(self) - self.memory
+        return [rows for rows in (range(cut), range(cut, len(self))) if rows]
+
+    def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
+        """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
+        return Block(pick(self.x), memory, **{name: pick(column) for name, column in self.columns.items()})
+
+
+class Loss:
+    """What a method minimises, term by term.
+
+    `rows[name]` (n,) holds a term's cost for each row of a block, weight included; the term is their mean. A term that
+    speaks of k of the n rows has n / k times their cost there, and zeros elsewhere. `penalties[name]` () are terms that
+    belong to no row (a regulariser). `logits` (N, K) are the stream's. The i-th term is about the i-th block, or all
+    are about the only one, unless `blocks[name]` says which.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor],
+        logits: Tensor | None = None,
+        penalties: Mapping[str, Tensor] = {},
+        blocks: Mapping[str, int] = {},
+    ):
+        self.rows, self.logits, self.penalties, self.blocks = rows, logits, penalties, blocks
+
+    @cached_property
+    def terms(self) -> dict[str, Tensor]:
+        """{name: ()}; they sum to `total`."""
+        return {**{name: rows.mean() for name, rows in self.rows.items()}, **self.penalties}
+
+    @cached_property
+    def total(self) -> Tensor:
+        return reduce(operator.add, self.terms.values())
+
+    def block_of(self, name: str, blocks: tuple[Block, ...]) -> int:
+        """Which of the blocks a term of `rows` is about. Raises ValueError where that is not to be seen."""
+        position = 0 if len(blocks) == 1 else list(self.rows).index(name)
+        index = self.blocks.get(name, position)
+        if index >= len(blocks) or len(self.rows[name]) != len(blocks[index]):
+            sizes = ", ".join(str(len(block)) for block in blocks)
+            raise ValueError(
+                f"the loss term '{name}' has {len(self.rows[name])} rows, the blocks have {sizes}. "
+                f"Say which block it is about: Loss(..., blocks={{'{name}': 0}})."
+            )
+        return index
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Loss":
+        """Rows, logits and penalties, each changed by the same function."""
+        return Loss(
+            {name: change(rows) for name, rows in self.rows.items()},
+            None if self.logits is None else change(self.logits),
+            {name: change(term) for name, term in self.penalties.items()},
+            self.blocks,
+        )
+
+    def detach(self) -> "Loss":
+        loss = self.mapped(Tensor.detach)
+        loss.terms = {name: term.detach() for name, term in self.terms.items()}
+        loss.total = self.total.detach()
+        return loss
+
+
+@dataclass
+class Tally:
+    """What the passes of one step leave behind, those over a part of the rows too."""
+
+    used: list[bool]  # which parameters the loss depends on; the others are not stepped
+    forward_rows: int = 0
+    backward_rows: int = 0
+    totals: list[Tensor] = field(default_factory=list)  # the loss of each pass with gradients
+
+
+class Objective:
+    """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
+
+    The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean`, the gradients of
+    the method's guides in `guides`. With `trace`, the losses and gradients of all passes are kept in `passes`.
+    Gradients are handed out, not copied: whoever gets one must not change it in place.
+    """
+
+    def __init__(self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False):
+        self.method, self.blocks, self.params, self.trace = method, blocks, params, trace
+        self.loss: Loss | None = None
+        self.clean: Grads | None = None
+        self.guides: dict[str, Grads] = {}
+        self.passes: list[tuple[Loss, Grads]] = []
+        self.tally = Tally([False] * len(params))
+        self.skipped = False  # set by an optimizer that did not take the step
+        self.extra: tuple[str, Callable[[list[Tensor]], list[Tensor]]] | None = None  # see `add`
+        self.weights: list[float] | None = None  # of each block's terms, in a shard whose parts are uneven
+        self.noise = seeding.global_state()  # a network may draw (dropout): every pass draws the same
+        self._has_drawn, self._is_clean = False, True
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    @property
+    def used(self) -> list[bool]:
+        return self.tally.used
+
+    @property
+    def forward_rows(self) -> int:
+        return self.tally.forward_rows
+
+    @property
+    def backward_rows(self) -> int:
+        return self.tally.backward_rows
+
+    def __call__(self) -> Loss:
+        """The loss at the present weights, with its graph."""
+        with self._same_noise(), self._precision(), self._logits() as logits:
+            loss = self.method.loss(*self.blocks)
+            self.tally.forward_rows += self.num_rows
+            if self.extra is not None:
+                loss = self._with_extra(loss, logits)
+        return loss if self.method.amp is None else loss.mapped(Tensor.float)
+
+    def gradient(self) -> Grads:
+        """The gradient of the whole loss at the present weights."""
+        return self.gradients()[0]
+
+    def gradients(self, climb: str = "all", wanted: list[bool] | None = None) -> tuple[Grads, Grads]:
+        """(gradient of the whole loss, gradient of the part that is climbed), at the present weights, in one forward.
+
+        `climb` is 'all', 'current' (the stream's rows) or 'memory' (the memory's rows, and the penalties, which speak
+        of the past). Parameters that are not `wanted` have zeros and cost no weight gradient, except in guides.
+        """
+        loss = self()
+        clean, self._is_clean = self._is_clean, False
+        weighted = loss if self.weights is None else self._weighted(loss)
+        gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
+        self.tally.totals.append(weighted.total.detach())
+        if clean:
+            self.loss, self.clean = loss.detach(), gradient
+        if self.trace:
+            self.passes.append((loss.detach(), gradient))
+        return gradient, climbed
+
+    def combine(self, update: Grads) -> Grads:
+        return self.method.combine(update, self.guides)
+
+    def has(self, climb: str) -> bool:
+        """Whether there are rows to climb."""
+        memory = sum(block.memory for block in self.blocks)
+        return {"all": True, "current": memory < self.num_rows, "memory": memory > 0}[climb]
+
+    def add(self, name: str, term: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Adds a term of the optimizer's own: the logits (n, K) of each block -> costs (n,) of each block's rows."""
+        self.extra = (name, term)
+
+    def outputs_of(self, net: nn.Module) -> list[Tensor]:
+        """Another network's logits (n, K) for each block, without gradient."""
+        self.tally.forward_rows += self.num_rows
+        with torch.no_grad(), self._precision():
+            return [net(block.x).to(self.params[0].dtype) for block in self.blocks]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Blocks and noise as plain data, from which `later` makes an objective again."""
+        blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.blocks]
+        return {"blocks": blocks, "noise": self.noise}
+
+    def later(self, snapshot: dict[str, Any]) -> "Objective":
+        """The same loss on the blocks of an earlier step, with their noise; its passes count for this step."""
+        blocks = (Block(block["x"], block["memory"], **block["columns"]) for block in snapshot["blocks"])
+        return self._on(tuple(blocks), snapshot["noise"])
+
+    def _on(self, blocks: tuple[Block, ...], noise: dict | None = None) -> "Objective":
+        """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
+        pass is a clean one."""
+        other = Objective(self.method, blocks, self.params)
+        other.tally = self.tally
+        if noise is not None:
+            other.noise, other._has_drawn, other._is_clean = noise, True, False
+        return other
+
+    def num_shards(self, number: int) -> int:
+        """`number`, or as many as the smallest source of any block has rows."""
+        return min(number, *(len(rows) for block in self.blocks for rows in block.sources))
+
+    def shards(self, number: int) -> Iterator[tuple[float, "Objective"]]:
+        """(share, objective) of disjoint shards, one after the other, each with every block's mix of sources.
+
+        There are `num_shards(number)` of them. The shares, parts of all rows, sum to 1, and the losses weighted with
+        them to the whole loss. After the last one, `loss` and `guides` are those of all.
+        """
+        number = self.num_shards(number)
+        done = []
+        for index in range(number):
+            pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.blocks]
+            shard = self._on(tuple(map(_take_pieces, self.blocks, pieces)))
+            share = shard.num_rows / self.num_rows
+            weights = [len(part) / len(whole) / share for part, whole in zip(shard.blocks, self.blocks, strict=True)]
+            shard.weights = weights if any(weight != 1 for weight in weights) else None
+            yield share, shard
+            done.append((share, shard))
+        self._join(done)
+
+    def hardest(self, fraction: float, before: Loss, after: Loss) -> "Objective":
+        """The same loss on the rows whose cost has grown most from `before` to `after`: of each block's rows of the
+        stream, and of those of the memory, this fraction, at least one."""
+        growth: list[Tensor | None] = [None] * len(self.blocks)
+        for name, rows in after.rows.items():
+            index = after.block_of(name, self.blocks)
+            rise = rows.detach() - before.rows[name].detach()
+            growth[index] = rise if growth[index] is None else growth[index] + rise
+        worst = tuple(_worst(block, rise, fraction) for block, rise in zip(self.blocks, growth, strict=True))
+        return self._on(worst, self.noise)
+
+    @contextmanager
+    def _same_noise(self) -> Iterator[None]:
+        """Every pass draws what the first one drew, and leaves the generators where the first one left them."""
+        if not self._has_drawn:
+            self._has_drawn = True
+            yield
+            return
+        present = seeding.global_state()
+        seeding.set_global_state(self.noise)
+        try:
+            yield
+        finally:
+            seeding.set_global_state(present)
+
+    def _precision(self):
+        """Autocast of one pass. A context of its own for each: within one, casts of weights are kept, moved or not."""
+        if self.method.amp is None:
+            return nullcontext()
+        return torch.autocast(self.params[0].device.type, self.method.amp)
+
+    @contextmanager
+    def _logits(self) -> Iterator[dict[int, Tensor]]:
+        """Inside, the network's output for each block that passes through it as a whole is kept, for `extra`."""
+        seen: dict[int, Tensor] = {}
+        if self.extra is None:
+            yield seen
+            return
+
+        def keep(net: nn.Module, inputs: tuple, output: Tensor) -> None:
+            for index, block in enumerate(self.blocks):
+                if inputs and inputs[0] is block.x:
+                    seen[index] = output
+
+        handle = self.method.net.register_forward_hook(keep)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    def _with_extra(self, loss: Loss, seen: dict[int, Tensor]) -> Loss:
+        """The loss with the optimizer's own terms, one for each block."""
+        logits = []
+        for index, block in enumerate(self.blocks):
+            if index not in seen:  # the method reaches its logits in another way: an extra forward
+                self.tally.forward_rows += len(block)
+                with frozen_statistics(self.method):
+                    seen[index] = self.method(block.x)
+            logits.append(seen[index].float() if self.method.amp else seen[index])
+        name, term = self.extra
+        names = [name] if len(self.blocks) == 1 else [f"{name}_{index}" for index in range(len(self.blocks))]
+        blocks = {name: loss.block_of(name, self.blocks) for name in loss.rows}
+        blocks |= {name: index for index, name in enumerate(names)}
+        rows = {**loss.rows, **dict(zip(names, term(logits), strict=True))}
+        return Loss(rows, loss.logits, loss.penalties, blocks)
+
+    def _weighted(self, loss: Loss) -> Loss:
+        rows = {name: self.weights[loss.block_of(name, self.blocks)] * rows for name, rows in loss.rows.items()}
+        return Loss(rows, loss.logits, loss.penalties, loss.blocks)
+
+    def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[tuple[str | None, bool], tuple[Tensor, int]]:
+        """{(guide, climbed): (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
+        names = [*loss.rows, *loss.penalties]
+        guide_of = {}
+        if clean:
+            guide_of = {term: guide for guide, terms in self.method.guides.items() for term in terms if term in names}
+        if not guide_of and climb == "all":
+            return {(None, True): (loss.total, self.num_rows)}
+        pieces: dict[tuple[str | None, bool], list[tuple[Tensor, int | None]]] = {}
+        for name in sorted(names, key=lambda name: name in guide_of):
+            for piece, climbed, block in self._pieces(loss, name, climb):
+                pieces.setdefault((guide_of.get(name), climbed), []).append((piece, block))
+        return {
+            key: (
+                reduce(operator.add, [piece for piece, _ in group]),
+                sum(len(self.blocks[block]) for block in {block for _, block in group if block is not None}),
+            )
+            for key, group in pieces.items()
+        }
+
+    def _pieces(self, loss: Loss, name: str, climb: str) -> list[tuple[Tensor, bool, int | None]]:
+        """(piece of a term, whether it is climbed, its block)."""
+        if name in loss.penalties:
+            return [(loss.penalties[name], climb != "current", None)]
+        index, term = loss.block_of(name, self.blocks), loss.terms[name]
+        if climb == "all":
+            return [(term, True, index)]
+        block, climbs_memory = self.blocks[index], climb == "memory"
+        if block.memory in (0, len(block)):
+            return [(term, climbs_memory == (block.memory > 0), index)]
+        stream, memory = loss.rows[name].split((len(block) - block.memory, block.memory))
+        return [
+            (stream.sum() / len(block), not climbs_memory, index),
+            (memory.sum() / len(block), climbs_memory, index),
+        ]
+
+    def _backward_parts(
+        self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: list[bool] | None
+    ) -> tuple[Grads, Grads]:
+        """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
+        gradient = climbed_gradient = None
+        for position, ((guide, climbed), (part, rows)) in enumerate(parts.items(), start=1):
+            own = self._backward(part, None if guide else wanted, keep_graph=position < len(parts))
+            self.tally.backward_rows += rows
+            if guide:
+                self.guides[guide] = _sum(self.guides.get(guide), own)
+                if wanted is not None:
+                    own = [g if w else torch.zeros_like(g) for g, w in zip(own, wanted, strict=True)]
+            gradient = _sum(gradient, own)
+            if climbed:
+                climbed_gradient = _sum(climbed_gradient, own)
+        if climbed_gradient is None:
+            climbed_gradient = [torch.zeros_like(p) for p in self.params]
+        return gradient, climbed_gradient
+
+    def _backward(self, part: Tensor, wanted: list[bool] | None, keep_graph: bool) -> Grads:
+        rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        found = torch.autograd.grad(part, [self.params[i] for i in rows], retain_graph=keep_graph, allow_unused=True)
+        grads: list[Tensor | None] = [None] * len(self.params)
+        for i, grad in zip(rows, found, strict=True):
+            grads[i] = grad
+            self.tally.used[i] |= grad is not None
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
+
+    def _join(self, done: list[tuple[float, "Objective"]]) -> None:
+        """Clean loss and guides of all rows, from those of the shards."""
+        first = done[0][1].loss
+
+        def whole(index: int, column: Callable[[Loss], Tensor]) -> Tensor:
+            """Puts a column's pieces in the order of the block's rows: all of the stream's, then the memory's."""
+            pieces = [
+                column(shard.loss).split([len(rows) for rows in shard.blocks[index].sources]) for _, shard in done
+            ]
+            return torch.cat([piece for source in zip(*pieces, strict=True) for piece in source])
+
+        rows = {
+            name: whole(first.block_of(name, done[0][1].blocks), lambda loss, name=name: loss.rows[name])
+            for name in first.rows
+        }
+        logits = None if first.logits is None else torch.cat([shard.loss.logits for _, shard in done])
+        self.loss = Loss(rows, logits, first.penalties, first.blocks)
+        for share, shard in done:
+            for guide, grads in shard.guides.items():
+                self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))
+
+
+def _sum(so_far: Grads | None, grads: Grads) -> Grads:
+    return grads if so_far is None else torch._foreach_add(so_far, grads)
+
+
+def _piece(rows: range, index: int, number: int) -> range:
+    """The index-th of `number` even pieces; the first ones are larger by one where it does not divide."""
+    size, rest = divmod(len(rows), number)
+    start = index * size + min(index, rest)
+    return rows[start : start + size + (index < rest)]
+
+
+def _take_pieces(block: Block, pieces: list[range]) -> Block:
+    slices = [slice(piece.start, piece.stop) for piece in pieces]
+    memory = sum(len(piece) for piece in pieces if piece.start >= len(block) - block.memory)
+    if len(slices) == 1:
+        return block.take(lambda column: column[slices[0]], memory)
+    return block.take(lambda column: torch.cat([column[rows] for rows in slices]), memory)
+
+
+def _worst(block: Block, growth: Tensor | None, fraction: float) -> Block:
+    if growth is None:  # no term speaks of it
+        return block
+    picks = []
+    for rows in block.sources:
+        number = max(1, int(fraction * len(rows) + 1e-9))
+        worst = growth[rows.start : rows.stop].topk(number).indices
+        picks.append(worst.sort().values + rows.start)
+    index = torch.cat(picks)
+    return block.take(lambda column: column.index_select(0, index), len(picks[-1]) if block.memory else 0)

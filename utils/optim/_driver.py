@@ -1,0 +1,260 @@
+"""The driver of all optimizers: weights, state, and steps that are taken as a whole or not at all.
+
+A step is a direction, found over a frozen objective, that goes to a base optimizer. Whatever happens on the way, an
+exception or a loss that is not finite, weights, state and BatchNorm statistics are then what they were before. The
+primitives are here once: weights moved and put back by copy, global norms and dot products, frozen statistics.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils import seeding
+from utils.arguments import flag
+from utils.optim._base import SGD, Base, Grads
+
+
+def norm(vector: Grads) -> Tensor:
+    """Global L2 norm () of a list of tensors."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
+
+
+def dot(a: Grads, b: Grads) -> Tensor:
+    """Inner product () of two aligned lists of tensors."""
+    return torch.cat([product.view(-1) for product in torch._foreach_mul(a, b)]).sum()
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module | list[nn.Module]) -> Iterator[None]:
+    """BatchNorm layers normalise with the batch, but their running averages and counters stay as they are.
+
+    Takes a module or its list of BatchNorm layers. Safe to nest, and left behind by an exception as by a return.
+    """
+    layers = batchnorms(module) if isinstance(module, nn.Module) else module
+    tracked = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer, was_tracked in zip(layers, tracked, strict=True):
+            layer.track_running_stats = was_tracked
+
+
+def batchnorms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class Driver:
+    """Steps the parameters of a method by the gradient of its loss. Subclasses override `direction`.
+
+    `state[name]` is a list of tensors aligned with `params`, `clock[name]` a whole number. What a step would change of
+    them goes to `pending`, and moves over only with the step. Every state is saved, and grows with its parameters:
+    new entries are 0, or what `fill[name]` says.
+    """
+
+    name: str
+    defaults: dict[str, Any] = {}  # values that a published SGD setting cannot speak for
+    fill: dict[str, float] = {}
+
+    @dataclass(frozen=True)
+    class Args:
+        optim_mom: float = flag(0.0, "momentum of the base SGD", low=0, below=1)
+        optim_nesterov: bool = flag(False, "Nesterov momentum in the base SGD")
+
+    def __init__(
+        self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: np.random.Generator | None = None
+    ):
+        """`rng` is for the optimizer's own random choices."""
+        self.method, self.args = method, args
+        self.rng = np.random.default_rng(0) if rng is None else rng
+        self.names, self.params = _trainable(method)
+        self.base = self.make_base(self.params, lr, weight_decay)
+        self.state: dict[str, Grads] = {}
+        self.clock: dict[str, int] = {"task": 0, "epoch": 0}
+        self.pending: dict[str, Any] = {}
+        self.device = self.params[0].device if self.params else torch.device("cpu")
+        self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
+        self._batchnorms = batchnorms(method)
+
+    @classmethod
+    def check(cls, config: Any, method: type) -> list[str]:
+        """Problems of this optimizer with a configuration, one line each; called before any data is loaded."""
+        return []
+
+    def make_base(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> Base:
+        return SGD(params, lr, weight_decay, self.args.optim_mom, self.args.optim_nesterov)
+
+    def direction(self, objective: Any) -> Grads:
+        """The update, before the method's own surgery."""
+        return objective.gradient()
+
+    def update(self, objective: Any) -> Grads:
+        """The direction, and what all variants of a family do to it."""
+        return self.direction(objective)
+
+    def step(self, objective: Any) -> Grads:
+        """One update of the weights; returns it as it went into the base optimizer.
+
+        A step whose losses or update are not finite is not taken. On the CPU the objective is then marked as `skipped`;
+        elsewhere the device decides by itself, since the host does not wait for it.
+        """
+        self.pending = {}
+        statistics = self._statistics()
+        before = torch._foreach_mul(statistics, 1) if statistics else []
+        update = objective.combine(self.update(objective))
+        with torch.no_grad():
+            finite = (torch.stack(torch._foreach_norm(update)).sum() + sum(objective.tally.totals)).isfinite()
+            if self.device.type != "cpu":
+                self._step_where(finite, update, objective.used, before)
+            elif finite:
+                self.skips[1] = 0
+                self.base.step(update, objective.used)
+                self._commit(self.pending)
+            else:
+                self.skips += 1
+                objective.skipped = True
+                if statistics:
+                    torch._foreach_copy_(statistics, before)
+            if not objective.skipped:
+                self.settle(objective)
+        return update
+
+    def settle(self, objective: Any) -> None:
+        """Called after a step that was taken, without gradients: averages of the weights, records of the outputs."""
+
+    @contextmanager
+    def at(self, offset: Grads, frozen: bool = True) -> Iterator[None]:
+        """Inside, the weights are moved by `offset` and BatchNorm statistics are frozen, unless told otherwise; after
+        it, and after any exception, the weights are bitwise what they were."""
+        with torch.no_grad():
+            saved = [param.detach().clone() for param in self.params]
+            try:
+                torch._foreach_add_(self.params, offset)
+                with frozen_statistics(self._batchnorms if frozen else []), torch.enable_grad():
+                    yield
+            finally:
+                torch._foreach_copy_(self.params, saved)
+
+    def set_lr(self, lr: float) -> None:
+        self.base.lr = lr
+
+    def begin_task(self, task: Any) -> None:
+        """What a variant forgets at a task boundary. The base optimizer goes on."""
+        self.follow()
+        self.clock["task"] = task.index
+
+    def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
+        """Clock of variants that count epochs: from 0 in each task, up to `n_epochs` if that is known."""
+        self.clock["epoch"] = epoch
+
+    def forget(self, *names: str) -> None:
+        for name in names:
+            self.state.pop(name, None)
+
+    def follow(self) -> bool:
+        """Takes in what the method has done to its parameters since: added, replaced, enlarged, dropped. Returns
+        whether it has. A parameter is known by its name; its state keeps the old entries in their corner."""
+        names, params = _trainable(self.method)
+        if len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True)):
+            return False
+        place = {name: i for i, name in enumerate(self.names)}
+        old = [place.get(name) for name in names]
+
+        def carried(entries: list[Any], fill: float | None) -> list[Any]:
+            kept = [None if i is None else entries[i] for i in old]
+            return [
+                grown(entry, p, fill or 0.0)
+                if isinstance(entry, Tensor) or (entry is None and fill is not None)
+                else entry
+                for entry, p in zip(kept, params, strict=True)
+            ]
+
+        self.base.params = params
+        self.base.state = {name: carried(entries, None) for name, entries in self.base.state.items()}
+        self.state = {name: carried(entries, self.fill.get(name, 0.0)) for name, entries in self.state.items()}
+        self.names, self.params = names, params
+        self._batchnorms = batchnorms(self.method)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base.state_dict(),
+            "state": {name: list(entries) for name, entries in self.state.items()},
+            "clock": dict(self.clock),
+            "skips": self.skips.clone(),
+            "rng": seeding.generator_state(self.rng),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.follow()
+        self.base.load_state_dict(state["base"])
+        self.state = {
+            name: [entry.to(p.device).clone() for entry, p in zip(entries, self.params, strict=True)]
+            for name, entries in state["state"].items()
+        }
+        self.clock = dict(state["clock"])
+        self.skips = state["skips"].to(self.device).clone()
+        seeding.set_generator_state(self.rng, state["rng"])
+
+    def _commit(self, pending: dict[str, Any]) -> None:
+        for name, value in pending.items():
+            (self.clock if isinstance(value, int) else self.state)[name] = value
+
+    def _statistics(self) -> list[Tensor]:
+        return [buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False)]
+
+    def _step_where(self, finite: Tensor, update: Grads, used: list[bool], statistics: Grads) -> None:
+        """The step, then everything that it changed put back where `finite` is false, without a wait for the device."""
+        base = {name: [*entries] for name, entries in self.base.state.items()}
+        tensors = [entry for entries in base.values() for entry in entries if isinstance(entry, Tensor)]
+        before = torch._foreach_mul([*self.params, *tensors], 1)
+        self.base.step(update, used)
+        new = [  # what the base optimizer has made in this step starts from zero
+            entry
+            for name, entries in self.base.state.items()
+            for entry, old in zip(entries, base[name], strict=True)
+            if isinstance(entry, Tensor) and old is None
+        ]
+        before += statistics + [torch.zeros_like(entry) for entry in new]
+        _keep_where(finite, [*self.params, *tensors, *self._statistics(), *new], before)
+        for name, value in self.pending.items():
+            if not isinstance(value, int):
+                value = self.pending[name] = torch._foreach_mul(value, 1)  # it may share memory with a gradient
+                _keep_where(finite, value, self.state.get(name) or [torch.zeros_like(entry) for entry in value])
+        self._commit(self.pending)
+        skipped = (~finite).long()
+        self.skips = torch.stack((self.skips[0] + skipped, (self.skips[1] + 1) * skipped))
+
+
+def _trainable(method: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    return [name for name, _ in named], [p for _, p in named]
+
+
+def grown(old: Tensor | None, like: Tensor, fill: float = 0.0) -> Tensor:
+    """A tensor of the shape of `like`, with the entries of `old` in their corner and `fill` elsewhere."""
+    if old is not None and old.shape == like.shape:
+        return old
+    new = torch.full_like(like, fill, requires_grad=False)
+    if old is not None and old.ndim == new.ndim:
+        corner = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+        new[corner] = old[corner]
+    return new
+
+
+def _keep_where(finite: Tensor, after: Grads, before: Grads) -> None:
+    """Writes `before` into `after` if `finite` is false; one call for each type of number."""
+    for dtype in {tensor.dtype for tensor in after}:
+        pairs = [(a, b) for a, b in zip(after, before, strict=True) if a.dtype == dtype]
+        old = torch.cat([b.reshape(-1) for _, b in pairs])
+        new = torch.cat([a.reshape(-1) for a, _ in pairs])
+        parts = torch.where(finite, new, old).split([a.numel() for a, _ in pairs])
+        torch._foreach_copy_(
+            [a for a, _ in pairs], [part.view_as(a) for part, (a, _) in zip(parts, pairs, strict=True)]
+        )

@@ -1,0 +1,60 @@
+"""ESAM (Du et al., ICLR 2022): SAM with a part of the parameters in the ascent and a part of the rows in the descent.
+
+    e = (rho / esam_beta) * g_M / (|g_M| + 1e-7)    M: each tensor with probability esam_beta, drawn anew every step
+    u = gradient at w + e over the esam_gamma of the rows whose loss the ascent has raised most
+
+As the authors' code, whole tensors are left out, so that the clean pass need not find their gradients; the paper draws
+single weights. Rows are chosen within each block, and there apart for stream and memory, so that neither can push the
+other out: floor(esam_gamma * n) of n, at least one (the code takes one less, and none at all of three). No tensor is
+left out in a task's first step; one always stays. Nothing is frozen, BatchNorm's running statistics move at w only.
+
+Passes: 2 + gamma forward, 1 + gamma backward
+Memory: 1 P (saved weights)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.arguments import flag
+from utils.optim._sharpness import Grads, SharpnessAware, norm
+from utils.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("esam")
+class ESAM(SharpnessAware):
+    @dataclass(frozen=True)
+    class Args(SharpnessAware.Args):
+        esam_beta: float = flag(0.6, "share of the tensors that is moved", above=0, high=1)
+        esam_gamma: float = flag(0.5, "share of the rows that the update is taken from", above=0, high=1)
+
+    @classmethod
+    def check(cls, config, method) -> list[str]:
+        problems = super().check(config, method)
+        if config.renormalize and config.esam_beta < 1:
+            problems.append(
+                f"--renormalize needs the whole clean gradient, which --esam_beta {config.esam_beta:g} leaves out in "
+                "part. Give --esam_beta 1, or drop it."
+            )
+        return problems
+
+    def direction(self, objective) -> Grads:
+        _, climbed = self.gradients(objective, self._draw_tensors())
+        offset = torch._foreach_mul(climbed, self.args.rho / self.args.esam_beta / (norm(climbed) + 1e-7))
+        with self.at(offset):
+            if self.args.esam_gamma == 1:
+                return objective.gradient()
+            with torch.no_grad():
+                raised = objective()
+            return objective.hardest(self.args.esam_gamma, objective.loss, raised).gradient()
+
+    def _draw_tensors(self) -> list[bool] | None:
+        self.pending["started"] = 1
+        if not self.clock.get("started", 0):
+            return None
+        draws = self.rng.random(len(self.params))
+        return ((draws < self.args.esam_beta) | (draws == draws.min())).tolist()
+
+    def begin_task(self, task) -> None:
+        super().begin_task(task)
+        self.clock["started"] = 0

@@ -1,0 +1,40 @@
+"""Friendly SAM, F-SAM (Li et al., CVPR 2024): climb against the batch's own noise, not the full gradient.
+
+    d = g - friendly_sigma * m    m = friendly_lambda * m + (1 - friendly_lambda) * g    e = rho * d / (|d| + 1e-12)
+
+As the authors' code, not as the paper's formula: d takes m from before the step, and in a task's first step m = d = g
+(plain SAM); the average takes the raw gradient. It estimates the gradient of a task's own mixture of stream and memory,
+so it starts anew with each task.
+
+Passes: 2 forward, 2 backward
+Memory: 3 P (saved weights, average, direction)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from utils.arguments import flag
+from utils.optim._sharpness import Grads, SharpnessAware
+from utils.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("friendly_sam")
+class FriendlySAM(SharpnessAware):
+    @dataclass(frozen=True)
+    class Args(SharpnessAware.Args):
+        rho: float = flag(0.2, "radius of the ball in which the worst point is sought", low=0)
+        friendly_sigma: float = flag(1.0, "how much of the averaged gradient is taken off the ascent", low=0)
+        friendly_lambda: float = flag(0.6, "decay of the averaged gradient", low=0, high=1)
+
+    def ascent(self, g: Grads, objective) -> Grads:
+        m = self.state.get("m")
+        if m is None:
+            self.pending["m"] = g
+            return super().ascent(g, objective)
+        self.pending["m"] = torch._foreach_lerp(m, g, 1 - self.args.friendly_lambda)
+        return super().ascent(torch._foreach_add(g, m, alpha=-self.args.friendly_sigma), objective)
+
+    def begin_task(self, task) -> None:
+        super().begin_task(task)
+        self.forget("m")

@@ -1,0 +1,82 @@
+"""SAMPa (Xie, Pethick & Cevher, NeurIPS 2024): the two gradients of SAM at points that are known beforehand.
+
+    h  = gradient of B_(t-1) at y_t             from the step before
+    a  = gradient of B_(t-1) at x_t + rho * h / (|h| + 1e-12)
+    h' = gradient of B_t at y_(t+1) = x_t - what the base optimizer makes of h
+    u  = (1 - sampa_lambda) * a + sampa_lambda * h'
+
+a and h' do not wait for each other, so two devices take the time of one pass; here they run one after the other, and
+SAMPa costs what SAM does. As the authors' code: the batch that was climbed on is the one that a is taken on, one step
+later, and the look-ahead has the base's momentum and weight decay. Unlike that code, h is kept and not recovered from
+the sum (with sampa_lambda 0 it would be lost), and BatchNorm's running statistics move with the newest batch.
+The clean pass, from which guides, stored logits and the loss come, is the one at y. A task's first step is the base's.
+
+Passes: 2 forward, 2 backward
+Memory: 3 P (saved weights, h, look-ahead) and the previous batch
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.arguments import flag
+from utils.optim._sharpness import Grads, SharpnessAware
+from utils.registry import OPTIMIZERS
+
+
+@OPTIMIZERS.register("sampa")
+class SAMPa(SharpnessAware):
+    @dataclass(frozen=True)
+    class Args(SharpnessAware.Args):
+        rho: float = flag(0.1, "radius of the ball in which the worst point is sought", low=0)
+        sampa_lambda: float = flag(0.2, "weight of the newest batch's gradient in the update", low=0, high=1)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.previous: dict[str, Any] | None = None  # a snapshot of the step before
+
+    def direction(self, objective) -> Grads:
+        if self.previous is None:
+            return self._remember_gradients(objective)
+        h = self.state["h"]
+        with self.at(self.base.look_ahead(h), frozen=False):
+            newest = self._remember_gradients(objective)
+        with self.at(self.ascent(self.state.get("h_climbed", h), objective)):
+            a = objective.later(self.previous).gradient()
+        return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
+
+    def _remember_gradients(self, objective) -> Grads:
+        gradient, climbed = self.gradients(objective)
+        self.pending["h"] = gradient
+        if climbed is not gradient:
+            self.pending["h_climbed"] = climbed
+        return gradient
+
+    def settle(self, objective) -> None:
+        self.previous = objective.snapshot() if "h" in self.pending else None
+
+    def begin_task(self, task) -> None:
+        super().begin_task(task)
+        self.forget("h", "h_climbed")
+        self.previous = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "previous": _each_tensor(self.previous, torch.clone)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.previous = _each_tensor(state["previous"], lambda tensor: tensor.to(self.device))
+        if self.previous is not None:
+            self.previous["noise"] = state["previous"]["noise"]  # of generators, which live where they live
+
+
+def _each_tensor(content: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested lists and dicts with each tensor changed. A batch is a view of its chunk: a clone saves less."""
+    if isinstance(content, dict):
+        return {name: _each_tensor(value, change) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_each_tensor(value, change) for value in content]
+    return change(content) if isinstance(content, Tensor) else content

@@ -1,0 +1,173 @@
+"""Sparse SAM (Mi et al., NeurIPS 2022; Systematic Investigation, 2023): SAM that moves only a part of the weights.
+
+    e = rho * g / (|g| + 1e-7) * M    |g| over all weights, M binary, `sparsity` of it zero
+
+    fisher   M: the largest of f = sum_i (gradient of CE(x_i, y_i))^2
+    nm       M: in every `sparse_m` consecutive weights, the `sparse_n` with the largest f; biases and norms all
+    dynamic  M: random at first, then the smallest |g| * M are dropped, and as many grown elsewhere at random
+
+The mask is renewed at the first step of a task and of every `sparse_every`-th epoch. f comes from rows of that step,
+stream and memory, before it is taken, sample by sample in eval mode: the authors' code takes it afterwards, with a
+first mask of zeros, and lets it move BatchNorm's statistics. In a convolution, consecutive are the output channels, and
+the mask lies on the weights whose f it was made from. A dynamic mask is kept from task to task and its schedule
+restarts; new weights are moved. No time is saved by any of these masks: dense products stay dense.
+
+Passes: 2 forward, 2 backward
+Memory: 2 P (saved weights, mask)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from utils.arguments import flag
+from utils.optim._sharpness import Grads, SharpnessAware, norm
+from utils.registry import OPTIMIZERS
+
+OWN_FLAGS = {
+    "sparsity": ("fisher", "dynamic"), "fisher_rows": ("fisher", "nm"), "drop_rate": ("dynamic",),
+    "sparse_n": ("nm",), "sparse_m": ("nm",),
+}  # fmt: skip
+GRADIENT_FLOATS = 2**26  # of per-sample gradients at a time
+
+
+@OPTIMIZERS.register("sparse_sam")
+class SparseSAM(SharpnessAware):
+    fill = {"mask": 1.0}
+
+    @dataclass(frozen=True)
+    class Args(SharpnessAware.Args):
+        rho: float = flag(0.1, "radius of the ball in which the worst point is sought", low=0)
+        sparse_mask: str = flag("fisher", "how the mask is made", choices=("fisher", "dynamic", "nm"))
+        sparsity: float = flag(0.5, "share of the weights that is not moved", low=0, below=1)
+        sparse_every: int = flag(1, "epochs from one mask to the next", low=1)
+        fisher_rows: int = flag(16, "rows of a step that the Fisher information is taken from", low=1)
+        drop_rate: float = flag(0.5, "share of a dynamic mask that is renewed, at first", low=0, high=1)
+        sparse_n: int = flag(2, "weights moved ...", low=1)
+        sparse_m: int = flag(4, "... of so many consecutive ones", low=2)
+
+    @classmethod
+    def check(cls, config, method) -> list[str]:
+        problems = super().check(config, method)
+        for name, masks in OWN_FLAGS.items():
+            if config.origins[name] == "argv" and config.sparse_mask not in masks:
+                problems.append(
+                    f"--{name} has no effect with --sparse_mask {config.sparse_mask}. Use {' or '.join(masks)}."
+                )
+        if config.sparse_mask == "nm" and config.sparse_n >= config.sparse_m:
+            problems.append(
+                f"--sparse_n must be less than --sparse_m {config.sparse_m}, got {config.sparse_n}. Give less."
+            )
+        return problems
+
+    def direction(self, objective) -> Grads:
+        self._renew_mask(objective)
+        g, climbed = self.gradients(objective)
+        mask = self.pending.get("mask", self.state.get("mask"))
+        offset = torch._foreach_mul(climbed, self.args.rho / (norm(climbed) + 1e-7))
+        torch._foreach_mul_(offset, mask)
+        with self.at(offset):
+            g_adv = objective.gradient()
+        if self._is_due and self.args.sparse_mask == "dynamic" and self.clock["epoch"] > 0:
+            self.pending["mask"] = self._regrown(mask, g)
+        return g_adv
+
+    @property
+    def _is_due(self) -> bool:
+        epoch = self.clock["epoch"]
+        return epoch % self.args.sparse_every == 0 and self.clock.get("renewed", -1) != epoch
+
+    def _renew_mask(self, objective) -> None:
+        if not self._is_due:
+            return
+        self.pending["renewed"] = self.clock["epoch"]
+        if self.args.sparse_mask != "dynamic":
+            scores = self._fisher(objective)
+            nm = self.args.sparse_mask == "nm"
+            self.pending["mask"] = [self._n_of_m(f) for f in scores] if nm else self._largest(scores)
+        elif "mask" not in self.state:
+            ones = self._size - math.ceil(self.args.sparsity * self._size - 1e-9)
+            self.pending["mask"] = self._unflatten(self._top(self._random(), ones))
+
+    def _fisher(self, objective) -> Grads:
+        """Sum over rows of the squared gradients of the cross entropy, sample by sample, nothing else moved."""
+        blocks = [block for block in objective.blocks if "y" in block.columns]
+        x, y = (torch.cat([getattr(block, name) for block in blocks]) for name in ("x", "y"))
+        number = min(self.args.fisher_rows, len(y))
+        rows = torch.arange(number, device=y.device) * len(y) // number
+        x, y = x[rows], y[rows]
+        objective.tally.forward_rows += number
+        objective.tally.backward_rows += number
+        params = dict(zip(self.names, (p.detach() for p in self.params), strict=True))
+
+        def cost(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            logits = torch.func.functional_call(self.method, params, (x[None],))
+            return cross_entropy(logits, y[None])
+
+        gradients = torch.func.vmap(torch.func.grad(cost), in_dims=(None, 0, 0))
+        size = max(1, GRADIENT_FLOATS // self._size)
+        modes = [(module, module.training) for module in self.method.modules()]
+        self.method.eval()
+        try:
+            parts = [
+                [g.square().sum(0) for g in gradients(params, x[i : i + size], y[i : i + size]).values()]
+                for i in range(0, number, size)
+            ]
+        finally:
+            for module, was_training in modes:
+                module.training = was_training
+        return [torch.stack(part).sum(0) for part in zip(*parts, strict=True)]
+
+    def _largest(self, scores: Grads) -> Grads:
+        kept = math.floor(self._size * (1 - self.args.sparsity) + 1e-9)
+        return self._unflatten(self._top(_flat(scores), kept))
+
+    def _n_of_m(self, scores: Tensor) -> Tensor:
+        """The mask of one parameter; (out, in) as stored, (out, in, h, w) along the output channels."""
+        if scores.ndim < 2:
+            return torch.ones_like(scores)
+        ordered = scores if scores.ndim == 2 else scores.movedim(0, -1)
+        n, m, length = self.args.sparse_n, self.args.sparse_m, ordered.shape[-1]
+        groups = pad(ordered, (0, -length % m), value=-1.0).unflatten(-1, (-1, m))
+        best = torch.zeros_like(groups).scatter_(-1, groups.topk(n).indices, 1.0)
+        mask = best.flatten(-2)[..., :length]
+        return mask.contiguous() if scores.ndim == 2 else mask.movedim(-1, 0).contiguous()
+
+    def _regrown(self, mask: Grads, g: Grads) -> Grads:
+        epoch, n_epochs = self.clock["epoch"], self.clock.get("n_epochs", 0)
+        rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
+        still = self.args.sparsity * self._size
+        moved, m = self._size - still, _flat(mask)
+        kept = self._top((_flat(g).abs() + 1e-7) * m, math.floor(moved * (1 - rate) + 1e-9))
+        grown = self._top((self._random() + 1e-7) * (1 - m), math.floor(min(moved * rate, still) + 1e-9))
+        return self._unflatten(kept + grown)
+
+    @property
+    def _size(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    def _random(self) -> Tensor:
+        return torch.from_numpy(self.rng.random(self._size)).to(self.device, self.params[0].dtype)
+
+    @staticmethod
+    def _top(scores: Tensor, number: int) -> Tensor:
+        return torch.zeros_like(scores).index_fill_(0, scores.topk(number).indices, 1.0)
+
+    def _unflatten(self, flat: Tensor) -> Grads:
+        parts = flat.split([p.numel() for p in self.params])
+        return [part.view_as(p).clone() for part, p in zip(parts, self.params, strict=True)]
+
+    def begin_task(self, task) -> None:
+        super().begin_task(task)
+        self.clock["renewed"] = -1
+
+    def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
+        super().begin_epoch(epoch, n_epochs)
+        self.clock["n_epochs"] = n_epochs or 0
+
+
+def _flat(vector: Grads) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in vector])
