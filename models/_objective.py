@@ -201,9 +201,9 @@ class Objective:
             return [net(block.x).to(self.params[0].dtype) for block in self.blocks]
 
     def snapshot(self) -> dict[str, Any]:
-        """Blocks and noise as plain data, from which `later` makes an objective again."""
+        """Blocks, noise and used parameters as plain data, from which `later` makes an objective again."""
         blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.blocks]
-        return {"blocks": blocks, "noise": self.noise}
+        return {"blocks": blocks, "noise": self.noise, "used": self.used}
 
     def later(self, snapshot: dict[str, Any]) -> "Objective":
         """The same loss on the blocks of an earlier step, with their noise; its passes count for this step."""

@@ -657,7 +657,20 @@ def _fingerprint(argv):
 
 
 SMALL = ("--dataset", "seq-synth", "--debug_mode", "--threads", "1", "--stop_after", "3")
-COMPANIONS = {"optim_nesterov": ("--optim_mom", "0.9")}  # without which a flag is refused or has nothing to act on
+LONG = ("--debug_mode", "0", "--stop_after", "1")
+COMPANIONS = {  # without which a flag is refused or has nothing to act on
+    "optim_nesterov": ("--optim_mom", "0.9"),
+    "perturb": ("--backbone", "reduced-resnet18"),
+    "gsam_rho_min": (*LONG, "--lr_scheduler", "cosine", "--n_epochs", "3"),
+    "mesa_start": (*LONG, "--n_epochs", "3"),
+    "saf_start": (*LONG, "--n_epochs", "12"),
+    "saf_lag": (*LONG, "--n_epochs", "12"),
+    "sparse_every": (*LONG, "--n_epochs", "3"),
+    "drop_rate": (*LONG, "--n_epochs", "3", "--sparse_mask", "dynamic"),
+    "sparse_n": ("--sparse_mask", "nm"),
+    "sparse_m": ("--sparse_mask", "nm", "--sparse_n", "1"),
+    ("esam", "renormalize"): ("--esam_beta", "1"),
+}
 
 
 def brought_flags():
@@ -689,7 +702,7 @@ def test_every_flag_of_every_registered_name_changes_a_result(kind, name, flag_n
     if kind == "dataset":
         pytest.fail(f"--{flag_name} of {name}: write an entry that runs this benchmark")
     argv = ["--model", chosen["model"], *([f"--{kind}", name] if kind != "model" else []), *SMALL]
-    argv += COMPANIONS.get(flag_name, ())
+    argv += COMPANIONS.get((name, flag_name), COMPANIONS.get(flag_name, ()))
     config = resolve(argv)
     values = other_values(config.flags[flag_name], config.values[flag_name])
     assert values
@@ -904,6 +917,8 @@ OBSERVED = {
     "augmentation": differs("--augmentation", "0"),
     "class_il_argmax": check_class_il_argmax,
     "model_config": check_model_config,
+    "budget_rows": differs("--budget_rows", "20000", base=("--debug_mode", "0")),
+    "amp": differs("--amp", "bf16"),
     "debug_mode": differs("--debug_mode", "0"),
     "device": check_device,
     "data_device": check_data_device,

@@ -1,6 +1,7 @@
 """Whole runs: what they leave on disk, that they repeat, and that stopping them changes nothing."""
 
 import json
+import re
 import math
 import os
 import pkgutil
@@ -26,7 +27,7 @@ SUMMARY = {
     "model", "dataset", "optimizer", "backbone", "setting", "seed", "status", "metrics", "accuracy", "cost",
     "config_hash", "notes",
 }  # fmt: skip
-COST = {"steps", "forward_rows", "backward_rows", "train_s", "eval_s", "wall_s", "peak_memory_mib"}
+COST = {"steps", "skipped_steps", "forward_rows", "backward_rows", "train_s", "eval_s", "wall_s", "peak_memory_mib"}
 METRICS = {
     "final_average_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18", "forgetting_mammoth",
     "bwt_gem17", "fwt_gem17",
@@ -752,18 +753,16 @@ def test_a_run_without_folder_can_be_interrupted(interrupt, capsys):
 
 @pytest.mark.parametrize("words", [("--log_every", "1"), ()], ids=["logged-often", "logged-never"])
 def test_a_run_that_diverges_says_so(words, tmp_path, capsys, unpictured):
-    """However seldom it logs: 40 steps are fewer than --log_every."""
+    """However seldom it logs: 40 steps are fewer than --log_every. No step of the second task can be taken."""
     folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--lr", "1e6", *words, code=1)
     err = capsys.readouterr().err
-    assert (
-        err.startswith("failed: the loss is" if words else "failed: the weights are not finite")
-        and "--lr" in err
-        and len(err.splitlines()) == 1
-    )
+    assert re.match(r"failed: the loss or the update was not finite in \d+ steps in a row", err) and "--lr" in err
+    assert len(err.splitlines()) == 1
     assert read(folder)["status"] == "diverged" and set(read(folder)) == SUMMARY
+    assert read(folder)["cost"]["skipped_steps"] >= 8
 
 
-def test_a_run_that_diverges_in_its_second_task_keeps_the_first(tmp_path, capsys, unpictured):
+def test_a_run_that_diverges_in_its_second_task_keeps_what_it_had(tmp_path, capsys, unpictured):
     text = (
         "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
         "@METHODS.register('late')\nclass Late(ER):\n    def loss(self, joint):\n        loss = super().loss(joint)\n"
@@ -773,8 +772,9 @@ def test_a_run_that_diverges_in_its_second_task_keeps_the_first(tmp_path, capsys
     file = write_plugin(tmp_path, "late", text)
     argv = ("--model", "late", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1")
     summary = read(start(tmp_path / "out", *argv, code=1))
-    assert summary["status"] == "diverged" and len(summary["accuracy"]["class-il"]) == 1
-    assert "nan at step 14" in capsys.readouterr().err
+    assert summary["status"] == "diverged" and len(summary["accuracy"]["class-il"]) == 2
+    assert summary["cost"]["skipped_steps"] == 11 and summary["cost"]["steps"] == 24
+    assert "in 11 steps in a row (step 24)" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_built_leaves_no_folder(tmp_path):

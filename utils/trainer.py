@@ -293,7 +293,7 @@ class Trainer:
                 break
         self._mid_epoch = False
         self._check_weights()
-        self._check_skips()
+        self._check_skips(limit=self.stream.num_batches(split))
         self.cost.train_s += time.monotonic() - start
 
     def _check_weights(self) -> None:
@@ -305,10 +305,10 @@ class Trainer:
                 f"{self.config.lr:g}). Finished tasks are kept."
             )
 
-    def _check_skips(self) -> None:
+    def _check_skips(self, limit: int = SKIPS_IN_A_ROW) -> None:
         """Counts the steps that the optimizer has not taken, and ends a run that gets nowhere."""
         self.cost.skipped_steps, in_a_row = self.optimizer.skips.tolist()
-        if in_a_row >= SKIPS_IN_A_ROW:
+        if in_a_row >= min(limit, SKIPS_IN_A_ROW):
             raise RunFailed(
                 f"the loss or the update was not finite in {in_a_row} steps in a row (step {self.cost.steps}): they "
                 f"were not taken. Try a smaller --lr (now {self.config.lr:g}). Finished tasks are kept."

@@ -58,16 +58,16 @@ class SGD(Base):
         torch._foreach_add_(params, grads, alpha=-self.lr)
 
     @torch.no_grad()
-    def look_ahead(self, grads: Grads) -> Grads:
+    def look_ahead(self, grads: Grads, used: list[bool]) -> Grads:
         """The offset that a step with these gradients would move the weights by; changes nothing."""
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         if self.momentum:
-            buffers = [
-                g if b is None else self.momentum * b + g for b, g in zip(self.state["momentum"], grads, strict=True)
-            ]
+            old = [torch.zeros_like(g) if b is None else b for b, g in zip(self.state["momentum"], grads, strict=True)]
+            buffers = torch._foreach_add(grads, old, alpha=self.momentum)
             grads = torch._foreach_add(grads, buffers, alpha=self.momentum) if self.nesterov else buffers
-        return torch._foreach_mul(grads, -self.lr)
+        offset = torch._foreach_mul(grads, -self.lr)
+        return [move if is_used else torch.zeros_like(move) for move, is_used in zip(offset, used, strict=True)]
 
     def _accumulate(self, grads: Grads, rows: Any) -> Grads:
         buffers = self.state["momentum"]

@@ -107,7 +107,11 @@ class Driver:
         self.pending = {}
         statistics = self._statistics()
         before = torch._foreach_mul(statistics, 1) if statistics else []
-        update = objective.combine(self.update(objective))
+        try:
+            update = objective.combine(self.update(objective))
+        except BaseException:
+            self._restore_statistics(before)
+            raise
         with torch.no_grad():
             finite = (torch.stack(torch._foreach_norm(update)).sum() + sum(objective.tally.totals)).isfinite()
             if self.device.type != "cpu":
@@ -119,8 +123,7 @@ class Driver:
             else:
                 self.skips += 1
                 objective.skipped = True
-                if statistics:
-                    torch._foreach_copy_(statistics, before)
+                self._restore_statistics(before)
             if not objective.skipped:
                 self.settle(objective)
         return update
@@ -208,6 +211,10 @@ class Driver:
 
     def _statistics(self) -> list[Tensor]:
         return [buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False)]
+
+    def _restore_statistics(self, before: list[Tensor]) -> None:
+        if before:
+            torch._foreach_copy_(self._statistics(), before)
 
     def _step_where(self, finite: Tensor, update: Grads, used: list[bool], statistics: Grads) -> None:
         """The step, then everything that it changed put back where `finite` is false, without a wait for the device."""

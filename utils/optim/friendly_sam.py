@@ -32,8 +32,12 @@ class FriendlySAM(SharpnessAware):
         if m is None:
             self.pending["m"] = g
             return super().ascent(g, objective)
-        self.pending["m"] = torch._foreach_lerp(m, g, 1 - self.args.friendly_lambda)
-        return super().ascent(torch._foreach_add(g, m, alpha=-self.args.friendly_sigma), objective)
+        averaged = torch._foreach_lerp(m, g, 1 - self.args.friendly_lambda)
+        direction = torch._foreach_add(g, m, alpha=-self.args.friendly_sigma)
+        # a parameter without gradient in this step is neither averaged nor moved
+        self.pending["m"] = [new if used else old for new, old, used in zip(averaged, m, objective.used, strict=True)]
+        direction = [new if used else zero for new, zero, used in zip(direction, g, objective.used, strict=True)]
+        return super().ascent(direction, objective)
 
     def begin_task(self, task) -> None:
         super().begin_task(task)

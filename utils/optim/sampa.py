@@ -42,7 +42,7 @@ class SAMPa(SharpnessAware):
         if self.previous is None:
             return self._remember_gradients(objective)
         h = self.state["h"]
-        with self.at(self.base.look_ahead(h), frozen=False):
+        with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
             newest = self._remember_gradients(objective)
         with self.at(self.ascent(self.state.get("h_climbed", h), objective)):
             a = objective.later(self.previous).gradient()
@@ -62,6 +62,14 @@ class SAMPa(SharpnessAware):
         super().begin_task(task)
         self.forget("h", "h_climbed")
         self.previous = None
+
+    def follow(self) -> bool:
+        before = self.names
+        has_changed = super().follow()
+        if has_changed and self.previous is not None:
+            used = dict(zip(before, self.previous["used"], strict=True))
+            self.previous["used"] = [used.get(name, False) for name in self.names]
+        return has_changed
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "previous": _each_tensor(self.previous, torch.clone)}
