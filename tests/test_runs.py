@@ -1,10 +1,10 @@
 """Whole runs: what they leave on disk, that they repeat, and that stopping them changes nothing."""
 
 import json
-import re
 import math
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys

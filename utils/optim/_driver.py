@@ -248,7 +248,11 @@ def grown(old: Tensor | None, like: Tensor, fill: float = 0.0) -> Tensor:
     """A tensor of the shape of `like`, with the entries of `old` in their corner and `fill` elsewhere."""
     if old is not None and old.shape == like.shape:
         return old
-    new = torch.full_like(like, fill, requires_grad=False)
+    return keep_corner(old, torch.full_like(like, fill, requires_grad=False))
+
+
+def keep_corner(old: Tensor | None, new: Tensor) -> Tensor:
+    """Writes into `new` what `old` has at the same places; returns it."""
     if old is not None and old.ndim == new.ndim:
         corner = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
         new[corner] = old[corner]

@@ -52,9 +52,8 @@ class GSAM(SharpnessAware):
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
         square = dot(g_adv, g_adv)
-        known = square > 0
-        alpha = self.args.gsam_alpha * known
-        along = dot(g, g_adv) / torch.where(known, square, torch.ones_like(square))
+        alpha = self.args.gsam_alpha * (square > 0).to(square)  # without g_p there is no part across it
+        along = torch.where(square > 0, dot(g, g_adv) / square, 0.0)
         update = torch._foreach_mul(g_adv, 1 + alpha * along)
         torch._foreach_sub_(update, torch._foreach_mul(g, alpha))
         return update

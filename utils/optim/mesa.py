@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from utils.arguments import flag
-from utils.optim._driver import Driver, Grads, grown
+from utils.optim._driver import Driver, Grads, keep_corner
 from utils.optim.saf import divergence
 from utils.registry import OPTIMIZERS
 
@@ -88,7 +88,7 @@ class MESA(Driver):
         self.teacher = copy.deepcopy(self.method.net).requires_grad_(False).eval()
         present, past = _tensors(self.teacher), {} if old is None else _tensors(old)
         for name in present.keys() & past.keys():
-            present[name].copy_(grown(past[name], present[name]))
+            keep_corner(past[name], present[name])
         followed = _tensors(self.method.net)
         real = [name for name, tensor in present.items() if tensor.is_floating_point()]
         self._averaged, self._followed = [present[name] for name in real], [followed[name] for name in real]

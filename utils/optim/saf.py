@@ -119,7 +119,7 @@ class SAF(Driver):
         active = (slots < len(self.ids)) & (visits > self.args.saf_start) & (visits >= lag)
         past = self.logits[slots, (visits - lag) % (lag + 1)]
         known = z[:, : past.shape[1]].masked_fill(past == UNKNOWN, UNKNOWN)
-        return self.args.saf_lambda * share * active * divergence(past, known, self.args.saf_tau)
+        return divergence(past, known, self.args.saf_tau) * (self.args.saf_lambda * share) * active
 
     def _widen(self, num_classes: int, dtype: torch.dtype) -> None:
         """Room for the logits of more classes."""
