@@ -620,3 +620,157 @@ def test_a_gradient_of_zero_moves_nothing(name, dtype):
         _, update = step(method, optimizer, x, y)
         assert all((part == 0).all() for part in update)
         assert torch.equal(flat(net), before)
+
+
+def whole_state(method, optimizer):
+    """Weights, BatchNorm and the optimizer's state, but for its random choices and counts."""
+    state = optimizer.state_dict()
+    for name in ("skips", "rng"):
+        del state[name]
+    return {"method": copies(method), "optimizer": state}
+
+
+@pytest.mark.parametrize("where", ("clean", "last"))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_step_with_a_loss_that_is_not_finite_is_not_taken(name, where, assert_same):
+    """The bad pass is the clean one, or the last one of the step; it is counted, and training goes on."""
+    momentum = {"optim_mom": 0.9} if hasattr(OPTIMIZERS.load(name).Args(), "optim_mom") else {}
+    method, optimizer = make(name, conv_bn_linear(), **momentum)
+    stream = list(batches(sizes=(12,) * 8))
+    for x, y in stream[:3]:
+        step(method, optimizer, x, y)
+    passes = method.passes
+    step(method, optimizer, *stream[3])
+    number = 1 if where == "clean" else method.passes - passes  # of the bad pass, counted in its step
+    if name == "looksam":  # the fifth step is one of a single pass, as the fourth was
+        number = 1
+
+    before, begun = whole_state(method, optimizer), method.passes
+    plain = Watched.loss
+
+    def spoilt(stream):
+        loss = plain(method, stream)
+        bad = float("inf") if method.passes - begun == number else 1.0
+        return Loss({key: rows * bad for key, rows in loss.rows.items()}, loss.logits)
+
+    method.loss = spoilt
+    objective, _ = step(method, optimizer, *stream[4])
+    del method.loss
+    assert objective.skipped and optimizer.skips.tolist() == [1, 1]
+    assert_same(before, whole_state(method, optimizer))
+    objective, _ = step(method, optimizer, *stream[5])
+    assert not objective.skipped and optimizer.skips.tolist() == [1, 0]
+    assert not torch.equal(before["method"]["net.4.weight"], method.net[4].weight)
+    assert all(tensor.isfinite().all() for tensor in copies(method).values())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_where_the_host_does_not_wait_the_device_takes_the_same_decisions(name, assert_same):
+    """The code for other devices than the CPU, run on the CPU: good steps are the same, a bad one changes nothing."""
+    momentum = {"optim_mom": 0.9} if hasattr(OPTIMIZERS.load(name).Args(), "optim_mom") else {}
+    pairs = [make(name, conv_bn_linear(), **momentum) for _ in range(2)]
+    pairs[1][1].device = SimpleNamespace(type="elsewhere")
+    stream = list(batches(sizes=(12,) * 8))
+    if name == "saf":  # whose tables it has to be told of
+        pairs[1][1].device = torch.device("meta")
+        pytest.skip("its tables are on the device: nothing to compare on the CPU")
+    for x, y in stream[:4]:
+        for method, optimizer in pairs:
+            step(method, optimizer, x, y)
+        assert_same(*(whole_state(*pair) for pair in pairs))
+    method, optimizer = pairs[1]
+    before = whole_state(method, optimizer)
+    x, y = stream[4]
+    step(method, optimizer, x.fill_(float("nan")), y)
+    after = whole_state(method, optimizer)
+    assert optimizer.skips.tolist() == [1, 1]
+    assert_same(before["method"], after["method"])
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
+    if name not in ("adam", "adamw"):  # which count their steps on the host
+        assert_same(before["optimizer"]["base"], after["optimizer"]["base"])
+    for x, y in stream[5:7]:
+        step(method, optimizer, x, y)
+    assert optimizer.skips.tolist() == [2 if name == "sampa" else 1, 0]  # which meets the bad batch once more
+    assert not torch.equal(before["method"]["net.4.weight"], method.net[4].weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_the_first_step_of_all_can_be_a_bad_one(name):
+    for device in ("host", "device"):
+        if name == "saf" and device == "device":
+            continue
+        method, optimizer = make(name, conv_bn_linear())
+        if device == "device":
+            optimizer.device = SimpleNamespace(type="elsewhere")
+        start = flat(method.net)
+        (x, y), *good = list(batches(sizes=(12,) * 3))
+        step(method, optimizer, x * float("inf"), y)
+        assert torch.equal(flat(method.net), start)
+        for x, y in good:
+            step(method, optimizer, x, y)
+        moved = flat(method.net)
+        assert moved.isfinite().all() and not torch.equal(moved, start)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_the_passes_are_those_that_the_file_states(name):
+    """`--list optimizers` prints them; here they are counted, over enough steps for those that take turns."""
+    stated = OPTIMIZERS.note(name, "Passes").split(" (")[0]
+    parts = [part.strip() for part in stated.split(",")]
+    assert [part.rpartition(" ")[2] for part in parts] == ["forward", "backward"] and OPTIMIZERS.note(name, "Memory")
+    kind = OPTIMIZERS.load(name)
+    values = {"k": getattr(kind.Args(), "looksam_every", 0), "gamma": getattr(kind.Args(), "esam_gamma", 0)}
+    forward, backward = (eval(part.rpartition(" ")[0], {}, values) for part in parts)
+    method, optimizer = make(name, conv_bn_linear())
+    counts = []
+    for x, y in batches(sizes=(12,) * 11):
+        objective, _ = step(method, optimizer, x, y)
+        counts.append((objective.forward_rows / 12, objective.backward_rows / 12))
+    later = np.array(counts[1:])  # the first step of a task may have passes of its own
+    assert later.mean(0).tolist() == pytest.approx([forward, backward])
+
+
+class Rigged:
+    """Draws that leave out every tensor."""
+
+    def random(self, number):
+        return np.linspace(0.9, 1.0, number)
+
+
+def test_esam_always_keeps_a_tensor():
+    method, optimizer = make("esam", conv_bn_linear(), esam_beta=0.1)
+    optimizer.rng = Rigged()
+    assert optimizer._draw_tensors() is None  # a task's first step
+    optimizer.clock["started"] = 1
+    assert optimizer._draw_tensors() == [True, False, False, False, False, False]
+
+
+def test_saf_takes_an_image_that_is_there_twice_as_one_visit_and_keeps_its_last_logits():
+    method, optimizer = make("saf", conv_bn_linear())
+    ids = torch.tensor([3, 7, 3, 99, 1000])  # 1000 is not of this task
+    z = torch.arange(5.0).double()[:, None].expand(5, CLASSES)
+    optimizer._seen = [(optimizer._slots(ids), z)]
+    optimizer.settle(None)
+    assert optimizer.visits[:-1].nonzero().flatten().tolist() == [3, 7, 99]
+    assert optimizer.visits.max() == 1
+    assert [optimizer.logits[i, 0, 0].item() for i in (3, 7, 99)] == [2.0, 1.0, 3.0]
+
+
+def test_the_fisher_information_is_of_stream_and_memory_and_moves_nothing(assert_same):
+    """Rows are taken evenly from all blocks that have labels, sample by sample, in eval mode."""
+    method, optimizer = make("sparse_sam", conv_bn_linear(), fisher_rows=4)
+    (x, y), (x2, y2) = list(batches(sizes=(7, 5)))
+    blocks = Block(x, y=y), Block(x2, memory=5, y=y2), Block(x2, memory=5)
+    objective = Objective(method, blocks, optimizer.params)
+    before = copies(method)
+    found = optimizer._fisher(objective)
+    assert_same(before, copies(method))
+    assert method.training and method.net[1].training
+    assert objective.forward_rows == objective.backward_rows == 4
+    method.eval()
+    expected = [torch.zeros_like(p) for p in optimizer.params]
+    for image, label in [(x[0], y[0]), (x[3], y[3]), (x[6], y[6]), (x2[2], y2[2])]:
+        cost = nn.functional.cross_entropy(method.net(image[None]), label[None])
+        torch._foreach_add_(expected, [g.square() for g in torch.autograd.grad(cost, optimizer.params)])
+    for part, own in zip(found, expected, strict=True):
+        assert (part - own).abs().max() < 1e-12

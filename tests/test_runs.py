@@ -20,7 +20,7 @@ import utils
 from utils import checkpoint, evaluator, metrics, results, run
 from utils.arguments import resolve
 from utils.logs import Logs
-from utils.registry import ROOT
+from utils.registry import OPTIMIZERS, ROOT
 from utils.trainer import Trainer, learning_rate
 
 SUMMARY = {
@@ -824,3 +824,94 @@ def test_nothing_opens_a_socket(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "offline to the end"
+
+
+# equal compute, reduced precision, steps that are not taken
+
+
+def build(*argv):
+    """A trainer that writes nothing."""
+    return run.build(resolve([*argv, "--disable_log", "--non_verbose", "--device", "cpu"]), torch.device("cpu"), None)
+
+
+BUDGET = ("--model", "derpp", "--dataset", "seq-synth", "--budget_rows", "30000")
+
+
+def compute(cost):
+    return cost["forward_rows"] + 2 * cost["backward_rows"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_a_budget_is_spent_to_the_step_and_evenly_by_the_tasks(optimizer, capsys):
+    trainer = build(*BUDGET, "--optimizer", optimizer)
+    spent, steps = [], []
+    finish = trainer._finish_task
+
+    def note(task):
+        spent.append(compute(vars(trainer.cost)))
+        steps.append(trainer.cost.steps)
+        finish(task)
+
+    trainer._finish_task = note
+    cost = trainer.run()["cost"]
+    dearest = 3 * 4 * 3 * 16  # rows of a step x 4 passes, counted as forward and twice as backward
+    for number, value in enumerate(spent, start=1):
+        assert 0 <= value - 6000 * number < 2 * dearest
+    assert len(spent) == 5 and compute(cost) == spent[-1]
+    assert all(b > a for a, b in zip(steps, steps[1:], strict=False))
+
+
+def test_what_is_cheaper_gets_more_steps_for_the_same_budget(capsys):
+    steps = {name: build(*BUDGET, "--optimizer", name).run()["cost"]["steps"] for name in ("sgd", "sam", "c_flat")}
+    assert steps["sgd"] / steps["sam"] == pytest.approx(2, rel=0.1)
+    assert steps["sam"] / steps["c_flat"] == pytest.approx(2, rel=0.1)
+
+
+def test_a_budget_too_small_for_a_step_still_gives_each_task_one(capsys):
+    assert build(*BUDGET[:-1], "1").run()["cost"]["steps"] == 5
+
+
+def test_a_run_with_a_budget_resumes(tmp_path, interrupt, unpictured):
+    argv = (*BUDGET, "--optimizer", "sampa")
+    whole = read(start(tmp_path / "whole", *argv))
+    interrupt(23)
+    folder = start(tmp_path / "cut", *argv, code=143)
+    assert run.main(["--resume", str(folder)]) == 0
+    resumed = read(folder)
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert compute(resumed["cost"]) == compute(whole["cost"])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_every_optimizer_learns_in_bfloat16_nearly_as_in_float32(optimizer, capsys):
+    """Weights, gradients and what is remembered stay in float32."""
+    argv = ("--model", "derpp", "--dataset", "seq-synth", "--stop_after", "2", "--optimizer", optimizer)
+    full, half = build(*argv), build(*argv, "--amp", "bf16")
+    accuracies = [trainer.run()["metrics"]["task-il"]["final_average_accuracy"] for trainer in (full, half)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.15)
+    tensors = [*half.method.state_dict()["_extra_state"]["columns"].values(), *half.optimizer.params]
+    tensors += [entry for entries in half.optimizer.state.values() for entry in entries]
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+    assert half.method.buffer.all()["logits"].isfinite().all()
+    weights = [torch.cat([p.flatten() for p in trainer.optimizer.params]) for trainer in (full, half)]
+    assert not torch.equal(*weights)
+    assert (weights[0] - weights[1]).norm() < 0.2 * weights[0].norm()
+
+
+def test_skipped_steps_are_counted_and_reported(tmp_path, capsys, unpictured):
+    text = (
+        "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
+        "@METHODS.register('moody')\nclass Moody(ER):\n    steps = 0\n"
+        "    def draw(self, batch):\n        self.steps += 1\n        return super().draw(batch)\n"
+        "    def loss(self, joint):\n        bad = float('nan') if self.steps % 5 == 0 else 1.0\n"
+        "        return Loss({name: rows * bad for name, rows in super().loss(joint).rows.items()})\n"
+    )
+    argv = ("--model", "moody", "--plugin", write_plugin(tmp_path, "moody", text), "--dataset", "seq-synth")
+    folder = start(tmp_path / "out", *argv, "--log_every", "1", "--optimizer", "sam")
+    summary = read(folder)
+    assert summary["status"] == "finished" and summary["cost"]["skipped_steps"] == 8 == summary["cost"]["steps"] // 5
+    assert "8 steps were not taken" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [line for line in lines if "train/loss" in line]
+    assert [line["train/loss"] is None for line in curve] == [(n + 1) % 5 == 0 for n in range(40)]
+    assert curve[-1]["train/skipped_steps"] == 8

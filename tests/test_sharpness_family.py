@@ -219,7 +219,7 @@ class Family(Oracle):
     def climbed(self, blocks):
         """The gradient to climb, None where nothing is climbed."""
         part = self.flags.ascent_on
-        if part == "memory" and not self.penalty and not any(block.memory for block in blocks):
+        if part == "memory" and not any(block.memory for block in blocks):
             return None
         if part != "all":  # a joint forward is gone back through once for each source
             self.backward_rows += sum(len(block) for block in blocks if 0 < block.memory < len(block))
@@ -560,7 +560,6 @@ class Comparison:
             if due and o.flags.sparse_mask != "dynamic":
                 o.forward_rows += rows_of(blocks)
                 o.backward_rows += rows_of(blocks)
-        o.memory.first = False
         assert distance(torch.cat([part.flatten() for part in update]), u) < 1e-12 * max(1.0, u.abs().max())
         o.assert_equal(self.net)
         self.assert_state_equal()
@@ -892,7 +891,7 @@ def test_with_radius_zero_a_variant_is_sgd(name, flags):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_looksam_of_radius_zero_is_sgd_and_does_not_amplify_rounding(dtype):
-    """g_v is a rounding error there, and its reuse divides by its norm."""
+    """g_v is zero there, and its reuse divides by its norm."""
     weights = []
     for name, flags in [("sgd", {}), ("looksam", dict(rho=0.0, looksam_every=3))]:
         net = conv_bn_linear(dtype=dtype)

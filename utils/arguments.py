@@ -475,9 +475,6 @@ def _given(request: Request, flags: dict[str, Flag], only_known: bool = False) -
 
 
 def _near_flag(name: str, flags: dict[str, Flag]) -> str:
-    hint = nearest(name, sorted(flags))
-    if hint.startswith("Did"):
-        return hint
     owners = [
         f"{kind} {other}"
         for kind, registry in SELECTORS.items()
@@ -486,6 +483,9 @@ def _near_flag(name: str, flags: dict[str, Flag]) -> str:
     ]
     if owners:
         return f"It belongs to {', '.join(owners)}, which this run does not use."
+    hint = nearest(name, sorted(flags))
+    if hint.startswith("Did"):
+        return hint
     return "See --model M --dataset D --help for the flags of a pair."
 
 
@@ -532,7 +532,7 @@ def _check_together(config: Config) -> list[str]:
         problems.append(
             f"--lr_milestones {late[0]} is never reached: --n_epochs is {config.n_epochs}. Give earlier ones."
         )
-    if config.lr_scheduler == "cosine" and config.n_epochs == 1:
+    if config.lr_scheduler == "cosine" and config.n_epochs == 1 and config.budget_rows is None:
         problems.append("--lr_scheduler cosine has no effect in 1 epoch. Give a larger --n_epochs.")
     if config.budget_rows is not None:
         if argv("n_epochs"):

@@ -73,11 +73,19 @@ class Registry:
 
     def summary(self, name: str) -> str:
         """The first line of the file's docstring, read without importing it."""
+        return self._docstring(name).split("\n")[0]
+
+    def note(self, name: str, label: str) -> str:
+        """What the docstring's line `label: ...` says; empty where it has none."""
+        lines = (line.strip() for line in self._docstring(name).splitlines())
+        return next((line.removeprefix(f"{label}:").strip() for line in lines if line.startswith(f"{label}:")), "")
+
+    def _docstring(self, name: str) -> str:
         path = self._files().get(canonical(name))
         doc = ast.get_docstring(ast.parse(path.read_text())) if path else None
         if doc is None and canonical(name) in self._objects:
             doc = self._objects[canonical(name)].__doc__
-        return (doc or "").strip().split("\n")[0]
+        return (doc or "").strip()
 
     def forget(self, module: str) -> None:
         """Drops the names that a module has registered."""

@@ -298,12 +298,29 @@ def _list(request: Request) -> int:
     wanted = request.listing.replace("-", "_") if request.listing else ""
     if wanted and wanted not in kinds:
         raise UsageError(f"--list {wanted}: there is no such registry. {nearest(wanted, list(kinds))}")
+    if wanted == "optimizers":
+        print(_optimizer_table())
+        return OK
     for plural, kind in kinds.items():
         if wanted in ("", plural):
             print(f"{plural}:")
             for name in SELECTORS[kind].names():
                 print(f"  {name:18} {SELECTORS[kind].summary(name)}")
     return OK
+
+
+def _optimizer_table() -> str:
+    """Each optimizer's costs beside its paper, as its file states them."""
+    registry = SELECTORS["optimizer"]
+    rows = [("name", "passes a step", "extra memory", "paper")]
+    for name in registry.names():
+        rows.append((name, registry.note(name, "Passes"), registry.note(name, "Memory"), registry.summary(name)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    ]
+    lines.append("\nP: one number for each parameter. A backward pass takes about as long as two forward passes.")
+    return "\n".join(lines)
 
 
 def _help(request: Request) -> int:

@@ -272,6 +272,8 @@ class Trainer:
     def _train_epoch(self, split) -> None:
         start, log_every = time.monotonic(), self.config.log_every
         for batch in self.stream.epoch(split):
+            if self._mid_epoch and self._is_spent():
+                break
             self._mid_epoch = True
             logged = (self.cost.steps + 1) % log_every == 0
             objective, update = self.method.observe(batch, self.optimizer, trace=logged)
@@ -289,8 +291,6 @@ class Trainer:
                 self.save_checkpoint()
                 if self._stop_signal is not None:
                     raise Interrupted(self._stop_signal)
-            if self._is_spent():
-                break
         self._mid_epoch = False
         self._check_weights()
         self._check_skips(limit=self.stream.num_batches(split))

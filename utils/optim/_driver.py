@@ -139,6 +139,7 @@ class Driver:
             saved = [param.detach().clone() for param in self.params]
             try:
                 torch._foreach_add_(self.params, offset)
+                del offset  # as large as the weights, and not needed any more
                 with frozen_statistics(self._batchnorms if frozen else []), torch.enable_grad():
                     yield
             finally:
@@ -220,7 +221,7 @@ class Driver:
         """The step, then everything that it changed put back where `finite` is false, without a wait for the device."""
         base = {name: [*entries] for name, entries in self.base.state.items()}
         tensors = [entry for entries in base.values() for entry in entries if isinstance(entry, Tensor)]
-        before = torch._foreach_mul([*self.params, *tensors], 1)
+        before = [*torch._foreach_mul([*self.params, *tensors], 1), *statistics]
         self.base.step(update, used)
         new = [  # what the base optimizer has made in this step starts from zero
             entry
@@ -228,7 +229,7 @@ class Driver:
             for entry, old in zip(entries, base[name], strict=True)
             if isinstance(entry, Tensor) and old is None
         ]
-        before += statistics + [torch.zeros_like(entry) for entry in new]
+        before += [torch.zeros_like(entry) for entry in new]
         _keep_where(finite, [*self.params, *tensors, *self._statistics(), *new], before)
         for name, value in self.pending.items():
             if not isinstance(value, int):

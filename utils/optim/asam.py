@@ -7,7 +7,7 @@ asam_eta is the paper's 0.01, where the code's command line has 0; unlike that c
 in the clean pass only.
 
 Passes: 2 forward, 2 backward
-Memory: 1 P (saved weights)
+Memory: 2 P (saved weights, clean gradient)
 """
 
 from dataclasses import dataclass

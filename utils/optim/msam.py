@@ -9,7 +9,7 @@ the smallest of these has rows. BatchNorm normalises within a shard; its running
 with the momentum 1 - (1 - tau)^(1/m), which keeps their pace.
 
 Passes: 2 forward, 2 backward (in 2 m shards)
-Memory: 2 P (saved weights, sum)
+Memory: 3 P (saved weights, clean gradient, sum)
 """
 
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ rows get so far. The mean is over all rows of a step. A task keeps the records o
 a row from before the head has grown is compared on the classes that it knew.
 
 Passes: 1 forward, 1 backward
-Memory: (saf_lag + 1) logits for each row of a task and of the memory
+Memory: saf_lag + 1 logits for each row of task and memory
 """
 
 import warnings

@@ -12,7 +12,7 @@ the sum (with sampa_lambda 0 it would be lost), and BatchNorm's running statisti
 The clean pass, from which guides, stored logits and the loss come, is the one at y. A task's first step is the base's.
 
 Passes: 2 forward, 2 backward
-Memory: 3 P (saved weights, h, look-ahead) and the previous batch
+Memory: 3 P (saved weights, h before and after), the previous batch
 """
 
 from collections.abc import Callable

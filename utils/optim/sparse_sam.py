@@ -13,7 +13,7 @@ the mask lies on the weights whose f it was made from. A dynamic mask is kept fr
 restarts; new weights are moved. No time is saved by any of these masks: dense products stay dense.
 
 Passes: 2 forward, 2 backward
-Memory: 2 P (saved weights, mask)
+Memory: 3 P (saved weights, clean gradient, mask)
 """
 
 import math
