@@ -26,6 +26,7 @@ def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forge
     summary = {
         "model": model, "dataset": dataset, "optimizer": optimizer, "setting": settings[0], "seed": seed,
         "status": status, "metrics": dict.fromkeys(settings, numbers), "config_hash": digest,
+        "cost": {"train_s": 10.0 + seed, "forward_rows": 2_400_512},
     }  # fmt: skip
     entries = {name: {"value": value, "origin": "argv"} for name, value in given.items()}
     config = {"protocol": 1, "config_hash": digest, "plugins": [], "flags": entries}
@@ -49,6 +50,20 @@ def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
         "| perm-mnist | er | sgd | 200 | domain-il | 3 | 83.00 ± 3.61 | 20.00 ± 10.00 |",
     ]
+
+
+def test_costs_are_metrics_too_but_no_fractions(three_seeds, capsys):
+    names = ["final_average_accuracy", "train_s", "forward_rows"]
+    runs = report.load_runs([three_seeds])
+    head, _, row = report.table(runs, metrics=names).splitlines()
+    assert head.endswith("| final_average_accuracy (%) | train_s | forward_rows |")
+    assert row.endswith("| 3 | 83.00 ± 3.61 | 11.0 ± 1.0 | 2,400,512 |")
+    *_, row, _, footing = report.table(runs, metrics=names, pivot=["dataset"]).splitlines()
+    assert row.endswith("| 83.00 ± 3.61 / 11.0 ± 1.0 / 2,400,512 |")
+    assert footing.startswith("final_average_accuracy in % / train_s / forward_rows; mean")
+    assert report.table(runs, metrics=["train_s"], format="csv").splitlines()[1].endswith(",11.0,1.0,3")
+    argv = [str(three_seeds), "--metrics", "train_s", "--picture", str(three_seeds / "bars.png")]
+    assert report.main(argv) == 2 and "draws the first of --metrics in percent" in capsys.readouterr().err
 
 
 def test_one_run_has_no_std_and_a_missing_metric_is_a_dash(tmp_path):

@@ -75,7 +75,9 @@ class Group:
     runs: tuple[Run, ...]
 
     def stat(self, metric: str) -> Stat:
-        return Stat.of(run.summary["metrics"][self.setting].get(metric) for run in self.runs)
+        """Of a metric in this setting, or of a cost."""
+        found = ({**run.summary.get("cost", {}), **run.summary["metrics"][self.setting]} for run in self.runs)
+        return Stat.of(values.get(metric) for values in found)
 
 
 def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
@@ -277,12 +279,13 @@ def table(
     if format == "csv":
         return _csv(groups, metrics)
     if pivot:
-        return _pivot_table(groups, metrics, pivot, order, format)
+        return _pivot_table(groups, metrics, _costs(runs), pivot, order, format)
     shown = [] if setting else ["setting"]
-    head = [*groups[0].by, *shown, "n", *(f"{metric} (%)" for metric in metrics)]
+    costs = _costs(runs)
+    head = [*groups[0].by, *shown, "n", *(metric if metric in costs else f"{metric} (%)" for metric in metrics)]
     body = [
         [*map(written, group.by.values()), *([] if setting else [group.setting]), str(len(group.runs)),
-         *(percent(group.stat(metric)) for metric in metrics)]
+         *(_cell(group.stat(metric), metric in costs) for metric in metrics)]
         for group in groups
     ]  # fmt: skip
     return _RENDER[format](head, body, len(groups[0].by) + len(shown))
@@ -297,10 +300,17 @@ def keys_of(runs: Sequence[Run], by: Sequence[str] | None, pivot: Sequence[str] 
 
 
 def check_metrics(metrics: Sequence[str], runs: Sequence[Run]) -> None:
-    known = sorted({name for run in runs for values in run.summary["metrics"].values() for name in values})
+    known = sorted(
+        {name for run in runs for values in run.summary["metrics"].values() for name in values} | _costs(runs)
+    )
     problems = [f"unknown metric: '{name}'. {nearest(name, known)}" for name in metrics if name not in known]
     if problems:
         raise UsageError(*problems)
+
+
+def _costs(runs: Sequence[Run]) -> set[str]:
+    """Names that are no fractions: seconds, rows, MiB."""
+    return {name for run in runs for name in run.summary.get("cost", {})}
 
 
 @dataclass(frozen=True)
@@ -347,7 +357,7 @@ def spread(
     return [dict(zip(names, row, strict=True)) for row in rows], columns, cells
 
 
-def _pivot_table(groups, metrics, pivot, order, format) -> str:
+def _pivot_table(groups, metrics, costs, pivot, order, format) -> str:
     rows, columns, cells = spread(groups, pivot, order)
     labels = [column.label for column in columns]
     head = [*(rows[0] if rows else ()), *(
@@ -357,12 +367,25 @@ def _pivot_table(groups, metrics, pivot, order, format) -> str:
     for i, row in enumerate(rows):
         stats = [[cells[i, column].stat(metric) for metric in metrics] if (i, column) in cells else None
                  for column in columns]  # fmt: skip
-        body.append([*map(written, row.values()), *(" / ".join(map(percent, own)) if own else "" for own in stats)])
+        shown = (
+            " / ".join(_cell(stat, metric in costs) for stat, metric in zip(own, metrics, strict=True)) if own else ""
+            for own in stats
+        )
+        body.append([*map(written, row.values()), *shown])
     counts = sorted({len(group.runs) for group in cells.values()})
     runs = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    footing = f"{' / '.join(metrics)} in %; mean ± sample standard deviation, {runs}"
+    names = " / ".join(metric if metric in costs or not costs & {*metrics} else f"{metric} in %" for metric in metrics)
+    unit = "" if costs & {*metrics} else " in %"
+    footing = f"{names}{unit}; mean ± sample standard deviation, {runs}"
     text = _RENDER[format](head, body, len(rows[0]))
     return f"% {_latex_text(footing)}\n{text}" if format == "latex" else f"{text}\n{footing}\n"
+
+
+def _cell(stat: Stat, is_cost: bool) -> str:
+    if not is_cost or stat.mean is None:
+        return percent(stat)
+    places = 0 if stat.mean >= 100 else 1
+    return f"{stat.mean:,.{places}f}" + ("" if not stat.std else f" ± {stat.std:,.{places}f}")
 
 
 def percent(stat: Stat) -> str:
@@ -493,7 +516,12 @@ def _parser() -> Parser:
     add("runs", nargs="*", default=["./results"], help="folders, searched recursively (default: ./results)")
     add("--setting", help="class-il, task-il, ...; default: all that the runs have")
     add("--by", type=names, metavar="KEYS", help=f"keys that make a row (default: {','.join(BY)})")
-    add("--metrics", type=names, default=list(METRICS), help=f"default: {','.join(METRICS)}")
+    add(
+        "--metrics",
+        type=names,
+        default=list(METRICS),
+        help=f"metrics or costs, e.g. train_s (default: {','.join(METRICS)})",
+    )
     add("--pivot", type=names, default=[], metavar="KEYS", help="keys that make columns, e.g. dataset,buffer_size")
     add("--where", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="count only these runs")
     add("--order", type=words, default=[], metavar="MODELS", help="models in the order of the rows")
@@ -519,6 +547,8 @@ def _report(argv: Sequence[str]) -> None:
     if args.picture and Path(args.picture).suffix.lower() != ".png":
         raise UsageError(f"--picture expects a file that ends in .png, got '{args.picture}'.")
     runs = select(load_runs(args.runs), _conditions(args.where))
+    if args.picture and args.metrics[0] in _costs(runs):
+        raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
     text = table(runs, args.by, args.metrics, args.setting, args.pivot, args.order, args.format)
     try:
         if args.out:

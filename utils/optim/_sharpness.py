@@ -54,8 +54,8 @@ class SharpnessAware(Driver):
             problems.append(
                 f"--ascent_on {config.ascent_on} needs a method with a memory, {method.name} has none. Use all."
             )
-        if config.sam_from_task and (config.joint or method.trains_jointly or config.sam_from_task >= config.n_tasks):
-            tasks = 1 if config.joint or method.trains_jointly else config.n_tasks
+        tasks = 1 if config.joint or method.trains_jointly else config.stop_after or config.n_tasks
+        if config.sam_from_task >= tasks:
             problems.append(
                 f"--sam_from_task must be less than the number of tasks {tasks}, got {config.sam_from_task}. "
                 "Give less, or use the optimizer sgd."
