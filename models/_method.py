@@ -1,8 +1,8 @@
 """The heart of the house: a method gives a loss, the engine owns the step.
 
-A method has three rooms: `draw` (all randomness), `loss` (pure; called one to four times a step, at moved weights) and
+A method has three rooms: `draw` (all randomness), `loss` (pure; called several times a step, at moved weights) and
 `remember` (all side effects, from the clean pass). `observe` puts them together and is final. What lies between, the
-gradients and the weights, belongs to the optimizer (`utils/optim/_sharpness.py`), which sees a method as an
+gradients and the weights, belongs to the optimizer (`utils/optim/_driver.py`), which sees a method as an
 `Objective` (`models/_objective.py`): a frozen function of the weights.
 """
 
@@ -57,7 +57,12 @@ class Context:
 
 
 class Method(nn.Module):
-    """A continual learner. Subclasses fill the three rooms and declare flags (`Args`) and published values."""
+    """A continual learner. Subclasses fill the three rooms and declare flags (`Args`) and published values.
+
+    `net` is what is trained: `net(x)` gives the logits of all heads, whatever `forward` makes of them for the
+    evaluator. It may grow or be frozen in `begin_task`; such a method does the same to a fresh network in
+    `load_state_dict`, before it loads.
+    """
 
     name: str
     Args: type | None = None

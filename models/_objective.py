@@ -118,8 +118,9 @@ class Tally:
 class Objective:
     """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
 
-    The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean`, the gradients of
-    the method's guides in `guides`. With `trace`, the losses and gradients of all passes are kept in `passes`.
+    The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
+    all of it was wanted), the gradients of the method's guides in `guides`. With `trace`, the losses and gradients of
+    all passes are kept in `passes`.
     Gradients are handed out, not copied: whoever gets one must not change it in place.
     """
 
@@ -177,7 +178,7 @@ class Objective:
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
         self.tally.totals.append(weighted.total.detach())
         if clean:
-            self.loss, self.clean = loss.detach(), gradient
+            self.loss, self.clean = loss.detach(), gradient if wanted is None else None
         if self.trace:
             self.passes.append((loss.detach(), gradient))
         return gradient, climbed
@@ -219,17 +220,17 @@ class Objective:
             other.noise, other._has_drawn, other._is_clean = noise, True, False
         return other
 
-    def num_shards(self, number: int) -> int:
-        """`number`, or as many as the smallest source of any block has rows."""
-        return min(number, *(len(rows) for block in self.blocks for rows in block.sources))
+    def num_shards(self, number: int, least: int = 1) -> int:
+        """`number`, or as many as the smallest source of any block has rows, and as leave `least` rows to a forward."""
+        rows = [len(rows) for block in self.blocks for rows in block.sources]
+        return max(1, min(number, *rows, *(len(block) // least for block in self.blocks)))
 
     def shards(self, number: int) -> Iterator[tuple[float, "Objective"]]:
         """(share, objective) of disjoint shards, one after the other, each with every block's mix of sources.
 
-        There are `num_shards(number)` of them. The shares, parts of all rows, sum to 1, and the losses weighted with
-        them to the whole loss. After the last one, `loss` and `guides` are those of all.
+        There are `number` of them, at most `num_shards`. The shares, parts of all rows, sum to 1, and the losses
+        weighted with them to the whole loss. After the last one, `loss` and `guides` are those of all.
         """
-        number = self.num_shards(number)
         done = []
         for index in range(number):
             pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.blocks]
@@ -241,15 +242,18 @@ class Objective:
             done.append((share, shard))
         self._join(done)
 
-    def hardest(self, fraction: float, before: Loss, after: Loss) -> "Objective":
+    def hardest(self, fraction: float, before: Loss, after: Loss, least: int = 1) -> "Objective":
         """The same loss on the rows whose cost has grown most from `before` to `after`: of each block's rows of the
-        stream, and of those of the memory, this fraction, at least one."""
+        stream, and of those of the memory, this fraction, at least one, and at least `least` in a forward.
+
+        A network that draws (dropout) draws for them from the start of the step's noise, not what each row had.
+        """
         growth: list[Tensor | None] = [None] * len(self.blocks)
         for name, rows in after.rows.items():
             index = after.block_of(name, self.blocks)
             rise = rows.detach() - before.rows[name].detach()
             growth[index] = rise if growth[index] is None else growth[index] + rise
-        worst = tuple(_worst(block, rise, fraction) for block, rise in zip(self.blocks, growth, strict=True))
+        worst = tuple(_worst(block, rise, fraction, least) for block, rise in zip(self.blocks, growth, strict=True))
         return self._on(worst, self.noise)
 
     @contextmanager
@@ -298,7 +302,7 @@ class Objective:
             if index not in seen:  # the method reaches its logits in another way: an extra forward
                 self.tally.forward_rows += len(block)
                 with frozen_statistics(self.method):
-                    seen[index] = self.method(block.x)
+                    seen[index] = self.method.net(block.x)
             logits.append(seen[index].float() if self.method.amp else seen[index])
         name, term = self.extra
         names = [name] if len(self.blocks) == 1 else [f"{name}_{index}" for index in range(len(self.blocks))]
@@ -352,6 +356,7 @@ class Objective:
     ) -> tuple[Grads, Grads]:
         """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
         gradient = climbed_gradient = None
+        parts = {key: (part, rows) for key, (part, rows) in parts.items() if part.requires_grad}  # or it has none
         for position, ((guide, climbed), (part, rows)) in enumerate(parts.items(), start=1):
             own = self._backward(part, None if guide else wanted, keep_graph=position < len(parts))
             self.tally.backward_rows += rows
@@ -362,9 +367,8 @@ class Objective:
             gradient = _sum(gradient, own)
             if climbed:
                 climbed_gradient = _sum(climbed_gradient, own)
-        if climbed_gradient is None:
-            climbed_gradient = [torch.zeros_like(p) for p in self.params]
-        return gradient, climbed_gradient
+        zeros = [torch.zeros_like(p) for p in self.params] if gradient is None or climbed_gradient is None else None
+        return gradient or zeros, climbed_gradient or zeros
 
     def _backward(self, part: Tensor, wanted: list[bool] | None, keep_graph: bool) -> Grads:
         rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
@@ -416,12 +420,13 @@ def _take_pieces(block: Block, pieces: list[range]) -> Block:
     return block.take(lambda column: torch.cat([column[rows] for rows in slices]), memory)
 
 
-def _worst(block: Block, growth: Tensor | None, fraction: float) -> Block:
+def _worst(block: Block, growth: Tensor | None, fraction: float, least: int) -> Block:
     if growth is None:  # no term speaks of it
         return block
     picks = []
     for rows in block.sources:
-        number = max(1, int(fraction * len(rows) + 1e-9))
+        fewest = -(-least // len(block.sources))
+        number = min(len(rows), max(fewest, int(fraction * len(rows) + 1e-9)))
         worst = growth[rows.start : rows.stop].topk(number).indices
         picks.append(worst.sort().values + rows.start)
     index = torch.cat(picks)

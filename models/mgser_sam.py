@@ -48,7 +48,7 @@ class MgserSam(DerPP):
 
         Gaps and the adversarial gradient are of the step's second pass, under optimizers that have one over all rows.
         """
-        if "memory" not in objective.guides or not objective.passes:
+        if "memory" not in objective.guides or objective.clean is None or not objective.passes:
             return {}
         (clean, g), *moved = objective.passes
         g_s = objective.guides["memory"]

@@ -871,15 +871,24 @@ def test_a_budget_too_small_for_a_step_still_gives_each_task_one(capsys):
     assert build(*BUDGET[:-1], "1").run()["cost"]["steps"] == 5
 
 
-def test_a_run_with_a_budget_resumes(tmp_path, interrupt, unpictured):
+@pytest.mark.parametrize("step", (1, 9, 14, 15, 16, 17, 28, 29, 30, 31))
+def test_a_run_with_a_budget_resumes(step, tmp_path, interrupt, unpictured):
+    """Also where a task's share has just been spent, in its first or a later epoch: a task has 8 batches."""
     argv = (*BUDGET, "--optimizer", "sampa")
     whole = read(start(tmp_path / "whole", *argv))
-    interrupt(23)
+    interrupt(step)
     folder = start(tmp_path / "cut", *argv, code=143)
     assert run.main(["--resume", str(folder)]) == 0
     resumed = read(folder)
     assert resumed["accuracy"] == whole["accuracy"]
-    assert compute(resumed["cost"]) == compute(whole["cost"])
+    assert resumed["cost"]["steps"] == whole["cost"]["steps"] and compute(resumed["cost"]) == compute(whole["cost"])
+
+
+def test_a_stream_passes_once_whatever_the_budget(mnist, capsys):
+    argv = ("--model", "er", "--dataset", "mnist-360", "--base_path", str(mnist))
+    whole = build(*argv).run()["cost"]["steps"]
+    assert build(*argv, "--budget_rows", "100000000").run()["cost"]["steps"] == whole
+    assert build(*argv, "--budget_rows", "600").run()["cost"]["steps"] < whole
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.names())

@@ -381,9 +381,9 @@ def portions(n, m):
 
 
 def shards(blocks, m):
-    """[[block, ...], ...]: each source of each block evenly over the shards."""
+    """[[block, ...], ...]: each source of each block evenly over the shards, two rows to a forward at least."""
     parts = [n for block in blocks for n in (len(block) - block.memory, block.memory) if n]
-    m = min(m, *parts)
+    m = max(1, min(m, *parts, *(len(block) // 2 for block in blocks)))
     cut = [[] for _ in range(m)]
     for block in blocks:
         at, end = 0, len(block) - block.memory
@@ -493,7 +493,8 @@ def esam(o, blocks, strict=False, jointly=False, masked_norm=True):
         rise, current, rows, k = a - b, len(block) - block.memory, [], 0
         for start, n in ((0, len(block)),) if jointly else ((0, current), (current, block.memory)):
             if n:
-                q = max(1, math.floor(f.esam_gamma * n))
+                alone = n == len(block)  # a forward has two rows at least, for BatchNorm
+                q = min(n, max(2 if alone else 1, math.floor(f.esam_gamma * n)))
                 ranked, order = rise[start : start + n].sort(descending=True)
                 assert q == n or ranked[q - 1] - ranked[q] > 1e-9  # the batch has no tie to break
                 best = (order[: q - 1 if strict else q] + start).tolist()

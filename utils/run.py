@@ -190,7 +190,7 @@ def _resume(request: Request) -> int:
         trainer = build(config, device, folder)
         try:
             trainer.load_checkpoint()
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise UsageError(
                 f"{path}/checkpoint does not fit this program's network or method ({reason}). Use the version that "

@@ -258,7 +258,8 @@ class Trainer:
     def _epochs(self) -> Iterator[int]:
         """The epochs of the task under way that are left; with a budget, until the task's share is spent."""
         epoch = self.progress.epoch
-        while epoch < self.n_epochs if self.config.budget_rows is None else epoch == 0 or not self._is_spent():
+        is_open = self.config.budget_rows is not None and self.has_boundaries  # a stream passes once
+        while self._mid_epoch or epoch == 0 or (not self._is_spent() if is_open else epoch < self.n_epochs):
             yield epoch
             epoch += 1
 
@@ -311,8 +312,13 @@ class Trainer:
         if in_a_row >= min(limit, SKIPS_IN_A_ROW):
             raise RunFailed(
                 f"the loss or the update was not finite in {in_a_row} steps in a row (step {self.cost.steps}): they "
-                f"were not taken. Try a smaller --lr (now {self.config.lr:g}). Finished tasks are kept."
+                f"were not taken. Try a smaller {self._steps_by()}. Finished tasks are kept."
             )
+
+    def _steps_by(self) -> str:
+        """The flags that say how far a step goes, and their values."""
+        rho = self.config.values.get("rho")
+        return f"--lr (now {self.config.lr:g})" + ("" if rho is None else f" or --rho (now {rho:g})")
 
     def _log_step(self, objective, update) -> None:
         """The only place in training where the host waits for the device."""

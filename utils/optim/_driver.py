@@ -3,6 +3,10 @@
 A step is a direction, found over a frozen objective, that goes to a base optimizer. Whatever happens on the way, an
 exception or a loss that is not finite, weights, state and BatchNorm statistics are then what they were before. The
 primitives are here once: weights moved and put back by copy, global norms and dot products, frozen statistics.
+
+On the CPU the host sees whether a step is finite and does not take it. Elsewhere the device decides, since a host that
+waited would halve the speed: what a step changes is kept beside it for a moment (about four times the weights), whole
+numbers that the host counts go on, and images of a bad step are remembered, with zeros for logits that are not finite.
 """
 
 from collections.abc import Iterator
@@ -26,7 +30,7 @@ def norm(vector: Grads) -> Tensor:
 
 def dot(a: Grads, b: Grads) -> Tensor:
     """Inner product () of two aligned lists of tensors."""
-    return torch.cat([product.view(-1) for product in torch._foreach_mul(a, b)]).sum()
+    return torch.cat([product.reshape(-1) for product in torch._foreach_mul(a, b)]).sum()
 
 
 @contextmanager
@@ -116,6 +120,8 @@ class Driver:
             finite = (torch.stack(torch._foreach_norm(update)).sum() + sum(objective.tally.totals)).isfinite()
             if self.device.type != "cpu":
                 self._step_where(finite, update, objective.used, before)
+                if objective.loss.logits is not None:
+                    objective.loss.logits = objective.loss.logits.nan_to_num(0.0, 0.0, 0.0)
             elif finite:
                 self.skips[1] = 0
                 self.base.step(update, objective.used)
@@ -151,6 +157,7 @@ class Driver:
     def begin_task(self, task: Any) -> None:
         """What a variant forgets at a task boundary. The base optimizer goes on."""
         self.follow()
+        self._batchnorms = batchnorms(self.method)
         self.clock["task"] = task.index
 
     def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
@@ -183,11 +190,11 @@ class Driver:
         self.base.state = {name: carried(entries, None) for name, entries in self.base.state.items()}
         self.state = {name: carried(entries, self.fill.get(name, 0.0)) for name, entries in self.state.items()}
         self.names, self.params = names, params
-        self._batchnorms = batchnorms(self.method)
         return True
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "names": list(self.names),
             "base": self.base.state_dict(),
             "state": {name: list(entries) for name, entries in self.state.items()},
             "clock": dict(self.clock),
@@ -196,7 +203,11 @@ class Driver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where the method's trainable parameters are not those that the state is of."""
         self.follow()
+        odd = sorted({*state["names"]} ^ {*self.names})
+        if odd:
+            raise ValueError(f"it trains other parameters: {', '.join(odd[:3])}{' ...' if odd[3:] else ''}")
         self.base.load_state_dict(state["base"])
         self.state = {
             name: [entry.to(p.device).clone() for entry, p in zip(entries, self.params, strict=True)]
@@ -234,7 +245,8 @@ class Driver:
         for name, value in self.pending.items():
             if not isinstance(value, int):
                 value = self.pending[name] = torch._foreach_mul(value, 1)  # it may share memory with a gradient
-                _keep_where(finite, value, self.state.get(name) or [torch.zeros_like(entry) for entry in value])
+                fill = self.fill.get(name, 0.0)
+                _keep_where(finite, value, self.state.get(name) or [torch.full_like(entry, fill) for entry in value])
         self._commit(self.pending)
         skipped = (~finite).long()
         self.skips = torch.stack((self.skips[0] + skipped, (self.skips[1] + 1) * skipped))

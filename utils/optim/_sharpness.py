@@ -54,6 +54,11 @@ class SharpnessAware(Driver):
             problems.append(
                 f"--ascent_on {config.ascent_on} needs a method with a memory, {method.name} has none. Use all."
             )
+        if 0 < config.sam_from_task <= config.start_from:
+            problems.append(
+                f"--sam_from_task {config.sam_from_task} has no effect with --start_from {config.start_from}. "
+                "Give more, or drop it."
+            )
         tasks = 1 if config.joint or method.trains_jointly else config.stop_after or config.n_tasks
         if config.sam_from_task >= tasks:
             problems.append(
@@ -87,6 +92,11 @@ class SharpnessAware(Driver):
         if not self._unmoved:
             return g, climbed
         return g, [self._unmoved.get(i, part) for i, part in enumerate(climbed)]
+
+    @property
+    def fewest_rows(self) -> int:
+        """Of a forward that takes a part of a block: BatchNorm cannot normalise a single one everywhere."""
+        return 2 if self._batchnorms else 1
 
     def is_sharp(self, objective: Any) -> bool:
         """Whether this step is one of the variant's, and not the base optimizer's."""

@@ -46,7 +46,8 @@ class ESAM(SharpnessAware):
                 return objective.gradient()
             with torch.no_grad():
                 raised = objective()
-            return objective.hardest(self.args.esam_gamma, objective.loss, raised).gradient()
+            worst = objective.hardest(self.args.esam_gamma, objective.loss, raised, self.fewest_rows)
+            return worst.gradient()
 
     def _draw_tensors(self) -> list[bool] | None:
         self.pending["started"] = 1

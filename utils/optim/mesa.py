@@ -40,11 +40,12 @@ class MESA(Driver):
 
     @classmethod
     def check(cls, config, method) -> list[str]:
-        if config.mesa_start < config.n_epochs or config.budget_rows is not None:
+        epochs = 1 if config.debug_mode else config.n_epochs
+        if config.mesa_start < epochs or config.budget_rows is not None:
             return []
         return [
-            f"--mesa_start must be less than --n_epochs {config.n_epochs}, got {config.mesa_start}. Give less, or use "
-            "the optimizer sgd."
+            f"--mesa_start must be less than the {epochs} epoch(s) of a task, got {config.mesa_start}. Give less, or "
+            "use the optimizer sgd."
         ]
 
     def direction(self, objective) -> Grads:

@@ -5,8 +5,8 @@
 
 m is a number of shards, as in mSAM, not of rows, as in "m-sharpness". Each shard has its part of every block, of its
 rows from the stream and of those from the memory, so that the mix of the loss is kept; there are never more shards than
-the smallest of these has rows. BatchNorm normalises within a shard; its running averages take m clean passes a step,
-with the momentum 1 - (1 - tau)^(1/m), which keeps their pace.
+the smallest of these has rows, nor so many that BatchNorm would see a single one. It normalises within a shard; its
+running averages take m clean passes a step, with the momentum 1 - (1 - tau)^(1/m), which keeps their pace.
 
 Passes: 2 forward, 2 backward (in 2 m shards)
 Memory: 3 P (saved weights, clean gradient, sum)
@@ -31,7 +31,7 @@ class MSAM(SharpnessAware):
 
     def direction(self, objective) -> Grads:
         update = clean = None
-        number = objective.num_shards(self.args.msam_shards)
+        number = objective.num_shards(self.args.msam_shards, self.fewest_rows)
         for share, shard in objective.shards(number):
             with self._slower_statistics(number):
                 g, climbed = self.gradients(shard)

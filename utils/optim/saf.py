@@ -57,14 +57,12 @@ class SAF(Driver):
     def direction(self, objective) -> Grads:
         known = [index for index, block in enumerate(objective.blocks) if "ids" in block.columns]
         slots = {index: self._slots(objective.blocks[index].ids) for index in known}
-        self._seen = []
+        total, self._seen = objective.num_rows, []
 
         def term(logits: list[Tensor]) -> list[Tensor]:
             self._seen = [(slots[index], logits[index].detach()) for index in known]
             return [
-                self._rows(slots[index], z, len(z) / objective.num_rows)
-                if index in slots
-                else torch.zeros_like(z[:, 0])
+                self._rows(slots[index], z, len(z) / total) if index in slots else torch.zeros_like(z[:, 0])
                 for index, z in enumerate(logits)
             ]
 
@@ -79,7 +77,7 @@ class SAF(Driver):
         self._seen = []
         self._widen(z.shape[1], z.dtype)
         last = torch.zeros_like(self.visits).scatter_reduce_(
-            0, slots, torch.arange(len(slots), device=self.device), "amax", include_self=False
+            0, slots, torch.arange(len(slots), device=slots.device), "amax", include_self=False
         )
         visits = self.visits[slots]
         self.logits[slots, visits % (self.args.saf_lag + 1)] = z.nan_to_num()[last[slots]]
@@ -125,7 +123,7 @@ class SAF(Driver):
         """Room for the logits of more classes."""
         shape = (*self.logits.shape[:2], num_classes)
         if self.logits.shape != shape:
-            wider = torch.full(shape, UNKNOWN, dtype=dtype, device=self.device)
+            wider = torch.full(shape, UNKNOWN, dtype=dtype, device=self.logits.device)
             wider[..., : self.logits.shape[2]] = self.logits
             self.logits = wider
 

@@ -57,6 +57,9 @@ class SparseSAM(SharpnessAware):
                 problems.append(
                     f"--{name} has no effect with --sparse_mask {config.sparse_mask}. Use {' or '.join(masks)}."
                 )
+        epochs = 1 if config.debug_mode else config.n_epochs
+        if config.origins["drop_rate"] == "argv" and epochs == 1 and config.budget_rows is None:
+            problems.append("--drop_rate has no effect in 1 epoch: a dynamic mask changes after it. Drop it.")
         if config.sparse_mask == "nm" and config.sparse_n >= config.sparse_m:
             problems.append(
                 f"--sparse_n must be less than --sparse_m {config.sparse_m}, got {config.sparse_n}. Give less."
@@ -101,16 +104,16 @@ class SparseSAM(SharpnessAware):
         x, y = x[rows], y[rows]
         objective.tally.forward_rows += number
         objective.tally.backward_rows += number
-        params = dict(zip(self.names, (p.detach() for p in self.params), strict=True))
+        net = self.method.net
+        params = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 
         def cost(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            logits = torch.func.functional_call(self.method, params, (x[None],))
-            return cross_entropy(logits, y[None])
+            return cross_entropy(torch.func.functional_call(net, params, (x[None],)), y[None])
 
         gradients = torch.func.vmap(torch.func.grad(cost), in_dims=(None, 0, 0))
         size = max(1, GRADIENT_FLOATS // self._size)
-        modes = [(module, module.training) for module in self.method.modules()]
-        self.method.eval()
+        modes = [(module, module.training) for module in net.modules()]
+        net.eval()
         try:
             parts = [
                 [g.square().sum(0) for g in gradients(params, x[i : i + size], y[i : i + size]).values()]
@@ -119,7 +122,9 @@ class SparseSAM(SharpnessAware):
         finally:
             for module, was_training in modes:
                 module.training = was_training
-        return [torch.stack(part).sum(0) for part in zip(*parts, strict=True)]
+        sums = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+        found = dict(zip((f"net.{name}" for name in params), sums, strict=True))
+        return [found.get(name, torch.zeros_like(p)) for name, p in zip(self.names, self.params, strict=True)]
 
     def _largest(self, scores: Grads) -> Grads:
         kept = math.floor(self._size * (1 - self.args.sparsity) + 1e-9)
