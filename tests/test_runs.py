@@ -512,6 +512,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, words, step, tmp_path, in
     assert_same_run(whole, part)
 
 
+VARIANTS = [(name, ()) for name in OPTIMIZERS.names()] + [
+    ("saf", ("--saf_start", "0", "--saf_lag", "1")),
+    ("sparse_sam", ("--sparse_mask", "dynamic")),
+    ("mesa", ("--mesa_carry", "1", "--mesa_decay", "0.9")),
+    ("sampa", ("--ascent_on", "memory", "--amp", "bf16")),
+    ("friendly_sam", ("--sam_from_task", "1", "--perturb", "no_norm_bias")),
+]
+
+
+@pytest.mark.parametrize("optimizer, words", VARIANTS, ids=lambda value: "-".join(value) if value else "")
+def test_a_resumed_run_is_the_uninterrupted_one_under_every_optimizer(
+    optimizer, words, tmp_path, interrupt, unpictured, capsys
+):
+    """In the middle of the second of three epochs of the second task."""
+    argv = ("--model", "derpp", "--dataset", "seq-synth", "--n_epochs", "3", "--stop_after", "3", "--log_every", "3")
+    argv += ("--optimizer", optimizer, *words)
+    whole = start(tmp_path / "whole", *argv)
+    interrupt(37)
+    part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
 @pytest.mark.parametrize("step", range(1, 9))
 def test_resuming_anywhere_in_an_epoch_that_is_augmented_in_chunks(step, tmp_path, interrupt, unpictured, monkeypatch):
     """As on larger images, where an epoch does not fit into one call: here chunks of 3, 3 and 2 batches."""
