@@ -182,3 +182,17 @@ def test_example_is_listed_with_its_first_line(example, tmp_path, capsys):
     file.write_text(code)
     assert run.main(["--list", "--plugin", str(file)]) == 0
     assert re.search(rf"^  {re.escape(name)} ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_table_of_optimizers_is_that_of_their_files():
+    from utils.registry import OPTIMIZERS
+
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", text, re.MULTILINE
+    )
+    found = {name: (passes, memory) for name, passes, memory in rows}
+    assert len(found) == len(rows)
+    assert found == {
+        name: tuple(OPTIMIZERS.note(name, key) for key in ("Passes", "Memory")) for name in OPTIMIZERS.names()
+    }
