@@ -178,7 +178,7 @@ class Objective:
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
         self.tally.totals.append(weighted.total.detach())
         if clean:
-            self.loss, self.clean = loss.detach(), gradient if wanted is None else None
+            self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
         if self.trace:
             self.passes.append((loss.detach(), gradient))
         return gradient, climbed

@@ -263,7 +263,7 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--budget_rows", "1000", "--debug_mode"], "--debug_mode has a length of its own", "--budget_rows"),
         (["--budget_rows", "1000", "--lr_scheduler", "cosine"], "--lr_scheduler cosine needs a number of", "multistep"),
         (["--amp", "fp16"], "--amp must be one of none, bf16", "'fp16'"),
-        (["--ascent_on", "memory"], "unknown flag: --ascent_on", "optimizer sam"),
+        (["--ascent_on", "memory"], "unknown flag: --ascent_on. It belongs to optimizer asam", "more"),
         ([*SAM, "--ascent_on", "past"], "--ascent_on must be one of all, current, memory", "'past'"),
         (
             [*SAM, "--model", "sgd", "--ascent_on", "memory"],
@@ -1026,3 +1026,28 @@ def test_the_same_command_line_gives_the_same_fingerprint():
 
 def test_parse_keeps_the_last_of_a_repeated_flag():
     assert Request.parse(["--seed", "1", "--seed=2"]).words == {"seed": ["2"]}
+
+
+def test_from_with_another_optimizer_takes_that_optimizers_own_defaults(tmp_path):
+    """A radius belongs to the optimizer that it was chosen for; momentum is the base's."""
+    sam = resolve([*FAST, *SAM, "--rho", "0.3", "--optim_mom", "0.9", "--lr", "0.07"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(sam.to_json()))
+    again = resolve(["--from", str(file)])
+    assert again.rho == 0.3
+    other = resolve(["--from", str(file), "--optimizer", "c_flat"])
+    assert (other.rho, other.origins["rho"]) == (0.2, "default")
+    assert (other.optim_mom, other.lr) == (0.9, 0.07)
+
+
+def test_list_of_optimizers_has_passes_and_memory_of_all_plugins_too(tmp_path, prints):
+    text = (
+        '"""Mine: a variant.\n\nPasses: 7 forward, 7 backward\nMemory: 9 P\n"""\n'
+        "from utils.optim._sharpness import SharpnessAware\nfrom utils.registry import OPTIMIZERS\n"
+        "@OPTIMIZERS.register('mine')\nclass Mine(SharpnessAware):\n    pass\n"
+    )
+    out = prints("--plugin", plugin(tmp_path, "mine", text), "--list", "optimizers")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    for name in (*SELECTORS["optimizer"].names(), "mine"):
+        assert "forward" in rows[name] and "backward" in rows[name]
+    assert "7 forward, 7 backward" in rows["mine"] and "9 P" in rows["mine"] and "Mine: a variant." in rows["mine"]

@@ -849,3 +849,37 @@ def test_a_part_of_a_batch_is_never_a_single_row_for_batchnorm(name):
     for x, y in batches(sizes=(12, 2, 3, 5)):
         step(method, optimizer, x, y)
     assert flat(net).isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_no_variant_changes_a_gradient_that_was_handed_to_it(name, monkeypatch):
+    """Guides, the ratio of --renormalize and kept averages share their tensors."""
+    handed = []
+    gradients = Objective.gradients
+
+    def watched(self, *args, **kwargs):
+        found = gradients(self, *args, **kwargs)
+        handed.extend((tensor, tensor.clone()) for part in found for tensor in part)
+        return found
+
+    monkeypatch.setattr(Objective, "gradients", watched)
+    method, optimizer = make(name, conv_bn_linear())
+    for x, y in batches(sizes=(12,) * 4):
+        step(method, optimizer, x, y)
+    assert handed and all(torch.equal(tensor, copy) for tensor, copy in handed)
+
+
+@pytest.mark.parametrize("perturb", ("no_norm_bias", "norm_only"))
+def test_an_ascent_of_any_kind_is_kept_to_the_parameters_that_are_to_be_moved(perturb):
+    class Anywhere(OPTIMIZERS.load("sam")):
+        def ascent(self, g, objective):
+            return [torch.ones_like(part) for part in g]
+
+    net = conv_bn_linear()
+    method = Watched(net, None, None).train()
+    optimizer = Anywhere(method, LR, DECAY, Anywhere.Args(perturb=perturb))
+    start, seen = copies(net), []
+    method.watch = lambda number, logits: seen.append(copies(net))
+    step(method, optimizer, *next(batches()))
+    moved = {key for key, _ in net.named_parameters() if not torch.equal(seen[1][key], start[key])}
+    assert moved == ({"0.weight", "4.weight"} if perturb == "no_norm_bias" else {"1.weight", "1.bias"})

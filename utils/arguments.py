@@ -401,12 +401,19 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
 def _put_file(layers: _Layers, chosen: dict[str, type], values: dict[str, Any], file: str) -> list[str]:
     """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped."""
     problems, good = [], {}
-    same = all(canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items())
+    fits = {name: canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items()}
+    same = all(fits.values())
     for name in sorted(values.keys() - SELECTORS.keys()):
         if name not in layers.flags:
             if same:
                 problems.append(f"{file} has the flag '{name}', which does not exist (any more). Remove it there.")
             continue
+        if (
+            not fits["optimizer"]
+            and layers.flags[name].owner.startswith("optimizer ")
+            and not name.startswith("optim_")
+        ):
+            continue  # a radius or a weight that was another optimizer's
         try:
             good[name] = layers.flags[name].from_json(values[name])
         except ValueError as error:
@@ -482,7 +489,8 @@ def _near_flag(name: str, flags: dict[str, Flag]) -> str:
         if name in _own_flags(registry.load(other))
     ]
     if owners:
-        return f"It belongs to {', '.join(owners)}, which this run does not use."
+        shown = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if owners[3:] else "")
+        return f"It belongs to {shown}, which this run does not use."
     hint = nearest(name, sorted(flags))
     if hint.startswith("Did"):
         return hint

@@ -84,7 +84,8 @@ class Registry:
         path = self._files().get(canonical(name))
         doc = ast.get_docstring(ast.parse(path.read_text())) if path else None
         if doc is None and canonical(name) in self._objects:
-            doc = self._objects[canonical(name)].__doc__
+            known = self._objects[canonical(name)]
+            doc = known.__doc__ or sys.modules[known.__module__].__doc__
         return (doc or "").strip()
 
     def forget(self, module: str) -> None:

@@ -196,7 +196,7 @@ def _resume(request: Request) -> int:
                 f"{path}/checkpoint does not fit this program's network or method ({reason}). Use the version that "
                 "wrote it, or start a new run with --from."
             ) from error
-        print(describe(config))
+        print(describe(config).splitlines()[0])
         print(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
         return _train(trainer)
 
@@ -246,10 +246,12 @@ def _remove_empty_run(path: Path) -> None:
 
 
 def describe(config: Config) -> str:
-    """Every flag that differs from its default, and where it came from."""
+    """Every flag that differs from its default, and where it came from; seed and rho always."""
     lines = [f"{config.model} on {config.dataset} ({config.benchmark.setting}), config {config.hash}"]
     for name in sorted(config.values):
-        if config.origins[name] != "default" or name in ("seed",):
+        if name == "n_epochs" and config.budget_rows is not None:
+            continue
+        if config.origins[name] != "default" or name in ("seed", "rho"):
             lines.append(f"  {name:18} {_written(config.values[name]):14} {config.origins[name]}")
     return "\n".join(lines)
 

@@ -57,9 +57,10 @@ def batchnorms(module: nn.Module) -> list[nn.Module]:
 class Driver:
     """Steps the parameters of a method by the gradient of its loss. Subclasses override `direction`.
 
-    `state[name]` is a list of tensors aligned with `params`, `clock[name]` a whole number. What a step would change of
-    them goes to `pending`, and moves over only with the step. Every state is saved, and grows with its parameters:
-    new entries are 0, or what `fill[name]` says.
+    What a variant keeps from step to step is in `state[name]`, a list of tensors aligned with `params`, and in
+    `clock[name]`, a whole number; it draws from `rng`. All three are in the checkpoint, and a state grows with its
+    parameters (new entries are 0, or `fill[name]`). A step reads them, but writes `pending[name]`, which moves over
+    only if the step is taken. Whatever else a variant keeps, it writes in `settle` and adds to `state_dict` itself.
     """
 
     name: str
@@ -219,6 +220,7 @@ class Driver:
 
     def _commit(self, pending: dict[str, Any]) -> None:
         for name, value in pending.items():
+            assert isinstance(value, int) or len(value) == len(self.params), f"pending['{name}'] is no list for params"
             (self.clock if isinstance(value, int) else self.state)[name] = value
 
     def _statistics(self) -> list[Tensor]:

@@ -1,8 +1,11 @@
 """Sharpness-aware optimizers: a rule for the direction of the ascent, and one that combines gradients to an update.
 
-Subclasses override `ascent` (where the weights go for the second pass) or `descent` (the update), or, for another
-number of passes, `direction`. Where to be flat is the same for all of them: which rows are climbed, which parameters
-are moved, from which task on. Weight decay acts in the base optimizer alone, at the unmoved weights.
+A variant overrides `ascent` (where the weights go for the second pass) or `descent` (the update), or, for another
+number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
+moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state as `Driver`
+says. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be flat is the same for
+all: which rows are climbed, which parameters are moved, from which task on. Weight decay acts in the base optimizer
+alone, at the unmoved weights.
 """
 
 from dataclasses import dataclass
@@ -73,7 +76,7 @@ class SharpnessAware(Driver):
         return problems
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
-        """The offset of the weights for the second pass, from the clean gradient of what is climbed."""
+        """The offset of the weights for the second pass, from the clean gradient of what is climbed: a new list."""
         return torch._foreach_mul(g, self.args.rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
@@ -82,16 +85,14 @@ class SharpnessAware(Driver):
 
     def direction(self, objective: Any) -> Grads:
         g, climbed = self.gradients(objective)
-        with self.at(self.ascent(climbed, objective)):
+        with self.at(self._moved(self.ascent(climbed, objective))):
             g_adv = objective.gradient()
         return self.descent(g, g_adv)
 
     def gradients(self, objective: Any, wanted: list[bool] | None = None) -> tuple[Grads, Grads]:
         """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
         g, climbed = objective.gradients(self.args.ascent_on, wanted)
-        if not self._unmoved:
-            return g, climbed
-        return g, [self._unmoved.get(i, part) for i, part in enumerate(climbed)]
+        return g, self._moved(climbed)
 
     @property
     def fewest_rows(self) -> int:
@@ -115,6 +116,12 @@ class SharpnessAware(Driver):
         if has_changed:
             self._unmoved = self._find_unmoved()
         return has_changed
+
+    def _moved(self, vector: Grads) -> Grads:
+        """The vector with zeros for what --perturb leaves alone."""
+        if not self._unmoved:
+            return vector
+        return [self._unmoved.get(i, part) for i, part in enumerate(vector)]
 
     def _find_unmoved(self) -> dict[int, torch.Tensor]:
         """{position of a parameter that --perturb leaves alone: zeros}."""

@@ -58,7 +58,8 @@ class SparseSAM(SharpnessAware):
                     f"--{name} has no effect with --sparse_mask {config.sparse_mask}. Use {' or '.join(masks)}."
                 )
         epochs = 1 if config.debug_mode else config.n_epochs
-        if config.origins["drop_rate"] == "argv" and epochs == 1 and config.budget_rows is None:
+        dropped = config.sparse_mask == "dynamic" and config.origins["drop_rate"] == "argv"
+        if dropped and epochs == 1 and config.budget_rows is None:
             problems.append("--drop_rate has no effect in 1 epoch: a dynamic mask changes after it. Drop it.")
         if config.sparse_mask == "nm" and config.sparse_n >= config.sparse_m:
             problems.append(
