@@ -550,7 +550,8 @@ def test_list_prints_every_name_and_what_it_is(prints):
 @pytest.mark.parametrize("word, registry", [("datasets", DATASETS), ("models", METHODS), ("optimizers", OPTIMIZERS)])
 def test_list_of_one_registry(word, registry, prints):
     out = prints("--list", word)
-    assert [line.split()[0] for line in out.splitlines()[1:]] == registry.names()
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert names[word == "optimizers" :] == registry.names()  # whose table has a head
     assert out.splitlines()[0] == f"{word}:"
 
 

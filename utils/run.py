@@ -318,9 +318,8 @@ def _optimizer_table() -> str:
     for name in registry.names():
         rows.append((name, registry.note(name, "Passes"), registry.note(name, "Memory"), registry.summary(name)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    ]
+    lines = ["optimizers:"]
+    lines += ["  " + "  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
     lines.append("\nP: one number for each parameter. A backward pass takes about as long as two forward passes.")
     return "\n".join(lines)
 
