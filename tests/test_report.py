@@ -354,6 +354,22 @@ def test_plan_reports_each_problem_once_before_any_work(tmp_path):
     assert error.value.problems == ("sgd on perm-mnist: --lr is too high.",)
 
 
+def test_a_flag_that_only_some_optimizers_have_goes_to_these(capsys):
+    grid = ["--grid", "optimizer=sgd,sam,gsam", "--", "--lr", "0.2", "--rho", "0.1", "--base_path=x"]
+    jobs, _, _ = sweep._prepare(["--models", "er", "--datasets", "perm-mnist", *grid])
+    found = {
+        job.axes["optimizer"]: [word for word in job.argv if word in ("--rho", "--lr", "--base_path=x")] for job in jobs
+    }
+    assert found == {
+        "sgd": ["--lr", "--base_path=x"],
+        "sam": ["--lr", "--rho", "--base_path=x"],
+        "gsam": ["--lr", "--rho", "--base_path=x"],
+    }
+    assert "only for the runs that have them: --rho" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="unknown flag: --rho"):  # none of these has it
+        sweep._prepare(["--models", "er", "--datasets", "perm-mnist", "--", "--rho", "0.1"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -370,6 +370,12 @@ def resolve_request(request: Request) -> Config:
     return config
 
 
+def known_flags(argv: list[str]) -> set[str]:
+    """The names of the flags that a run with these selectors has. Unknown selectors bring none."""
+    chosen, _ = _choose(Request.parse(argv), {})
+    return set(schema(chosen))
+
+
 class _Layers:
     """Values and their origins; each layer that is put covers those before it, where it has a value."""
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import Config, Request, args_of, resolve
+from utils.arguments import Config, Request, args_of, known_flags, resolve
 from utils.errors import UsageError
 from utils.registry import METHODS, canonical, load_plugin
 from utils.report import BY, Parser, Run, find_runs, table, words
@@ -91,14 +91,47 @@ def _has_buffer(model: str) -> bool:
     return args_type is not None and "buffer_size" in {field.name for field in dataclasses.fields(args_type)}
 
 
+class Shared:
+    """The flags after --, for each run of the grid: those that only some of its models and optimizers have (rho) go to
+    these."""
+
+    def __init__(self, words: Sequence[str], grid: Sequence[Mapping[str, str]]):
+        self.flags = _cut(words)
+        known = {tuple(axes.items()): known_flags(_words(axes)) for axes in grid}
+        everywhere, somewhere = set.intersection(*known.values()), set.union(*known.values())
+        self.partial = list(dict.fromkeys(name for name, _ in self.flags if name in somewhere - everywhere))
+        self._known = known
+
+    def __call__(self, axes: Mapping[str, str]) -> list[str]:
+        own = self._known[tuple(axes.items())]
+        return [word for name, part in self.flags if name in own or name not in self.partial for word in part]
+
+
+def _cut(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Words as (flag's name, the flag as written and its values)."""
+    flags: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flags.append((canonical(word[2:].partition("=")[0]), [word]))
+        else:  # a word before any flag is left to the run to complain about
+            flags.append((flags[-1][0], [word]) if flags else ("", [word]))
+    return flags
+
+
+def _words(axes: Mapping[str, str]) -> list[str]:
+    return [word for name, value in axes.items() for word in (f"--{name}", value)]
+
+
 def plan(
-    grid: Sequence[Mapping[str, str]], rest: Sequence[str] = (), resolver: Callable[[list[str]], Config] = resolve
+    grid: Sequence[Mapping[str, str]],
+    rest: Sequence[str] | Shared = (),
+    resolver: Callable[[list[str]], Config] = resolve,
 ) -> list[Job]:
     """The grid's runs, each once. Resolves all of them, so that whatever is wrong is said before any work begins."""
     jobs: dict[str, Job] = {}
     problems: dict[str, str] = {}
     for axes in grid:
-        argv = [word for name, value in axes.items() for word in (f"--{name}", value)] + list(rest)
+        argv = _words(axes) + (rest(axes) if isinstance(rest, Shared) else list(rest))
         try:
             config = resolver(argv)
         except UsageError as error:
@@ -351,7 +384,11 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, list[str]]:
     request = _check_rest(rest, reserved)
     for plugin in request.plugins:
         load_plugin(plugin)
-    jobs = plan(expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid), rest)
+    points = expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid)
+    shared = Shared(rest, points)
+    if shared.partial:
+        print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
+    jobs = plan(points, shared)
     extra = ["--non_verbose", "1"]
     if "threads" not in request.words:
         extra += ["--threads", str(max(1, _num_cpus() // min(args.jobs, len(jobs))))]
