@@ -4,9 +4,9 @@ A step is a direction, found over a frozen objective, that goes to a base optimi
 exception or a loss that is not finite, weights, state and BatchNorm statistics are then what they were before. The
 primitives are here once: weights moved and put back by copy, global norms and dot products, frozen statistics.
 
-On the CPU the host sees whether a step is finite and does not take it. Elsewhere the device decides, since a host that
-waited would halve the speed: what a step changes is kept beside it for a moment (about four times the weights), whole
-numbers that the host counts go on, and images of a bad step are remembered, with zeros for logits that are not finite.
+On the CPU the host sees whether a step is finite and does not take it. Elsewhere the device decides, so that the host
+need not wait for it: what a step changes is kept beside it for a moment (about four times the weights), whole numbers
+that the host counts go on, and images of a bad step are remembered, with zeros for logits that are not finite.
 """
 
 from collections.abc import Iterator

@@ -22,9 +22,7 @@ from utils.registry import BACKBONES
 __all__ = ["Grads", "SharpnessAware", "dot", "frozen_statistics", "norm"]
 
 EPS = 1e-12  # added to norms that divide
-NORMS = (
-    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
-)  # fmt: skip
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class SharpnessAware(Driver):
