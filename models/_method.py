@@ -1,12 +1,14 @@
 """The heart of the house: a method gives a loss, the engine owns the step.
 
 A method has three rooms: `draw` (all randomness), `loss` (pure; called several times a step, at moved weights) and
-`remember` (all side effects, from the clean pass). `observe` puts them together and is final. What lies between, the
-gradients and the weights, belongs to the optimizer (`utils/optim/_driver.py`), which sees a method as an
+`remember` (all side effects, from the clean pass). `observe` puts them together and is final. Methods that take several
+optimizer steps on one batch give the blocks of each (`steps`); those that project on the gradient of something that is
+not in their loss give it apart (`references`). What lies between, the gradients and the weights, belongs to the
+optimizer (`utils/optim/_driver.py`), which sees a method as an
 `Objective` (`models/_objective.py`): a frozen function of the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models._objective import Block, Grads, Loss, Objective
+from utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
 Published = Mapping[tuple[str, int | None], Mapping[str, tuple[Any, str]]]
@@ -47,13 +50,15 @@ class Batch:
 class Context:
     """What a method is built with, besides its network and its flags.
 
-    `augment` turns stored images (uint8) into training inputs; `rng` is the buffer's generator.
+    `augment` turns stored images (uint8) into training inputs; `rng` is the method's generator, its buffer's too;
+    `config` has every flag of the run.
     """
 
     benchmark: Any
     augment: Any
     device: torch.device
     rng: np.random.Generator
+    config: Any = None
 
 
 class Method(nn.Module):
@@ -70,33 +75,68 @@ class Method(nn.Module):
     default_optimizer = "sgd"
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
-    has_memory = False  # replays rows of the past
+    has_memory = False  # rows of the past are part of its loss
+    needs_features = False  # asks its backbone for `features`
+    needs_task = False  # must be told the task at test time, so that class-il is not defined for it
+    lr: float  # the present learning rate, set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
 
     def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__()
         self.net, self.args, self.context = net, args, context
+        self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
         """Problems of this method with a configuration, one line each; called before any data is loaded."""
-        if benchmark.setting in cls.settings:
-            return []
-        return [
-            f"--model {cls.name} cannot learn {benchmark.name}: it needs the setting "
-            f"{' or '.join(cls.settings)}, got {benchmark.setting}. Choose another model or dataset."
-        ]
+        problems = []
+        if benchmark.setting not in cls.settings:
+            problems.append(
+                f"--model {cls.name} cannot learn {benchmark.name}: it needs the setting "
+                f"{' or '.join(cls.settings)}, got {benchmark.setting}. Choose another model or dataset."
+            )
+        if cls.needs_features and not hasattr(BACKBONES.load(config.backbone), "features"):
+            problems.append(
+                f"--model {cls.name} needs a backbone with `features`, {config.backbone} has none. Choose another."
+            )
+        return problems
 
     def begin_task(self, task: Any) -> None:
         """Called before a task's first batch. On a general-continual stream: once, at its start."""
+
+    def num_epochs(self, task: Any, n_epochs: int) -> int:
+        """How many epochs this task gets, where --n_epochs are asked for."""
+        return n_epochs
+
+    def begin_epoch(self, task: Any, epoch: int) -> None:
+        """Called before the first batch of an epoch, counted from 0 in each task."""
+
+    def train_split(self, task: Any, epoch: int) -> Any:
+        """The rows (`Split`) that this epoch passes over."""
+        return task.train
+
+    def learning_rate(self, task: Any, epoch: int, lr: float) -> float:
+        """The rate of this epoch, where the run's flags ask for `lr`."""
+        return lr
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         """The blocks of one step. The only place that may use randomness."""
         return (batch.block,)
 
+    def steps(self, batch: Batch) -> Iterator[tuple[Block, ...]]:
+        """The blocks of each optimizer step on one batch; what comes after a `yield` is done after that step."""
+        yield self.draw(batch)
+
     def loss(self, *blocks: Block) -> Loss:
         """The loss of these blocks at the present weights. Pure: no randomness, no side effect."""
+        raise NotImplementedError
+
+    def references(self, *blocks: Block) -> dict[str, Tensor]:
+        """{name: ()}: losses of the blocks that are `apart`, whose gradients `combine` gets among its guides.
+
+        Taken once a step, with the clean pass.
+        """
         raise NotImplementedError
 
     def combine(self, update: Grads, guides: Mapping[str, Grads]) -> Grads:
@@ -104,7 +144,7 @@ class Method(nn.Module):
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        """Side effects of a step (the buffer), after the update, from the clean pass's detached loss."""
+        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss."""
 
     def end_task(self, task: Any) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
@@ -120,14 +160,21 @@ class Method(nn.Module):
         """(N, C, H, W) float32 -> logits (N, K), for the evaluator. `task` is None unless the task is known."""
         return self.net(x)
 
+    def count(self, forward: int, backward: int = 0) -> None:
+        """Adds rows to the run's cost: a teacher's forward, passes at the end of a task, ..."""
+        self.rows = [self.rows[0] + forward, self.rows[1] + backward]
+
     @final
-    def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> tuple[Objective, Grads]:
-        """One training step on one batch."""
-        objective = Objective(self, self.draw(batch), optimizer.params, trace)
-        update = optimizer.step(objective)
-        if not objective.skipped:
-            self.remember(batch, objective.loss)
-        return objective, update
+    def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
+        """Everything that is learned from one batch: an objective and its update for each optimizer step."""
+        done = []
+        for blocks in self.steps(batch):
+            objective = Objective(self, blocks, optimizer.params, trace)
+            done.append((objective, optimizer.step(objective)))
+        first = done[0][0] if done else None
+        if first is None or not first.skipped:
+            self.remember(batch, first.loss if first else None)
+        return done
 
 
 def published(source: str, table: Mapping[tuple, dict]) -> Published:

@@ -25,11 +25,12 @@ class Block:
     """Rows that pass through the network together: one forward, hence one BatchNorm batch.
 
     `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
-    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer.
+    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A block that is `apart`
+    is not in the loss: the method gives its gradient as a reference.
     """
 
-    def __init__(self, x: Tensor, memory: int = 0, **columns: Tensor):
-        self.x, self.memory, self.columns = x, memory, columns
+    def __init__(self, x: Tensor, memory: int = 0, apart: bool = False, **columns: Tensor):
+        self.x, self.memory, self.apart, self.columns = x, memory, apart, columns
 
     def __len__(self) -> int:
         return len(self.x)
@@ -47,7 +48,11 @@ class Block:
 
     def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
         """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
-        return Block(pick(self.x), memory, **{name: pick(column) for name, column in self.columns.items()})
+        return Block(pick(self.x), memory, self.apart, **{name: pick(column) for name, column in self.columns.items()})
+
+    def set_apart(self) -> "Block":
+        """The same rows, as a reference."""
+        return Block(self.x, self.memory, True, **self.columns)
 
 
 class Loss:
@@ -119,13 +124,15 @@ class Objective:
     """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
 
     The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
-    all of it was wanted), the gradients of the method's guides in `guides`. With `trace`, the losses and gradients of
-    all passes are kept in `passes`.
+    all of it was wanted), the gradients of the method's guides and references in `guides`. With `trace`, the losses and
+    gradients of all passes are kept in `passes`.
     Gradients are handed out, not copied: whoever gets one must not change it in place.
     """
 
     def __init__(self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False):
-        self.method, self.blocks, self.params, self.trace = method, blocks, params, trace
+        self.method, self.params, self.trace = method, params, trace
+        self.blocks = tuple(block for block in blocks if not block.apart)
+        self.apart = tuple(block for block in blocks if block.apart)
         self.loss: Loss | None = None
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
@@ -179,9 +186,22 @@ class Objective:
         self.tally.totals.append(weighted.total.detach())
         if clean:
             self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
+            self._refer()
         if self.trace:
             self.passes.append((loss.detach(), gradient))
         return gradient, climbed
+
+    def _refer(self) -> None:
+        """The gradients of the references, at the present weights."""
+        if not self.apart:
+            return
+        rows = sum(len(block) for block in self.apart)
+        with self._precision():
+            references = self.method.references(*self.apart)
+        for name, reference in references.items():
+            self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
+        self.tally.forward_rows += rows
+        self.tally.backward_rows += rows
 
     def combine(self, update: Grads) -> Grads:
         return self.method.combine(update, self.guides)
@@ -399,6 +419,7 @@ class Objective:
         for share, shard in done:
             for guide, grads in shard.guides.items():
                 self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))
+        self._refer()
 
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:

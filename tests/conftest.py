@@ -31,6 +31,10 @@ class TinyBn(nn.Sequential):
             nn.Flatten(),
             nn.Linear(4 * ((height + 1) // 2) * ((width + 1) // 2), num_classes),
         )
+        self.num_features = self[-1].in_features
+
+    def features(self, x):
+        return self[:-1](x)
 '''
 
 

@@ -302,7 +302,7 @@ def test_mgser_sam_equals_its_equations_after_every_step(guide, guide_on):
         x = torch.randint(0, 256, (n, 2, 6, 6), generator=generator, dtype=torch.uint8)
         y = torch.randint(0, CLASSES, (n,), generator=generator)
         rows = oracle.step(x, y)
-        objective, _ = method.observe(Batch(x, y, torch.arange(n), inputs=None, augment=augment), optimizer)
+        ((objective, _),) = method.observe(Batch(x, y, torch.arange(n), inputs=None, augment=augment), optimizer)
         oracle.assert_equal(net)
         assert objective.forward_rows == objective.backward_rows == 2 * rows
         stored = method.buffer.all()

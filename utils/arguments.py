@@ -25,6 +25,7 @@ from utils.errors import UsageError
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, canonical, load_plugin, nearest
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
+DEBUG_BATCHES = 5  # of an epoch in debug mode
 SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 
 

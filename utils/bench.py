@@ -221,7 +221,7 @@ def compute_of(trainer, count: int) -> float:
     """Rows forward + 2 x rows backward of a step, averaged over some, after a task's first one."""
     batches = Engine._endless(trainer)
     trainer.method.observe(next(batches), trainer.optimizer)
-    objectives = [trainer.method.observe(next(batches), trainer.optimizer)[0] for _ in range(count)]
+    objectives = [trainer.method.observe(next(batches), trainer.optimizer)[0][0] for _ in range(count)]
     return sum(objective.forward_rows + 2 * objective.backward_rows for objective in objectives) / count
 
 

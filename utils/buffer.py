@@ -48,6 +48,18 @@ class Buffer:
         for name, column in self.columns.items():
             column.index_copy_(0, slots, columns[name].index_select(0, rows))
 
+    def replace(self, **columns: Tensor) -> None:
+        """Puts these rows, at most `capacity`, in place of all; columns may be others than before."""
+        self.columns, self.num_seen = {}, 0
+        self.append(**columns)
+
+    def append(self, **columns: Tensor) -> None:
+        """Puts rows behind those that are there, in order; the room must suffice."""
+        n = len(next(iter(columns.values())))
+        assert len(self) + n <= self.capacity, f"{len(self)} + {n} rows of {self.capacity}"
+        if n:
+            self.add(**columns)
+
     def draw(self, size: int, draws: int = 1) -> dict[str, Tensor]:
         """`draws` independent uniform draws of min(size, filled) distinct rows, one after the other in each column."""
         filled = len(self)

@@ -18,10 +18,13 @@ def rows_per_pass(shape: tuple[int, ...], device: torch.device, low: int = 1) ->
 class Evaluator:
     """Measures a method on every task of a benchmark, those that it has not seen too."""
 
-    def __init__(self, benchmark, augment: Augment, class_il_argmax: str = "all"):
-        self.benchmark, self.augment, self.argmax = benchmark, augment, class_il_argmax
+    def __init__(self, benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False):
+        """`needs_task`: the method is told the task of each image; then only task-il is defined."""
+        self.benchmark, self.augment, self.argmax, self.needs_task = benchmark, augment, class_il_argmax, needs_task
         both = benchmark.setting == "class-il"
         self.settings = ("class-il", "task-il") if both else (benchmark.setting,)
+        if needs_task:
+            self.settings = ("task-il",)
         empty = [task.index + 1 for task in benchmark if len(task.test) == 0]
         if empty:
             raise DataError(
@@ -52,9 +55,11 @@ class Evaluator:
         correct = torch.zeros(len(self.settings), dtype=torch.int64, device=self.augment.device)
         for start in range(0, len(split), step):
             labels = split.labels[start : start + step].to(self.augment.device, non_blocking=True)
-            logits = method(self.augment.plain(split.images[start : start + step]))
-            competing = logits[:, :classes_seen] if self.argmax == "seen" else logits
-            correct[0] += (competing.argmax(1) == labels).sum()
+            inputs = self.augment.plain(split.images[start : start + step])
+            logits = method(inputs, task.index if self.needs_task else None)
+            if not self.needs_task:
+                competing = logits[:, :classes_seen] if self.argmax == "seen" else logits
+                correct[0] += (competing.argmax(1) == labels).sum()
             if "task-il" in self.settings:
-                correct[1] += (logits[:, classes.start : classes.stop].argmax(1) + classes.start == labels).sum()
+                correct[-1] += (logits[:, classes.start : classes.stop].argmax(1) + classes.start == labels).sum()
         return correct

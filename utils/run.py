@@ -111,7 +111,7 @@ def build(config: Config, device, folder):
     augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
-    context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"))
+    context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
     method = config.learner(net, config.view(config.learner), context).to(device)
     method.amp = torch.bfloat16 if config.amp == "bf16" else None
     optimizer_type = OPTIMIZERS.load(config.optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models._method import Batch, Method
 from utils import checkpoint, metrics, seeding
-from utils.arguments import Config
+from utils.arguments import DEBUG_BATCHES, Config
 from utils.augment import Augment
 from utils.errors import RunFailed
 from utils.evaluator import Evaluator, rows_per_pass
@@ -21,7 +21,6 @@ from utils.logs import Logs
 from utils.memory import peak_memory_mib, reset_peak_memory
 from utils.results import RunFolder
 
-DEBUG_BATCHES = 5
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 
 
@@ -150,13 +149,14 @@ class Trainer:
     ):
         self.config, self.benchmark, self.method, self.optimizer = config, benchmark, method, optimizer
         self.augment, self.folder, self.device = augment, folder, augment.device
-        self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax)
+        self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax, method.needs_task)
         rng = seeding.generator(config.seed, "order")
         self.stream = Stream(augment, config.batch_size, rng, DEBUG_BATCHES if config.debug_mode else None)
         self.n_epochs = 1 if config.debug_mode else config.n_epochs
         self.joint = config.joint or method.trains_jointly
         self.has_boundaries = benchmark.setting != "general-continual"
         self.cost, self.progress = Cost(), Progress()
+        method.lr = config.lr
         self.logs = Logs(config, folder, self.device)
         self._stop_signal: int | None = None
         self._mid_epoch = False
@@ -238,28 +238,44 @@ class Trainer:
     def _train_task(self, task) -> None:
         self.method.train()
         if not self._mid_epoch:
+            start = time.monotonic()
             self.method.begin_task(task)
             self.optimizer.begin_task(task)
-        batches = self.stream.num_batches(task.train)
+            self.cost.train_s += time.monotonic() - start
+        n_epochs = self.method.num_epochs(task, self.n_epochs)
+        batches = self.stream.num_batches(self.method.train_split(task, self.progress.epoch))
         done = batches * self.progress.epoch + (self.stream.batches_to_skip if self._mid_epoch else 0)
-        steps = None if self.config.budget_rows else batches * self.n_epochs
+        steps = None if self.config.budget_rows or n_epochs != self.n_epochs else batches * n_epochs
         self.logs.open_bar(task.index, len(self._task_indices()), steps, done)
-        for epoch in self._epochs():
+        for epoch in self._epochs(n_epochs):
             self.progress.epoch = epoch
-            self.optimizer.set_lr(learning_rate(self.config, epoch))
+            self.method.lr = self.method.learning_rate(task, epoch, learning_rate(self.config, epoch))
+            self.optimizer.set_lr(self.method.lr)
             if not self._mid_epoch:
-                self.optimizer.begin_epoch(epoch, None if self.config.budget_rows else self.n_epochs)
-            self._train_epoch(task.train)
+                self.method.begin_epoch(task, epoch)
+                self.optimizer.begin_epoch(epoch, None if self.config.budget_rows else n_epochs)
+            self._train_epoch(self.method.train_split(task, epoch))
         self.logs.close_bar()
         if self.has_boundaries:
+            start = time.monotonic()
             self.method.end_task(task)
+            self.optimizer.follow()
+            self.cost.train_s += time.monotonic() - start
+            self._count_rows()
         self._finish_task(task)
 
-    def _epochs(self) -> Iterator[int]:
+    def _count_rows(self) -> None:
+        """Takes over the rows of passes that the method has made by itself."""
+        forward, backward = self.method.rows
+        self.cost.forward_rows += forward
+        self.cost.backward_rows += backward
+        self.method.rows = [0, 0]
+
+    def _epochs(self, n_epochs: int) -> Iterator[int]:
         """The epochs of the task under way that are left; with a budget, until the task's share is spent."""
         epoch = self.progress.epoch
         is_open = self.config.budget_rows is not None and self.has_boundaries  # a stream passes once
-        while self._mid_epoch or epoch == 0 or (not self._is_spent() if is_open else epoch < self.n_epochs):
+        while self._mid_epoch or epoch == 0 or (not self._is_spent() if is_open else epoch < n_epochs):
             yield epoch
             epoch += 1
 
@@ -277,12 +293,14 @@ class Trainer:
                 break
             self._mid_epoch = True
             logged = (self.cost.steps + 1) % log_every == 0
-            objective, update = self.method.observe(batch, self.optimizer, trace=logged)
+            done = self.method.observe(batch, self.optimizer, trace=logged)
             self.cost.steps += 1
-            self.cost.forward_rows += objective.forward_rows
-            self.cost.backward_rows += objective.backward_rows
-            if logged:
-                self._log_step(objective, update)
+            for objective, _ in done:
+                self.cost.forward_rows += objective.forward_rows
+                self.cost.backward_rows += objective.backward_rows
+            self._count_rows()
+            if logged and done:
+                self._log_step(*done[0])
             if logged or self.device.type == "cpu":
                 self._check_skips()
             self.logs.advance(len(batch.y))

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from utils.arguments import flag
 from utils.optim._sharpness import Grads, SharpnessAware, norm
+from utils.passes import eval_mode, row_gradients
 from utils.registry import OPTIMIZERS
 
 OWN_FLAGS = {
     "sparsity": ("fisher", "dynamic"), "fisher_rows": ("fisher", "nm"), "drop_rate": ("dynamic",),
     "sparse_n": ("nm",), "sparse_m": ("nm",),
 }  # fmt: skip
-GRADIENT_FLOATS = 2**26  # of per-sample gradients at a time
 
 
 @OPTIMIZERS.register("sparse_sam")
@@ -106,25 +106,11 @@ class SparseSAM(SharpnessAware):
         objective.tally.forward_rows += number
         objective.tally.backward_rows += number
         net = self.method.net
-        params = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-
-        def cost(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(torch.func.functional_call(net, params, (x[None],)), y[None])
-
-        gradients = torch.func.vmap(torch.func.grad(cost), in_dims=(None, 0, 0))
-        size = max(1, GRADIENT_FLOATS // self._size)
-        modes = [(module, module.training) for module in net.modules()]
-        net.eval()
-        try:
-            parts = [
-                [g.square().sum(0) for g in gradients(params, x[i : i + size], y[i : i + size]).values()]
-                for i in range(0, number, size)
-            ]
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
+        with eval_mode(net):
+            parts = [[g.square().sum(0) for g in gradients] for gradients, _ in row_gradients(net, x, y)]
         sums = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-        found = dict(zip((f"net.{name}" for name in params), sums, strict=True))
+        names = [f"net.{name}" for name, p in net.named_parameters() if p.requires_grad]
+        found = dict(zip(names, sums, strict=True))
         return [found.get(name, torch.zeros_like(p)) for name, p in zip(self.names, self.params, strict=True)]
 
     def _largest(self, scores: Grads) -> Grads:

@@ -1,0 +1,69 @@
+"""What methods share that pass over data by themselves, or learn from the network as it was."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models._method import Method
+from utils.arguments import DEBUG_BATCHES, Config
+from utils.seeding import generator_state, set_generator_state
+
+
+class Frozen(nn.Module):
+    """A copy of a network as it is now: never trained, in eval mode for good."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class WithTeacher(Method):
+    """A method that learns from `teacher`, the network as it was at the end of the last task; None in the first."""
+
+    teacher: Frozen | None = None
+
+    def keep_teacher(self) -> None:
+        self.teacher = Frozen(self.net)
+
+    def taught(self, x: Tensor) -> Tensor:
+        """The teacher's logits (N, K) for these inputs; counted."""
+        self.count(forward=len(x))
+        return self.teacher(x)
+
+    def load_state_dict(self, state: dict[str, Any], *args, **kwargs):
+        if any(name.startswith("teacher.") for name in state):
+            self.keep_teacher()
+        return super().load_state_dict(state, *args, **kwargs)
+
+
+class Drawing:
+    """Mixed into a method without a buffer that draws from its own generator: the generator is in the checkpoint."""
+
+    def get_extra_state(self) -> dict:
+        return {"rng": generator_state(self.context.rng)}
+
+    def set_extra_state(self, state: dict) -> None:
+        set_generator_state(self.context.rng, state["rng"])
+
+
+def shuffled(method: Method, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One pass over a split in random order: images (N, C, H, W) uint8 as stored, labels and ids (N,), on the device.
+
+    In debug mode it is as short as an epoch.
+    """
+    config: Config = method.context.config
+    order = torch.from_numpy(method.context.rng.permutation(len(split))).to(split.labels.device)
+    rows_of = order.split(batch_size)
+    for rows in rows_of[: DEBUG_BATCHES if config.debug_mode else None]:
+        columns = (split.images.index_select(0, rows), split.labels[rows], split.ids[rows])
+        yield tuple(column.to(method.context.device) for column in columns)
