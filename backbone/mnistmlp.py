@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
+from backbone._stages import Stage
 from utils.arguments import flag
 from utils.registry import BACKBONES
 
@@ -29,6 +31,11 @@ class MnistMlp(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    @property
+    def stages(self) -> list[Stage]:
+        first, second = self.body[:2], self.body[3]
+        return [(first, relu), (second, relu), (self.classifier, nn.Identity())]
 
     def features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, num_features)."""

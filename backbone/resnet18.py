@@ -3,9 +3,12 @@
 11,173,962 parameters with 10 classes, 11,220,132 with 100, 11,271,432 with 200. torch's default initialisation.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from backbone._stages import Stage, without_last_relu
 from utils.registry import BACKBONES
 
 
@@ -22,9 +25,12 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def before_relu(self, x: Tensor) -> Tensor:
         out = relu(self.bn1(self.conv1(x)))
-        return relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return self.bn2(self.conv2(out)) + self.shortcut(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(self.before_relu(x))
 
 
 @BACKBONES.register("resnet18")
@@ -44,6 +50,15 @@ class ResNet18(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.num_features = planes
         self.classifier = nn.Linear(planes, num_classes)
+
+    @property
+    def stages(self) -> list[Stage]:
+        pairs = [self.layers[i : i + 2] for i in range(0, len(self.layers), 2)]
+        return [
+            (lambda x: self.bn1(self.conv1(x)), relu),
+            *((partial(without_last_relu, pair), relu) for pair in pairs),
+            (lambda x: self.classifier(x.mean((2, 3))), nn.Identity()),
+        ]
 
     def features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, num_features): the globally averaged last map."""

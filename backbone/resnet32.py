@@ -4,10 +4,13 @@ Conv-ReLU-BN in the stem; shortcuts without parameters (strided, new channels ze
 He-normal convolutions, BatchNorm eps 1e-4, classifier weights normal with variance 1/64.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
+from backbone._stages import Stage, without_last_relu
 from utils.registry import BACKBONES
 
 EPS = 1e-4
@@ -22,11 +25,14 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes, eps=EPS)
         self.stride, self.new_planes, self.last = stride, planes - in_planes, last
 
-    def forward(self, x: Tensor) -> Tensor:
+    def before_relu(self, x: Tensor) -> Tensor:
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if self.new_planes:
             shortcut = pad(shortcut, (0, 0, 0, 0, 0, self.new_planes))
-        out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))) + shortcut
+        return self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))) + shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.before_relu(x)
         return out if self.last else relu(out)
 
 
@@ -52,6 +58,17 @@ class ResNet32(nn.Module):
         with torch.no_grad():
             self.classifier.weight.normal_(0.0, (1 / self.num_features) ** 0.5)
             self.classifier.bias.zero_()
+
+    @property
+    def stages(self) -> list[Stage]:
+        norm, (low, middle, high) = self.bn1, (self.layers[i : i + 5] for i in (0, 5, 10))
+        return [
+            (self.conv1, lambda x: norm(relu(x))),
+            (partial(without_last_relu, low), relu),
+            (partial(without_last_relu, middle), relu),
+            (high, nn.Identity()),
+            (lambda x: self.classifier(x.mean((2, 3))), nn.Identity()),
+        ]
 
     def features(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, 64): the globally averaged last map."""

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 TINY_BN = '''"""A convolution with bias, BatchNorm and a linear layer."""
 
 from torch import nn
+from torch.nn.functional import relu
 
 from utils.registry import BACKBONES
 
@@ -32,6 +33,11 @@ class TinyBn(nn.Sequential):
             nn.Linear(4 * ((height + 1) // 2) * ((width + 1) // 2), num_classes),
         )
         self.num_features = self[-1].in_features
+
+    @property
+    def stages(self):
+        conv, norm, _, flatten, classifier = self
+        return [(lambda x: norm(conv(x)), relu), (lambda x: classifier(flatten(x)), nn.Identity())]
 
     def features(self, x):
         return self[:-1](x)
