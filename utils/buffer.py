@@ -53,6 +53,15 @@ class Buffer:
         self.columns, self.num_seen = {}, 0
         self.append(**columns)
 
+    def write(self, slots: list[int], **columns: Tensor) -> None:
+        """Puts n rows into these n slots; those that are not filled yet must be the next ones."""
+        if not self.columns:
+            self._allocate(columns)
+        index = self._index(slots)
+        for name, column in self.columns.items():
+            column.index_copy_(0, index, columns[name])
+        self.num_seen = max(self.num_seen, *(slot + 1 for slot in slots))
+
     def append(self, **columns: Tensor) -> None:
         """Puts rows behind those that are there, in order; the room must suffice."""
         n = len(next(iter(columns.values())))
