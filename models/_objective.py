@@ -60,8 +60,9 @@ class Loss:
 
     `rows[name]` (n,) holds a term's cost for each row of a block, weight included; the term is their mean. A term that
     speaks of k of the n rows has n / k times their cost there, and zeros elsewhere. `penalties[name]` () are terms that
-    belong to no row (a regulariser). `logits` (N, K) are the stream's. The i-th term is about the i-th block, or all
-    are about the only one, unless `blocks[name]` says which.
+    belong to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[i]` (n, ...) are what `remember` needs
+    of the i-th block. The i-th term is about the i-th block, or all are about the only one, unless `blocks[name]` says
+    which.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Loss:
         logits: Tensor | None = None,
         penalties: Mapping[str, Tensor] = {},
         blocks: Mapping[str, int] = {},
+        outputs: Mapping[int, Tensor] = {},
     ):
         self.rows, self.logits, self.penalties, self.blocks = rows, logits, penalties, blocks
+        self.outputs = outputs
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
@@ -95,12 +98,13 @@ class Loss:
         return index
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Loss":
-        """Rows, logits and penalties, each changed by the same function."""
+        """Rows, logits, penalties and outputs, each changed by the same function."""
         return Loss(
             {name: change(rows) for name, rows in self.rows.items()},
             None if self.logits is None else change(self.logits),
             {name: change(term) for name, term in self.penalties.items()},
             self.blocks,
+            {index: change(outputs) for index, outputs in self.outputs.items()},
         )
 
     def detach(self) -> "Loss":
@@ -329,11 +333,11 @@ class Objective:
         blocks = {name: loss.block_of(name, self.blocks) for name in loss.rows}
         blocks |= {name: index for index, name in enumerate(names)}
         rows = {**loss.rows, **dict(zip(names, term(logits), strict=True))}
-        return Loss(rows, loss.logits, loss.penalties, blocks)
+        return Loss(rows, loss.logits, loss.penalties, blocks, loss.outputs)
 
     def _weighted(self, loss: Loss) -> Loss:
         rows = {name: self.weights[loss.block_of(name, self.blocks)] * rows for name, rows in loss.rows.items()}
-        return Loss(rows, loss.logits, loss.penalties, loss.blocks)
+        return Loss(rows, loss.logits, loss.penalties, loss.blocks, loss.outputs)
 
     def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[tuple[str | None, bool], tuple[Tensor, int]]:
         """{(guide, climbed): (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
@@ -415,7 +419,8 @@ class Objective:
             for name in first.rows
         }
         logits = None if first.logits is None else torch.cat([shard.loss.logits for _, shard in done])
-        self.loss = Loss(rows, logits, first.penalties, first.blocks)
+        outputs = {i: whole(i, lambda loss, i=i: loss.outputs[i]) for i in first.outputs}
+        self.loss = Loss(rows, logits, first.penalties, first.blocks, outputs)
         for share, shard in done:
             for guide, grads in shard.guides.items():
                 self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))
