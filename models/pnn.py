@@ -3,8 +3,8 @@
     h_i = act(W_i h_{i-1} + U_i relu(V_i [alpha_j h_{i-1}^(j), j = the columns before]))        (eq. 2)
 
 W_i is stage i of the backbone: every backbone that shows its `stages` makes columns. V_i reduces what earlier columns
-give to the width of one, U_i brings it to stage i; on maps both are 1x1 convolutions, and U_i sees the map averaged down
-to the size of the stage's output. A task is answered by its own column, so it must be known.
+give to the width of one, U_i brings it to stage i. On maps both are 1x1 convolutions, and U_i sees the map averaged
+down to the size of the stage's output. A task is answered by its own column, so it must be known.
 
 Deviates: the head of each column has all classes, as in the published code; frozen columns are in eval mode. What they
 give is computed once a step, whatever the optimizer.

@@ -71,7 +71,7 @@ class XDer(ReplayMethod):
     class Args(ReplayMethod.Args):
         alpha: float = flag(0.3, "weight of the replayed logits", low=0)
         beta: float = flag(0.8, "weight of the replayed labels", low=0)
-        gamma: float = flag(0.85, "logits that enter the memory stay below gamma times the true class's", low=0, high=1)
+        gamma: float = flag(0.85, "logits that enter the memory stay below gamma times the true class's", low=0)
         lambd: float = flag(0.05, "weight of the views' consistency on the future heads", low=0)
         eta: float = flag(0.001, "weight of the past and future constraints", low=0)
         m: float = flag(0.7, "margin of the constraints", low=0)
