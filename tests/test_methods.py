@@ -147,10 +147,10 @@ def test_terms_are_means_of_their_rows_and_sum_to_the_total(start, name):
 def test_saved_and_loaded_into_a_fresh_method_it_goes_on(start, assert_same, name, tmp_path):
     trainer = start(name, seed=1, **quick(name))
     trainer.run()
+    batch = next_batch(trainer)
     torch.save(trainer.method.state_dict(), tmp_path / "state.pt")
     fresh = start(name, seed=2, **quick(name))
     method, other = trainer.method, fresh.method
-    batch = next_batch(trainer)
     method.eval(), other.eval()
     assert not torch.equal(method(batch.inputs), other(batch.inputs))
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
