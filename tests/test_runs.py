@@ -485,6 +485,14 @@ CASES = [
     pytest.param("er", (*TWO_EPOCHS, "--optimizer", "adam"), 21, id="er-adam"),
     pytest.param("er", ("--n_epochs", "2", "--joint"), 50, id="er-joint"),
     pytest.param(
+        "gdumb", ("--stop_after", "3", "--fitting_epochs", "4", "--cutmix_alpha", "1", "--optim_mom", "0.9"), 34,
+        id="gdumb-in-its-fit",
+    ),
+    pytest.param("gdumb", ("--stop_after", "3", "--gdumb_sampler", "greedy", "--fitting_epochs", "2"), 20, id="gdumb"),
+    pytest.param("pnn", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="pnn-second-column"),
+    pytest.param("xder", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="xder-second-epoch-of-task-2"),
+    pytest.param("xder", (*TWO_EPOCHS, "--optimizer", "sam"), 32, id="xder-last-step-of-a-task"),
+    pytest.param(
         "mgser_sam",
         (*TWO_EPOCHS, "--optim_mom", "0.9", "--lr_scheduler", "multistep", "--lr_milestones", "1", "--lr", "0.02"),
         43, id="mgser_sam-last-task-momentum-multistep",
