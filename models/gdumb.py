@@ -159,7 +159,7 @@ class GDumb(Method):
                 continue
             slot = len(kept)
             if slot == capacity:
-                largest = max(counts, key=counts.get)
+                largest = max(sorted(counts), key=counts.get)
                 slot = self.context.rng.choice([i for i, other in enumerate(kept) if other == largest]).item()
                 counts[largest] -= 1
                 kept.pop(slot)

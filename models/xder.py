@@ -12,8 +12,9 @@ Memory: new logits enter a stored row by the rule U (`transplanted`), which keep
 step, those of the heads from P on, in the rows drawn, with probability 1 / (times drawn in this task). At the end of a
 task the memory makes room for the new classes, and all older rows' heads from P on are renewed.
 
-Deviates: where the rows of D1 and D2 coincide, the second ones are masked, not removed; U leaves a maximum of exactly 0
-alone; a pass over the memory has batches of even size.
+Deviates: where rows of D1 and D2 coincide, the second ones are masked, not removed; U does not scale where the true
+class's logit is negative, where the published quotient has no sense and no bound; a pass over the memory has batches of
+even size.
 """
 
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ from utils.registry import METHODS
 
 
 def transplanted(old: Tensor, new: Tensor, y: Tensor, heads: slice, gamma: float) -> Tensor:
-    """The rule U: `old` (n, K) with the logits of `heads` from `new`, scaled so that their maximum is at most the true
-    class's old logit, and then gamma times it."""
+    """The rule U: `old` (n, K) with the logits of `heads` from `new`; where their maximum is above the true class's old
+    logit, they are scaled so that it is gamma times that."""
     part, truth = new[:, heads], old.gather(1, y[:, None])
     peak = part.amax(1, keepdim=True)
-    scale = torch.where((peak > truth) & (peak != 0), gamma * truth / peak, 1.0)
+    scale = torch.where((peak > truth) & (truth > 0), gamma * truth / peak, 1.0)
     result = old.clone()
     result[:, heads] = part * scale
     return result
