@@ -8,8 +8,7 @@ which is still as it was drawn, is trained on the memory for `fitting_epochs`. W
 
 Sampler: the paper's (Algorithm 1) keeps the classes balanced; the code behind the published figures (the X-DER paper)
 has a reservoir, which is the default here. Deviates: the peak is --lr unless --maxlr says otherwise, so that optimizers
-with a rate of their own have it here too (published rows: their maxlr as --lr); the fit draws each batch's CutMix from
-the method's generator; a debug run fits for one epoch.
+with a rate of their own have it here too (published rows: their maxlr as --lr). A debug run fits for one epoch.
 """
 
 from collections import Counter
@@ -124,7 +123,7 @@ class GDumb(Method):
         height, width = batch.inputs.shape[2:]
         side = (1 - rng.beta(alpha, alpha)) ** 0.5  # of the box, a fraction of the image's
         rows, columns = (_interval(rng, size, side) for size in (height, width))
-        order = torch.from_numpy(rng.permutation(len(batch.y))).to(batch.y.device)
+        order = torch.randperm(len(batch.y), device=batch.y.device)
         mixed = batch.inputs.clone()
         mixed[:, :, rows, columns] = batch.inputs[order][:, :, rows, columns]
         box = len(range(height)[rows]) * len(range(width)[columns]) / (height * width)
