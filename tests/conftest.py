@@ -34,7 +34,9 @@ class TinyBn(nn.Sequential):
         self.num_features = self[-1].in_features
 
     def features(self, x):
-        return self[:-1](x)
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
 '''
 
 
