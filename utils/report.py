@@ -446,7 +446,7 @@ def _latex(head: list[str], body: list[list[str]], num_keys: int) -> str:
 def latex_text(text: str) -> str:
     for char in "_%&#":
         text = text.replace(char, f"\\{char}")
-    return text.replace("±", r"$\pm$").replace(NOTHING, "--")
+    return text.replace("±", r"$\pm$").replace("†", r"$\dagger$").replace(NOTHING, "--")
 
 
 RENDER = {"markdown": _markdown, "text": _text, "latex": _latex}
