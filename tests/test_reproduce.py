@@ -133,6 +133,7 @@ def test_every_row_is_well_formed():
         assert target.setting == setting or (target.setting, setting) == ("task-il", "class-il"), line
         assert 0 < target.mean < 1 and (target.std is None or 0 < target.std < 0.1) and target.source, line
         assert target.buffer_size is None or target.buffer_size.isdecimal(), line
+        assert target.runs is None or target.runs > 1, line
         assert line[9] == str(int(bool(target.confirmed_by))) == str(int(bool(line[10]))), line
 
 
