@@ -7,7 +7,8 @@ to the class whose exemplars have the nearest mean of features.
 As in the code behind the DER paper's figures: features are not normalised (the paper's are), class means are of the
 exemplars, un-augmented and not flipped. Other than there, exemplars go back among the training rows as they were: that
 code distorted those of CIFAR and Tiny ImageNet (wrong pixel values, height and width swapped), for which its figures
-are lower. A replay minibatch does not exist, since exemplars are a part of the stream.
+are lower; and those for MNIST do not depend on the size of the memory, as if nothing had been replayed. There is no
+replay minibatch, since exemplars are a part of the stream.
 """
 
 from dataclasses import dataclass
