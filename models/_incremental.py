@@ -77,10 +77,6 @@ class WithExemplars(WithTeacher, Incremental):
             )
         return problems
 
-    def begin_task(self, task: Any) -> None:
-        super().begin_task(task)
-        self._rows = None
-
     def train_split(self, task: Any, epoch: int) -> Any:
         if self._rows is None:
             self._rows = self.with_exemplars(task.train)
