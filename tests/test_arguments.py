@@ -745,6 +745,7 @@ COMPANIONS = {  # without which a flag is refused or has nothing to act on
     "sparse_n": ("--sparse_mask", "nm"),
     "sparse_m": ("--sparse_mask", "nm", "--sparse_n", "1"),
     ("esam", "renormalize"): ("--esam_beta", "1"),
+    "mr_margin": ("--debug_mode", "0", "--n_epochs", "4"),
 }
 
 
