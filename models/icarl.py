@@ -7,7 +7,7 @@ to the class whose exemplars have the nearest mean of features.
 As in the code behind the DER paper's figures: features are not normalised (the paper's are), class means are of the
 exemplars, un-augmented and not flipped. Other than there, exemplars go back among the training rows as they were: that
 code distorted those of CIFAR and Tiny ImageNet (wrong pixel values, height and width swapped), for which its figures
-are lower; and those for MNIST do not depend on the size of the memory, as if nothing had been replayed. There is no
+are lower; on MNIST they do not depend on the size of the memory, as with `--replay_exemplars 0` here. There is no
 replay minibatch, since exemplars are a part of the stream.
 """
 
@@ -32,6 +32,7 @@ class ICaRL(WithExemplars, LwfMc):
     @dataclass(frozen=True)
     class Args(WithExemplars.Args):
         wd_reg: float = flag(0.00001, "weight of |theta|^2 in the loss", low=0)
+        replay_exemplars: bool = flag(True, "exemplars join the training rows of later tasks")
 
     published = published(
         DER,
@@ -48,6 +49,9 @@ class ICaRL(WithExemplars, LwfMc):
         num_classes = context.benchmark.num_classes
         self.register_buffer("means", torch.zeros(num_classes, net.num_features))
         self.register_buffer("has_mean", torch.zeros(num_classes, dtype=torch.bool))
+
+    def train_split(self, task: Any, epoch: int) -> Any:
+        return super().train_split(task, epoch) if self.args.replay_exemplars else task.train
 
     def end_task(self, task: Any) -> None:
         super().end_task(task)  # the teacher
