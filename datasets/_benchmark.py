@@ -100,6 +100,11 @@ class Benchmark(Sequence[Task]):
         """(train, test), each images (N, C, H, W) uint8 and labels (N,) int64. Raises `DataError`."""
         raise NotImplementedError
 
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        """What `load` would have to download, and where to put it by hand; None if all is there. Opens no file."""
+        return None
+
     def augmentations(self) -> list[nn.Module]:
         """kornia augmentations of the training images, applied in order, before normalisation."""
         return []

@@ -126,6 +126,13 @@ def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     return train, test
 
 
+def missing_mnist(root: Path, name: str) -> str | None:
+    """What `load_mnist` would have to download, and where to put it by hand; None if nothing. Opens no file."""
+    raw = Path(root) / name / "raw"
+    files = [f"{file}.gz" for file in MNIST_MD5[name] if _mnist_source(raw, name, file) is None]
+    return f"put {', '.join(files)} into {raw}" if files else None
+
+
 def _mnist_source(raw: Path, name: str, file: str) -> Path | None:
     candidates = [raw / file, raw / f"{file}.gz"]
     if name == "FashionMNIST":
@@ -201,11 +208,7 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 32, 32), y int64 (N,) in 0..9 or 0..99 (fine labels).
     Raises DataError.
     """
-    import torchvision.datasets
-
-    official = getattr(torchvision.datasets, name.upper())
-    folder, archive = root / official.base_folder, root / official.filename
-    needed = [file for file, _ in (*official.train_list, *official.test_list)]
+    official, folder, archive, needed = _cifar_places(root, name)
     unpacked = all((folder / file).is_file() for file in needed)
     if unpacked:
         contents = {file: (folder / file).read_bytes() for file in needed}
@@ -221,6 +224,23 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
             _keep(folder / file, data)  # only now, when it is known to be sound
     _warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
     return train, test
+
+
+def missing_cifar(root: Path, name: str) -> str | None:
+    """What `load_cifar` would have to download, and where to put it by hand; None if nothing. Opens no file."""
+    _, folder, archive, needed = _cifar_places(Path(root), name)
+    if archive.is_file() or all((folder / file).is_file() for file in needed):
+        return None
+    return f"put {archive.name} into {archive.parent}"
+
+
+def _cifar_places(root: Path, name: str) -> tuple[Any, Path, Path, list[str]]:
+    """(torchvision's class, unpacked folder, archive, names of the files in the folder)."""
+    import torchvision.datasets
+
+    official = getattr(torchvision.datasets, name.upper())
+    needed = [file for file, _ in (*official.train_list, *official.test_list)]
+    return official, root / official.base_folder, root / official.filename, needed
 
 
 def _cifar_split(
@@ -313,9 +333,7 @@ def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 64, 64), y int64 (N,), the line of wnids.txt; test is
     the official validation split, whose labels are public. Raises DataError.
     """
-    archive, folder = root / f"{TINY}.zip", root / TINY
-    caches = _cache_folders(root)
-    source = archive if archive.is_file() else folder if folder.is_dir() else None
+    archive, caches, source = root / f"{TINY}.zip", _cache_folders(root), _tiny_source(root)
     fingerprint = _fingerprint(source)  # taken before reading: what changes meanwhile is read again next time
     arrays = _cached(caches, fingerprint)
     if arrays is None:
@@ -399,6 +417,19 @@ def _decode_source(path: Path) -> dict[str, np.ndarray]:
         return arrays
     finally:
         source.close()
+
+
+def missing_tinyimagenet(root: Path) -> str | None:
+    """What `load_tinyimagenet` would have to download, and where to put it by hand; None if nothing. Opens no file."""
+    root = Path(root)
+    if _tiny_source(root) is not None or any((cache / "meta.json").is_file() for cache in _cache_folders(root)):
+        return None
+    return f"put {TINY}.zip into {root}"
+
+
+def _tiny_source(root: Path) -> Path | None:
+    archive, folder = root / f"{TINY}.zip", root / TINY
+    return archive if archive.is_file() else folder if folder.is_dir() else None
 
 
 def _some(names: set[str]) -> str:

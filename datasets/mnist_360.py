@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
-from datasets._files import load_mnist
+from datasets._files import load_mnist, missing_mnist
 from datasets._rotation import rotation_maps
 from utils import seeding
 from utils.registry import DATASETS
@@ -32,6 +32,10 @@ class Mnist360(Benchmark):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return tuple((x[y < DIGITS], y[y < DIGITS]) for x, y in load_mnist(root, "MNIST"))
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_mnist(root, "MNIST")
 
     @classmethod
     def check_classes(cls, config: Any) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasets._benchmark import Arrays, DomainBenchmark
-from datasets._files import load_mnist
+from datasets._files import load_mnist, missing_mnist
 from utils import seeding
 from utils.registry import DATASETS
 
@@ -20,6 +20,10 @@ class PermMnist(DomainBenchmark):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_mnist(root, "MNIST")
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_mnist(root, "MNIST")
 
     def pixel_map(self, index: int) -> Tensor:
         return self._maps[index]

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from datasets._benchmark import Arrays, Benchmark
-from datasets._files import load_cifar
+from datasets._files import load_cifar, missing_cifar
 from utils.augment import CropFlip
 from utils.registry import DATASETS
 
@@ -21,6 +21,10 @@ class SeqCifar10(Benchmark):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_cifar(root, "cifar10")
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_cifar(root, "cifar10")
 
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4)]

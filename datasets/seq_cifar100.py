@@ -7,7 +7,7 @@ code published with the paper has 0.1).
 from pathlib import Path
 
 from datasets._benchmark import Arrays
-from datasets._files import load_cifar
+from datasets._files import load_cifar, missing_cifar
 from datasets.seq_cifar10 import SeqCifar10
 from utils.registry import DATASETS
 
@@ -24,3 +24,7 @@ class SeqCifar100(SeqCifar10):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_cifar(root, "cifar100")
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_cifar(root, "cifar100")

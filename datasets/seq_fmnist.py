@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets._benchmark import Arrays
-from datasets._files import load_mnist
+from datasets._files import load_mnist, missing_mnist
 from datasets.seq_mnist import SeqMnist
 from utils.registry import DATASETS
 
@@ -14,3 +14,7 @@ class SeqFashionMnist(SeqMnist):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_mnist(root, "FashionMNIST")
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_mnist(root, "FashionMNIST")

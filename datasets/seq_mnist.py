@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets._benchmark import Arrays, Benchmark
-from datasets._files import load_mnist
+from datasets._files import load_mnist, missing_mnist
 from utils.registry import DATASETS
 
 
@@ -15,3 +15,7 @@ class SeqMnist(Benchmark):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_mnist(root, "MNIST")
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_mnist(root, "MNIST")

@@ -6,7 +6,7 @@ The test set is the official validation split. Classes follow the order of `wnid
 from pathlib import Path
 
 from datasets._benchmark import Arrays
-from datasets._files import load_tinyimagenet
+from datasets._files import load_tinyimagenet, missing_tinyimagenet
 from datasets.seq_cifar10 import SeqCifar10
 from utils.registry import DATASETS
 
@@ -21,3 +21,7 @@ class SeqTinyImagenet(SeqCifar10):
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return load_tinyimagenet(root)
+
+    @classmethod
+    def missing(cls, root: Path) -> str | None:
+        return missing_tinyimagenet(root)

@@ -30,7 +30,11 @@ class Frozen(nn.Module):
 class WithTeacher(Method):
     """A method that learns from `teacher`, the network as it was at the end of the last task; None in the first."""
 
-    teacher: Frozen | None = None
+    teacher: Frozen | None  # no value here: a value of the class would hide the module of an instance
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.teacher = None
 
     def keep_teacher(self) -> None:
         self.teacher = Frozen(self.net)

@@ -48,7 +48,10 @@ class ReplayMethod(Method):
         the stream alone while the memory is empty."""
         if len(self.buffer) == 0:
             return batch.block
-        rows = self.buffer.draw(self.args.minibatch_size)
+        return self.joined(batch, self.buffer.draw(self.args.minibatch_size))
+
+    def joined(self, batch: Batch, rows: dict[str, Tensor]) -> Block:
+        """The stream's rows and, after them, these of the memory."""
         augment = self.context.augment
         if augment.transforms:
             inputs = torch.cat((batch.inputs, augment(rows["x"])))

@@ -40,7 +40,9 @@ class TinyBn(nn.Sequential):
         return [(lambda x: norm(conv(x)), relu), (lambda x: classifier(flatten(x)), nn.Identity())]
 
     def features(self, x):
-        return self[:-1](x)
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
 '''
 
 

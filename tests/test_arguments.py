@@ -744,9 +744,10 @@ COMPANIONS = {  # without which a flag is refused or has nothing to act on
     "drop_rate": (*LONG, "--n_epochs", "3", "--sparse_mask", "dynamic"),
     "sparse_n": ("--sparse_mask", "nm"),
     "sparse_m": ("--sparse_mask", "nm", "--sparse_n", "1"),
-    "fitting_epochs": (*LONG,),
+    ("gdumb", "fitting_epochs"): LONG,
     "minlr": (*LONG, "--fitting_epochs", "4"),
     ("esam", "renormalize"): ("--esam_beta", "1"),
+    "mr_margin": ("--debug_mode", "0", "--n_epochs", "4"),
 }
 
 

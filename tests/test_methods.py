@@ -22,8 +22,10 @@ REPLAY = [name for name in IN_CLASS_IL if issubclass(METHODS.load(name), ReplayM
 WITH_LOGITS = [name for name in REPLAY if issubclass(METHODS.load(name), Der)]
 JOINT_FORWARD = ("er", "er_sam")
 AT_THE_END = ("gdumb",)  # takes no step before the last task has passed
-IN_A_TASK = ("xder",)  # its loss must be told the task that a batch is of; its memory is filled when a task ends
-RESERVOIR = [name for name in REPLAY if name not in IN_A_TASK]
+IN_A_TASK = ("xder",)  # its loss must be told the task that a batch is of
+OWN_MEMORY = ("agem", "gem", "fdr", "gss", "xder")  # no reservoirs: how they fill is tested with what they are about
+RESERVOIRS = [name for name in REPLAY if name not in OWN_MEMORY]
+AS_STORED = ("agem_r",)  # replays images that are not augmented
 PUBLISHED = ("published: ", "ours: ")  # how the origin of such a value begins
 QUICK = dict(debug_mode=1, stop_after=2)
 
@@ -43,6 +45,12 @@ def next_batch(trainer, task=1):
         task += 1
         trainer.method.begin_task(trainer.benchmark[task])
     return next(trainer.stream.epoch(trainer.benchmark[task].train))
+
+
+def last_step(method, batch):
+    """The blocks of the last optimizer step on a batch: those of its loss, and those that are apart."""
+    *_, blocks = method.steps(batch)
+    return tuple(b for b in blocks if not b.apart), tuple(b for b in blocks if b.apart)
 
 
 def all_state(method):
@@ -78,8 +86,8 @@ def test_learns_two_tasks_under_every_optimizer(start, name, optimizer):
     for key, value in trainer.method.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert value.isfinite().all(), key
-    (layer,) = (key for key in before if key.endswith("4.weight"))
-    assert not torch.equal(before[layer], trainer.method.state_dict()[layer])
+    matrices = {name: p for name, p in trainer.method.named_parameters() if p.ndim == 2 and name in before}
+    assert any(not torch.equal(before[name], p) for name, p in matrices.items())  # the classifier, whoever has it
     assert all(p.grad is None for p in trainer.method.parameters()) and trainer.method.training
     assert all(m.track_running_stats for m in trainer.method.modules() if isinstance(m, nn.BatchNorm2d))
 
@@ -87,7 +95,7 @@ def test_learns_two_tasks_under_every_optimizer(start, name, optimizer):
 @pytest.mark.parametrize("name", IN_CLASS_IL)
 def test_learning_beats_guessing_on_the_task_at_hand(start, name):
     first_task_only = {} if METHODS.load(name).trains_jointly else {"stop_after": 1}
-    epochs = flags_for(name, fitting_epochs=4) or {"n_epochs": 4}
+    epochs = {"fitting_epochs": 8} if name in AT_THE_END else {"n_epochs": 8}
     trainer = start(name, **epochs, model_config="default", **first_task_only)
     accuracy = trainer.run()["accuracy"]["task-il"][0][0]
     assert accuracy > 0.8  # of two classes
@@ -98,13 +106,12 @@ def test_the_loss_is_pure(start, assert_same, name):
     trainer = start(name, **quick(name))
     trainer.run()
     method = trainer.method
-    blocks = method.draw(next_batch(trainer))
+    blocks, _ = last_step(method, next_batch(trainer))
     columns = copy.deepcopy([(block.x, block.columns) for block in blocks])
     with frozen_statistics(method):
         before = all_state(method)
         first = method.loss(*blocks)
-        params = [p for p in method.parameters() if p.requires_grad]
-        gradient = torch.autograd.grad(first.total, params, allow_unused=True)
+        gradient = torch.autograd.grad(first.total, trainer.optimizer.params, allow_unused=True)
         torch.rand(3), random.random(), np.random.rand()  # a loss that draws would now differ
         torch.manual_seed(99)
         second = method.loss(*blocks)
@@ -125,10 +132,10 @@ def test_the_loss_is_pure(start, assert_same, name):
 
 @pytest.mark.parametrize("name", IN_CLASS_IL)
 def test_terms_are_means_of_their_rows_and_sum_to_the_total(start, name):
-    trainer = start(name, minibatch_size=7, **quick(name)) if name in REPLAY else start(name, **quick(name))
+    trainer = start(name, **flags_for(name, minibatch_size=7), **quick(name))
     trainer.run()
     batch = next_batch(trainer)
-    blocks = trainer.method.draw(batch)
+    blocks, _ = last_step(trainer.method, batch)
     loss = trainer.method.loss(*blocks)
     assert loss.terms.keys() == loss.rows.keys() | loss.penalties.keys() and len(loss.terms) > 0
     lengths = {len(block) for block in blocks}
@@ -161,10 +168,13 @@ def test_saved_and_loaded_into_a_fresh_method_it_goes_on(start, assert_same, nam
         torch.manual_seed(5)
         drawn.append([(b.x, b.memory, b.columns) for _ in range(3) for b in one.draw(batch)])
     assert_same(*drawn)
-    for one in (method, other):
+    for one, optimizer in ((method, trainer.optimizer), (other, fresh.optimizer)):
+        optimizer.follow()
+        optimizer.set_lr(0.05)
         torch.manual_seed(6)
-        one.remember(batch, one.loss(*one.draw(batch)).detach())
-    assert_same(method.state_dict()["_extra_state"], other.state_dict()["_extra_state"]) if name in REPLAY else None
+        for _ in range(3):
+            one.observe(batch, optimizer)
+    assert_same(method.state_dict(), other.state_dict())
 
 
 SETTINGS_PLUGIN = '''"""A setting that nobody learns in, and a method that learns in one setting only."""
@@ -208,25 +218,25 @@ def test_a_method_of_one_setting_is_refused_elsewhere(odd):
 # what the replay methods remember and draw
 
 
-@pytest.mark.parametrize("name", RESERVOIR)
+@pytest.mark.parametrize("name", [name for name in REPLAY if name not in IN_A_TASK])
 def test_after_the_first_task_every_step_replays_old_classes(start, name):
-    trainer = start(name, debug_mode=1, stop_after=1, minibatch_size=7)
+    trainer = start(name, debug_mode=1, stop_after=1, **flags_for(name, minibatch_size=7))
     fresh = trainer.method.draw(next_batch(trainer, 0))
     assert len(fresh) == 1 and fresh[0].memory == 0  # there is nothing to replay yet
     trainer.run()
     batch = next_batch(trainer, task=1)
     blocks = trainer.method.draw(batch)
     assert set(batch.y.tolist()) == {2, 3}
-    memory = [block for block in blocks if block.memory]
+    memory = [block for block in blocks if block.memory and "ids" in block.columns]  # no made images
     assert memory and sum(len(block) - block.memory for block in blocks) == len(batch.y)
     for block in memory:
-        assert block.memory == 7
+        assert block.memory == 7 or "minibatch_size" not in flags_for(name, minibatch_size=7)
         assert set(block.y[-7:].tolist()) <= {0, 1}
     assert torch.equal(blocks[0].x[: len(batch.y)], batch.inputs)
     assert torch.equal(blocks[0].y[: len(batch.y)], batch.y)
 
 
-@pytest.mark.parametrize("name", RESERVOIR)
+@pytest.mark.parametrize("name", RESERVOIRS)
 def test_the_memory_has_images_as_they_are_stored_and_draws_are_augmented_anew(start, name):
     trainer = start(name, buffer_size=30, **QUICK)
     trainer.run()
@@ -243,9 +253,13 @@ def test_the_memory_has_images_as_they_are_stored_and_draws_are_augmented_anew(s
     assert {label for _, label in kept} == {0, 1, 2, 3}
     trainer.method.args = trainer.method.Args(**{**vars(trainer.method.args), "minibatch_size": 30})
     batch = next_batch(trainer)
-    draws = [trainer.method.draw(batch)[-1] for _ in range(2)]
-    plain = {image.numpy().tobytes() for image in trainer.augment.plain(stored["x"])}
+    draws = [[block for block in trainer.method.draw(batch) if "ids" in block.columns][-1] for _ in range(2)]
+    pixels = stored["x"] / 255 if name in AS_STORED else trainer.augment.plain(stored["x"])
+    plain = {image.numpy().tobytes() for image in pixels}
     as_stored = [sum(x.numpy().tobytes() in plain for x in block.x[-30:]) for block in draws]
+    if name in AS_STORED:
+        assert min(as_stored) == 30
+        return
     assert max(as_stored) < 15  # 1 in 18 crops is the identity
     assert len({x.numpy().tobytes() for block in draws for x in block.x[-30:]}) > 35
 
@@ -329,7 +343,7 @@ def test_derpp_draws_twice_independently(start, name):
     assert abs(np.mean(shared) - 2.5) < 4 * (1.442 / 200) ** 0.5
 
 
-@pytest.mark.parametrize("name", RESERVOIR)
+@pytest.mark.parametrize("name", RESERVOIRS)
 def test_both_tasks_have_their_share_of_the_memory(start, name):
     """Two tasks of 128 images, memory 40: a hypergeometric share of mean 20 and variance 40 / 4 * 216 / 255 = 8.47."""
     shares = []
@@ -363,14 +377,16 @@ def test_published_values_apply_exactly_where_they_were_published(name):
 
         plain = resolve([*argv, "--model_config", "default"])
         assert not [origin for origin in plain.origins.values() if origin.startswith(PUBLISHED)]
-        given = resolve([*argv, *(f"--{flag}={_other(value, flag)}" for flag, (value, _) in row.items())])
+        given = resolve([*argv, *(f"--{flag}={_other(config.flags[flag], value)}" for flag, (value, _) in row.items())])
         for flag, (value, _) in row.items():
             assert given.origins[flag] == "argv" and (given.values[flag] != value or flag == "n_epochs")
 
 
-def _other(value, flag):
+def _other(flag, value):
     """Another value in the flag's bounds; streams insist on one epoch."""
-    return str(value if flag == "n_epochs" else value / 2 if flag == "optim_mom" else value + 1)
+    if flag.name == "n_epochs":
+        return value
+    return next(other for other in (value + 1, value / 2) if flag.check(other) is None)
 
 
 @pytest.mark.parametrize("name", [name for name in REPLAY if METHODS.load(name).published])

@@ -405,7 +405,7 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
     def resolver(argv):  # the hash that make_run gives
         given = dict(zip(argv[::2], argv[1::2], strict=True))
         digest = f"{given['--model']}-{given['--dataset']}-sgd-{given['--seed']}-0.1"
-        return SimpleNamespace(hash=digest, results_path=str(tmp_path))
+        return SimpleNamespace(hash=digest, results_path=str(tmp_path), values={}, flags={})
 
     make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
     grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])

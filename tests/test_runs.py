@@ -505,6 +505,13 @@ CASES = [
         "derpp", ("--backbone", "reduced-resnet18", "--debug_mode", "--stop_after", "2", "--batch_size", "4",
                   "--minibatch_size", "4"), 7, id="derpp-batchnorm",
     ),
+    pytest.param("icarl", TWO_EPOCHS, 29, id="icarl"),
+    pytest.param("lwf", TWO_EPOCHS, 29, id="lwf"),
+    pytest.param("lwf", TWO_EPOCHS, 16, id="lwf-last-step-of-a-task"),
+    pytest.param("lwf_mc", TWO_EPOCHS, 29, id="lwf_mc"),
+    pytest.param("bic", TWO_EPOCHS, 29, id="bic"),
+    pytest.param("lucir", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="lucir"),
+    pytest.param("lucir", (*TWO_EPOCHS, "--optimizer", "sam"), 36, id="lucir-task-3"),
 ]  # fmt: skip
 
 

@@ -74,8 +74,25 @@ class Buffer:
         filled = len(self)
         size = min(size, filled)
         picks = [self.rng.choice(filled, size, replace=False) for _ in range(draws)]
-        index = self._index(picks[0] if draws == 1 else np.concatenate(picks))
+        return self.take(picks[0] if draws == 1 else np.concatenate(picks))
+
+    def take(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """These rows (n,) of each column."""
+        index = self._index(rows)
         return {name: column.index_select(0, index) for name, column in self.columns.items()}
+
+    def overwrite(self, slots: Tensor, wins: Tensor, **columns: Tensor) -> None:
+        """Row i of `columns` takes slot i of `slots` (n,) where `wins` (n,) says so; of several, the last one.
+
+        Slots and wins are on the device, and nothing waits for it.
+        """
+        rows = torch.arange(len(slots), device=slots.device)
+        last = torch.full((len(self),), -1, device=slots.device)
+        last.scatter_reduce_(0, slots, torch.where(wins, rows, -1), "amax")
+        winner = last[slots]  # equal slots get equal rows, in whatever order they are written
+        for name, column in self.columns.items():
+            is_new = (winner >= 0).view(-1, *[1] * (column.ndim - 1))
+            column.index_copy_(0, slots, torch.where(is_new, columns[name][winner.clamp(min=0)], column[slots]))
 
     def all(self) -> dict[str, Tensor]:
         """Every filled row of each column (views)."""

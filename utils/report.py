@@ -168,19 +168,19 @@ def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
     """The runs whose keys have these values; commas separate alternatives: {"model": "er,derpp", "seed": "0"}."""
     for key, wanted in where.items():
         check_key(key, runs)
-        choices = [_comparable(word) for word in wanted.split(",")]
-        found = [run for run in runs if _comparable(run.get(key)) in choices]
+        choices = [comparable(word) for word in wanted.split(",")]
+        found = [run for run in runs if comparable(run.get(key)) in choices]
         if not found:
-            has = sorted({_comparable(run.get(key)) for run in runs})
+            has = sorted({comparable(run.get(key)) for run in runs})
             raise UsageError(f"no run has {key} = {wanted}. These occur: {', '.join(has)}.")
         runs = found
     return list(runs)
 
 
-def _comparable(value: Any) -> str:
+def comparable(value: Any) -> str:
     """One spelling of a value, for words of the command line and for values of JSON: 0.10 and 0.1, True and 1."""
     if isinstance(value, list | tuple):
-        return " ".join(_comparable(item) for item in value)
+        return " ".join(comparable(item) for item in value)
     if value is None or str(value).lower() in ("true", "false"):
         return {"none": "none", "true": "1", "false": "0"}[str(value).lower()]
     try:
@@ -245,7 +245,7 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         flags = [{**run.flags, "protocol": run.protocol} for run in group.runs]
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
-        values = {name: {_comparable(own.get(name)) for own in flags} for name in flag_names}
+        values = {name: {comparable(own.get(name)) for own in flags} for name in flag_names}
         mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]
         if mixed:
             label = " ".join(written(value) for value in group.by.values() if value is not None)
@@ -288,7 +288,7 @@ def table(
          *(_cell(group.stat(metric), metric in costs) for metric in metrics)]
         for group in groups
     ]  # fmt: skip
-    return _RENDER[format](head, body, len(groups[0].by) + len(shown))
+    return RENDER[format](head, body, len(groups[0].by) + len(shown))
 
 
 def keys_of(runs: Sequence[Run], by: Sequence[str] | None, pivot: Sequence[str] = ()) -> list[str]:
@@ -377,8 +377,8 @@ def _pivot_table(groups, metrics, costs, pivot, order, format) -> str:
     names = " / ".join(metric if metric in costs or not costs & {*metrics} else f"{metric} in %" for metric in metrics)
     unit = "" if costs & {*metrics} else " in %"
     footing = f"{names}{unit}; mean ± sample standard deviation, {runs}"
-    text = _RENDER[format](head, body, len(rows[0]))
-    return f"% {_latex_text(footing)}\n{text}" if format == "latex" else f"{text}\n{footing}\n"
+    text = RENDER[format](head, body, len(rows[0]))
+    return f"% {latex_text(footing)}\n{text}" if format == "latex" else f"{text}\n{footing}\n"
 
 
 def _cell(stat: Stat, is_cost: bool) -> str:
@@ -433,8 +433,8 @@ def _text(head: list[str], body: list[list[str]], num_keys: int) -> str:
 
 def _latex(head: list[str], body: list[list[str]], num_keys: int) -> str:
     def line(row: list[str], minus: str = "$-$") -> str:
-        numbers = (_latex_text(cell.replace("-", minus)) for cell in row[num_keys:])
-        return " & ".join([*map(_latex_text, row[:num_keys]), *numbers]) + r" \\" + "\n"
+        numbers = (latex_text(cell.replace("-", minus)) for cell in row[num_keys:])
+        return " & ".join([*map(latex_text, row[:num_keys]), *numbers]) + r" \\" + "\n"
 
     columns = "l" * num_keys + "r" * (len(head) - num_keys)
     return "".join([
@@ -443,13 +443,13 @@ def _latex(head: list[str], body: list[list[str]], num_keys: int) -> str:
     ])  # fmt: skip
 
 
-def _latex_text(text: str) -> str:
+def latex_text(text: str) -> str:
     for char in "_%&#":
         text = text.replace(char, f"\\{char}")
-    return text.replace("±", r"$\pm$").replace(NOTHING, "--")
+    return text.replace("±", r"$\pm$").replace("†", r"$\dagger$").replace(NOTHING, "--")
 
 
-_RENDER = {"markdown": _markdown, "text": _text, "latex": _latex}
+RENDER = {"markdown": _markdown, "text": _text, "latex": _latex}
 
 
 def picture(

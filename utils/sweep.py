@@ -20,10 +20,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import Config, Request, args_of, known_flags, resolve
+from utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
 from utils.errors import UsageError
 from utils.registry import METHODS, canonical, load_plugin
-from utils.report import BY, Parser, Run, find_runs, table, words
+from utils.report import BY, Parser, Run, comparable, find_runs, table, words
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 STOP_S = 30.0  # what an interrupted run may take to write what it has finished
@@ -32,12 +32,19 @@ Runner = Callable[[list[str]], int]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run of the grid: `axes` are its place in the grid, `argv` the whole command line."""
+    """One run of the grid: `axes` are its place in the grid, `argv` the whole command line, `config` what it says."""
 
     axes: Mapping[str, str]
     argv: tuple[str, ...]
-    hash: str
-    results_path: Path
+    config: Config
+
+    @property
+    def hash(self) -> str:
+        return self.config.hash
+
+    @property
+    def results_path(self) -> Path:
+        return Path(self.config.results_path).expanduser()
 
     @property
     def label(self) -> str:
@@ -97,7 +104,7 @@ class Shared:
 
     def __init__(self, words: Sequence[str], grid: Sequence[Mapping[str, str]]):
         self.flags = _cut(words)
-        known = {tuple(axes.items()): known_flags(_words(axes)) for axes in grid}
+        known = {tuple(axes.items()): known_flags(words_of(axes)) for axes in grid}
         everywhere, somewhere = set.intersection(*known.values()), set.union(*known.values())
         self.partial = list(dict.fromkeys(name for name, _ in self.flags if name in somewhere - everywhere))
         self._known = known
@@ -118,7 +125,7 @@ def _cut(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return flags
 
 
-def _words(axes: Mapping[str, str]) -> list[str]:
+def words_of(axes: Mapping[str, str]) -> list[str]:
     return [word for name, value in axes.items() for word in (f"--{name}", value)]
 
 
@@ -131,26 +138,50 @@ def plan(
     jobs: dict[str, Job] = {}
     problems: dict[str, str] = {}
     for axes in grid:
-        argv = _words(axes) + (rest(axes) if isinstance(rest, Shared) else list(rest))
+        argv = words_of(axes) + (rest(axes) if isinstance(rest, Shared) else list(rest))
         try:
             config = resolver(argv)
         except UsageError as error:
             for problem in error.problems:
                 problems.setdefault(problem, f"{axes['model']} on {axes['dataset']}: {problem}")
             continue
-        job = Job(axes, tuple(argv), config.hash, Path(config.results_path).expanduser())
-        jobs.setdefault(job.hash, job)
+        jobs.setdefault(config.hash, Job(axes, tuple(argv), config))
     if problems:
         raise UsageError(*problems.values())
     return list(jobs.values())
 
 
-def finished(jobs: Sequence[Job]) -> dict[str, Run]:
-    """The finished runs of these jobs, by hash."""
-    folders = {job.results_path for job in jobs if job.results_path.is_dir()}
-    hashes = {job.hash for job in jobs}
-    runs = find_runs(sorted(folders), say=lambda line: None)
-    return {run.summary["config_hash"]: run for run in runs if run.summary.get("config_hash") in hashes}
+def finished(jobs: Sequence[Job], folders: Sequence[Path] | None = None) -> dict[str, Run]:
+    """The finished runs of these jobs, by the job's hash; `folders` in place of the jobs' own results_path."""
+    if folders is None:
+        folders = sorted({job.results_path for job in jobs if job.results_path.is_dir()})
+    runs = find_runs(folders, say=lambda line: None)
+    exact = {run.summary.get("config_hash"): run for run in runs}
+    alike: dict[tuple, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_selection(run.flags), []).append(run)
+    found = {}
+    for job in jobs:
+        older = (run for run in reversed(alike.get(_selection(job.config.values), [])) if _same_run(job.config, run))
+        run = exact.get(job.hash) or next(older, None)
+        if run is not None:
+            found[job.hash] = run
+    return found
+
+
+def _selection(flags: Mapping[str, Any]) -> tuple:
+    return tuple(comparable(flags.get(name)) for name in ("model", "dataset", "seed"))
+
+
+def _same_run(config: Config, run: Run) -> bool:
+    """Whether a run from before some flag existed, which has another hash for it, is what `config` would run: under one
+    protocol, a flag's default is what the program did without that flag."""
+    ours = {name: config.values[name] for name, flag in config.flags.items() if flag.result}
+    theirs = {name: value for name, value in run.flags.items() if name in ours or name not in config.flags}
+    return run.protocol == PROTOCOL and all(
+        name in ours and comparable(theirs.get(name, config.flags[name].default)) == comparable(ours[name])
+        for name in ours.keys() | theirs.keys()
+    )
 
 
 @dataclass
@@ -272,31 +303,46 @@ def _console_to(log: Path):
 
 def sweep(jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None) -> int:
     """Runs what is not finished yet, shows how far it is, ends with the table of all runs; returns the exit code."""
-    from tqdm import tqdm
-
     done = finished(jobs)
     pending = [job for job in jobs if job.hash not in done]
     print(f"{len(jobs)} run(s), {len(done)} of them already finished and skipped")
+    failed, interrupted = run_shown(pending, num_workers, extra, runner)
+    runs = finished(jobs)
+    if runs:
+        axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
+        known = set().union(*(run.keys for run in runs.values()))
+        by = [name for name in dict.fromkeys((*BY, *axes)) if name in known]
+        print("\n" + table(list(runs.values()), by=by, format="text"))
+    if interrupted:
+        print(f"interrupted: {len(runs)} of {len(jobs)} finished; the same command does the rest", file=sys.stderr)
+    say_failed(failed)
+    return INTERRUPTED if interrupted else FAILED if failed else OK
+
+
+def run_shown(
+    jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None, file=None
+) -> tuple[dict[Job, int], bool]:
+    """`run_all` with a progress bar, and a line for each run on `file` (default: stdout). Returns the exit codes of the
+    failed jobs, and whether the user interrupted."""
+    from tqdm import tqdm
+
     failed: dict[Job, int] = {}
-    interrupted = False
-    with tqdm(total=len(pending), unit="run", disable=not pending, dynamic_ncols=True) as bar:
+    with tqdm(total=len(jobs), unit="run", disable=not jobs, dynamic_ncols=True) as bar:
 
         def on_end(job: Job, code: int) -> None:
             if code != OK:
                 failed[job] = code
             with bar.external_write_mode():
-                print(
-                    f"{job.label} -> {_outcome(job) if code == OK else f'FAILED ({code}), see {job.log}'}", flush=True
-                )
+                outcome = _outcome(job) if code == OK else f"FAILED ({code}), see {job.log}"
+                print(f"{job.label} -> {outcome}", file=file, flush=True)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
 
         try:
-            run_all(pending, num_workers, on_end, extra, runner)
+            run_all(jobs, num_workers, on_end, extra, runner)
         except KeyboardInterrupt:
-            interrupted = True
-    _close(jobs, failed, interrupted)
-    return INTERRUPTED if interrupted else FAILED if failed else OK
+            return failed, True
+    return failed, False
 
 
 def _outcome(job: Job) -> str:
@@ -310,15 +356,7 @@ def _outcome(job: Job) -> str:
     return ", ".join(f"{setting} {100 * value:.2f} %" for setting, value in values.items() if value is not None)
 
 
-def _close(jobs: Sequence[Job], failed: Mapping[Job, int], interrupted: bool) -> None:
-    runs = finished(jobs)
-    if runs:
-        axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
-        known = set().union(*(run.keys for run in runs.values()))
-        by = [name for name in dict.fromkeys((*BY, *axes)) if name in known]
-        print("\n" + table(list(runs.values()), by=by, format="text"))
-    if interrupted:
-        print(f"interrupted: {len(runs)} of {len(jobs)} finished; the same command does the rest", file=sys.stderr)
+def say_failed(failed: Mapping[Job, int]) -> None:
     if failed:
         print(f"{len(failed)} run(s) failed:", file=sys.stderr)
     for job, code in failed.items():
@@ -356,8 +394,9 @@ def _grid(axes: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def _check_rest(rest: Sequence[str], axes: Mapping[str, str]) -> Request:
-    """The shared flags must not move an axis, nor turn a run into something that leaves no result."""
+def check_rest(rest: Sequence[str], axes: Mapping[str, str]) -> Request:
+    """The shared flags, their plugins loaded. They must not move an axis, nor turn a run into something that leaves no
+    result."""
     request = Request.parse(list(rest))
     problems = [
         f"--{name} after -- is an axis of the grid. Give it before the --." for name in request.words if name in axes
@@ -366,10 +405,31 @@ def _check_rest(rest: Sequence[str], axes: Mapping[str, str]) -> Request:
         if name in request.words:
             problems.append(f"--{name} leaves no result to collect. Drop it, or call main.py.")
     if request.wants_help or request.listing is not None or request.resume is not None:
-        problems.append("--help, --list and --resume do not fit a sweep. Call main.py.")
+        problems.append("--help, --list and --resume do not fit many runs. Call main.py.")
     if problems:
         raise UsageError(*problems)
+    for plugin in request.plugins:
+        load_plugin(plugin)
     return request
+
+
+def check_jobs(number: int) -> None:
+    if number < 1:
+        raise UsageError(f"--jobs must be at least 1, got {number}.")
+
+
+def flags_of_all(request: Request, num_at_once: int) -> list[str]:
+    """Flags that each of so many runs at once is given: no bar of its own, and its share of the cores."""
+    extra = ["--non_verbose", "1"]
+    if "threads" not in request.words:
+        extra += ["--threads", str(max(1, _num_cpus() // max(1, num_at_once)))]
+    return extra
+
+
+def catch_stops() -> None:
+    """A scheduler's stop is treated as Ctrl-C is, since it must reach the workers as well."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, list[str]]:
@@ -377,22 +437,16 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, list[str]]:
     cut = argv.index("--") if "--" in argv else len(argv)
     rest = list(argv[cut + 1 :])
     args = _parser().parse_args(argv[:cut])
-    if args.jobs < 1:
-        raise UsageError(f"--jobs must be at least 1, got {args.jobs}.")
+    check_jobs(args.jobs)
     grid = _grid(args.grid)
     reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
-    request = _check_rest(rest, reserved)
-    for plugin in request.plugins:
-        load_plugin(plugin)
+    request = check_rest(rest, reserved)
     points = expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid)
     shared = Shared(rest, points)
     if shared.partial:
         print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
     jobs = plan(points, shared)
-    extra = ["--non_verbose", "1"]
-    if "threads" not in request.words:
-        extra += ["--threads", str(max(1, _num_cpus() // min(args.jobs, len(jobs))))]
-    return jobs, args.jobs, extra
+    return jobs, args.jobs, flags_of_all(request, min(args.jobs, len(jobs)))
 
 
 def _num_cpus() -> int:
@@ -407,8 +461,7 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return USAGE
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop must reach the workers as well
+    catch_stops()
     return sweep(jobs, num_workers, extra, runner)
 
 

@@ -1,0 +1,154 @@
+"""What methods share that learn classes task by task: which classes are old, and exemplars of them.
+
+Exemplars are chosen when a task ends, and join the training rows of the next one. They are mixed with the task's own
+rows, so that an optimizer cannot tell them apart: to it, such a method has no memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from models._method import Context, Method
+from models._passes import WithTeacher
+from utils.arguments import flag
+from utils.buffer import Buffer
+from utils.evaluator import rows_per_pass
+from utils.passes import eval_mode
+
+
+class Incremental(Method):
+    """Classes of earlier tasks are 0 ... past - 1, those of the present task past ... seen - 1."""
+
+    settings = ("class-il",)
+
+    def __init__(self, net: nn.Module, args: Any, context: Context):
+        super().__init__(net, args, context)
+        self.past, self.seen = 0, context.benchmark.num_classes  # until a task begins
+
+    def begin_task(self, task: Any) -> None:
+        self.past, self.seen = task.classes.start, task.classes.stop
+
+    def is_first(self, task: Any) -> bool:
+        """Whether nothing has been learned before this task."""
+        return task.index == self.context.config.start_from
+
+    @torch.no_grad()
+    def outputs_of(self, part: Callable[[Tensor], Tensor], images: Tensor, convert: Callable | None = None) -> Tensor:
+        """What a part of the network gives for stored images (N, C, H, W) uint8, un-augmented, in eval mode; counted.
+
+        `convert` makes its inputs of them: as for evaluation unless told otherwise.
+        """
+        convert = convert or self.context.augment.plain
+        self.count(forward=len(images))
+        step = rows_per_pass(images.shape[1:], self.context.device)
+        with eval_mode(self.net):
+            return torch.cat([part(convert(images[i : i + step])) for i in range(0, len(images), step)])
+
+    def get_extra_state(self) -> dict:
+        return {"past": self.past, "seen": self.seen}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.past, self.seen = state["past"], state["seen"]
+
+
+class WithExemplars(WithTeacher, Incremental):
+    """A method with a memory of exemplars: the columns `x`, `y`, `ids`, in the order in which they were chosen."""
+
+    @dataclass(frozen=True)
+    class Args:
+        buffer_size: int = flag(500, "exemplars that the memory can hold", low=1, high=10**9)
+
+    def __init__(self, net: nn.Module, args: Any, context: Context):
+        super().__init__(net, args, context)
+        self.buffer = Buffer(args.buffer_size, context.device, context.rng)
+        self._rows: Any = None  # of the task under way, with the exemplars
+
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.buffer_size < benchmark.num_classes:
+            problems.append(
+                f"--buffer_size must have room for one exemplar of each of the {benchmark.num_classes} classes of "
+                f"{benchmark.name}, got {config.buffer_size}. Give more."
+            )
+        return problems
+
+    def train_split(self, task: Any, epoch: int) -> Any:
+        if self._rows is None:
+            self._rows = self.with_exemplars(task.train)
+        return self._rows
+
+    def with_exemplars(self, split: Any) -> Any:
+        """The rows of a split (`Split`), then the exemplars."""
+        if len(self.buffer) == 0:
+            return split
+        old = {name: column.to(split.labels.device) for name, column in self.buffer.all().items()}
+        return replace(
+            split,
+            images=torch.cat((split.images, old["x"])),
+            labels=torch.cat((split.labels, old["y"])),
+            ids=torch.cat((split.ids, old["ids"])),
+        )
+
+    def herd_exemplars(self, task: Any, normalised: bool = False) -> None:
+        """buffer_size // seen exemplars of each class: an old one keeps its first, a new one's are chosen by herding
+        from all its rows, by features that are L2-normalised or not."""
+        number, new = self.buffer.capacity // self.seen, task.train
+        parts: dict[str, list[Tensor]] = {"x": [], "y": [], "ids": []}
+
+        def keep(rows: Tensor, **columns: Tensor) -> None:
+            for name, column in columns.items():
+                parts[name].append(column.index_select(0, rows).to(self.context.device))
+
+        old = self.buffer.all()
+        for label in range(self.past if old else 0):
+            keep((old["y"] == label).nonzero().squeeze(1)[:number], **old)
+        for label in task.classes:
+            rows = (new.labels == label).nonzero().squeeze(1)
+            features = self.outputs_of(self.net.features, new.images.index_select(0, rows))
+            chosen = herd(normalize(features) if normalised else features, number)
+            keep(rows[chosen.to(rows.device)], x=new.images, y=new.labels, ids=new.ids)
+        self.buffer.replace(**{name: torch.cat(columns) for name, columns in parts.items()})
+        self._rows = None
+
+    def remembered_ids(self) -> Tensor | None:
+        return self.buffer.all().get("ids")
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "buffer": self.buffer.state_dict()}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.buffer.load_state_dict(state["buffer"])
+        self._rows = None
+
+
+def herd(features: Tensor, number: int) -> Tensor:
+    """Herding (Welling, 2009; iCaRL, algorithm 4): features (n, F) -> rows (min(n, number),) int64, in order.
+
+    The i-th is the row that brings the mean of the i chosen ones closest to the mean of all.
+    """
+    away = features - features.mean(0)  # then |mean - (f + chosen) / i| is |away + their sum| / i
+    sizes, total, chosen = away.square().sum(1), torch.zeros_like(away[0]), []
+    for _ in range(min(number, len(features))):
+        pick = (sizes + 2 * (away @ total)).argmin().view(1)
+        chosen.append(pick)
+        total = total + away.index_select(0, pick)[0]
+        sizes = sizes.index_fill(0, pick, torch.inf)
+    return torch.cat(chosen)
+
+
+def classifier_of(net: nn.Module) -> tuple[str, nn.Linear]:
+    """(name, layer): the last linear layer of a backbone, which makes the logits of its `features`."""
+    return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def decay(net: nn.Module, weight: float) -> dict[str, Tensor]:
+    """The penalty weight * |theta|^2 over what is trained; its gradient is 2 * weight * theta. None for weight 0."""
+    if not weight:
+        return {}
+    return {"decay": weight * sum(p.square().sum() for p in net.parameters() if p.requires_grad)}

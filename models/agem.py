@@ -1,0 +1,79 @@
+"""A-GEM, Averaged Gradient Episodic Memory (Chaudhry et al., ICLR 2019), eq. 11.
+
+    g <- g - (g . g_ref / g_ref . g_ref) * g_ref    where g . g_ref < 0, g_ref of the loss on a draw from the memory
+
+At the end of a task, buffer_size / number of tasks of its images, drawn at random, go into the memory. The update that
+the optimizer found is what is projected; g_ref is taken at the unmoved weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models._method import Batch, Block, Grads, Loss, published
+from models._passes import shuffled
+from models._replay import ReplayMethod
+from models.sgd import DER
+from utils.optim._driver import dot
+from utils.registry import METHODS
+
+
+def store_share(method: ReplayMethod, task) -> None:
+    """Adds the task's share of the memory: random images, as they are stored."""
+    share = method.args.buffer_size // len(method.context.benchmark)
+    x, y, ids = next(shuffled(method, task.train, share))
+    method.buffer.append(x=x, y=y, ids=ids)
+
+
+def check_share(config: Any) -> list[str]:
+    if config.buffer_size >= config.n_tasks:
+        return []
+    return [
+        f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
+        f"got {config.buffer_size}. Give more."
+    ]
+
+
+@METHODS.register("agem")
+class AGem(ReplayMethod):
+    settings = ("class-il", "domain-il")
+    has_memory = False  # the memory is a reference, no part of the loss
+    published = published(
+        DER,
+        {
+            ("perm-mnist", 200, 500, 5120): dict(lr=0.1, batch_size=128, minibatch_size=128, n_epochs=1),
+            ("rot-mnist", 200): dict(lr=0.1, batch_size=128, minibatch_size=128, n_epochs=1),
+            ("rot-mnist", 500, 5120): dict(lr=0.3, batch_size=128, minibatch_size=128, n_epochs=1),
+            ("seq-mnist", 200, 500, 5120): dict(lr=0.1, batch_size=10, minibatch_size=128, n_epochs=1),
+            ("seq-cifar10", 200, 500, 5120): dict(lr=0.03, batch_size=32, minibatch_size=32, n_epochs=50),
+            ("seq-tinyimg", 200, 500, 5120): dict(lr=0.01, batch_size=32, minibatch_size=32, n_epochs=100),
+        },
+    )
+
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        return super().check(config, benchmark) + check_share(config)
+
+    def draw(self, batch: Batch) -> tuple[Block, ...]:
+        return (batch.block, *(block.set_apart() for block in self.replay()))
+
+    def loss(self, stream: Block) -> Loss:
+        logits = self.net(stream.x)
+        return Loss({"current": cross_entropy(logits, stream.y, reduction="none")}, logits)
+
+    def references(self, memory: Block) -> dict[str, Tensor]:
+        return {"memory": cross_entropy(self.net(memory.x), memory.y)}
+
+    def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
+        if "memory" not in guides:  # the first task
+            return update
+        reference = guides["memory"]
+        conflict = dot(update, reference).clamp(max=0)
+        square = dot(reference, reference)
+        share = torch.where(conflict < 0, conflict / square, 0.0)
+        return torch._foreach_sub(update, torch._foreach_mul(reference, share))
+
+    def end_task(self, task) -> None:
+        store_share(self, task)

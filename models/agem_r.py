@@ -1,0 +1,39 @@
+"""A-GEM-R (Buzzega et al., NeurIPS 2020): A-GEM whose memory is a reservoir, so that it needs no task boundaries.
+
+As in the code behind the paper, replayed images are neither augmented nor normalised.
+"""
+
+from models._method import Batch, Block, Loss, published
+from models._replay import ReplayMethod
+from models.agem import AGem
+from models.sgd import DER
+from utils.registry import METHODS
+
+
+@METHODS.register("agem_r")
+class AGemR(AGem):
+    settings = ReplayMethod.settings
+    published = AGem.published | published(
+        DER,
+        {
+            ("mnist-360", 200, 500): dict(lr=0.1, batch_size=16, minibatch_size=128, n_epochs=1),
+            ("mnist-360", 1000): dict(lr=0.1, batch_size=4, minibatch_size=128, n_epochs=1),
+        },
+    )
+
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        return ReplayMethod.check.__func__(cls, config, benchmark)  # a reservoir needs no shares
+
+    def draw(self, batch: Batch) -> tuple[Block, ...]:
+        if len(self.buffer) == 0:
+            return (batch.block,)
+        rows = self.buffer.draw(self.args.minibatch_size)
+        pixels = rows["x"].float().div_(255)
+        return (batch.block, Block(pixels, len(pixels), apart=True, y=rows["y"], ids=rows["ids"]))
+
+    def remember(self, batch: Batch, loss: Loss) -> None:
+        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
+
+    def end_task(self, task) -> None:
+        """Nothing: the reservoir fills with the stream."""

@@ -1,0 +1,113 @@
+"""GEM, Gradient Episodic Memory (Lopez-Paz & Ranzato, NeurIPS 2017), eq. 11.
+
+    min_v 1/2 v' (G G' + 1e-3 I) v + (G g)' v    subject to v >= gamma    u = g + G' v
+
+The rows of G are the gradients on the memories of the past tasks, all of them in each step; u is taken only where some
+g_k . g < 0. The update that the optimizer found is what is projected. The memory has buffer_size / number of tasks
+images of each task, drawn at random at its end. The programme is solved exactly, as non-negative least squares, in
+float64 on the host, which is the one wait for the device in a step.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.linalg import solve_triangular
+from scipy.optimize import nnls
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models._method import Batch, Block, Grads, Loss, published
+from models._replay import ReplayMethod
+from models.agem import check_share, store_share
+from models.sgd import DER
+from utils.arguments import flag
+from utils.registry import METHODS
+
+RIDGE = 1e-3
+
+
+def solve_dual(gram: np.ndarray, products: np.ndarray, margin: float) -> np.ndarray:
+    """argmin_v 1/2 v' A v + b' v with v >= margin, A = gram + RIDGE * I: (T, T), (T,) float64 -> (T,).
+
+    With A = L L' and v = margin + s it is min |L' s + L^-1 (b + A margin)| over s >= 0.
+    """
+    a = gram + RIDGE * np.eye(len(gram))
+    lower = np.linalg.cholesky(a)
+    target = -solve_triangular(lower, products + a @ np.full(len(gram), margin), lower=True)
+    return nnls(lower.T, target)[0] + margin
+
+
+@METHODS.register("gem")
+class Gem(ReplayMethod):
+    settings = ("class-il", "domain-il")
+    has_memory = False  # the memory is a reference, no part of the loss
+
+    @dataclass(frozen=True)
+    class Args:
+        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)
+        gamma: float = flag(0.5, "margin: the least weight of a past task's gradient", low=0)
+
+    published = published(
+        DER,
+        {
+            ("perm-mnist", 200, 500, 5120): dict(lr=0.1, batch_size=128, n_epochs=1, gamma=0.5),
+            ("rot-mnist", 200, 500, 5120): dict(lr=0.01, batch_size=128, n_epochs=1, gamma=0.5),
+            ("seq-mnist", 200): dict(lr=0.01, batch_size=10, n_epochs=1, gamma=1.0),
+            ("seq-mnist", 500): dict(lr=0.03, batch_size=10, n_epochs=1, gamma=0.5),
+            ("seq-mnist", 5120): dict(lr=0.1, batch_size=10, n_epochs=1, gamma=1.0),
+            ("seq-cifar10", 200, 500, 5120): dict(lr=0.03, batch_size=32, n_epochs=50, gamma=0.5),
+        },
+    )
+
+    def __init__(self, net, args, context):
+        super().__init__(net, args, context)
+        self.ends: list[int] = []  # where each task's rows end in the memory
+
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        return super().check(config, benchmark) + check_share(config)
+
+    def draw(self, batch: Batch) -> tuple[Block, ...]:
+        if len(self.buffer) == 0:
+            return (batch.block,)
+        rows = self.buffer.all()
+        inputs = self.context.augment(rows["x"])
+        parts = [slice(start, end) for start, end in pairwise((0, *self.ends))]
+        memories = (
+            Block(inputs[part], part.stop - part.start, apart=True, y=rows["y"][part], ids=rows["ids"][part])
+            for part in parts
+        )
+        return (batch.block, *memories)
+
+    def loss(self, stream: Block) -> Loss:
+        logits = self.net(stream.x)
+        return Loss({"current": cross_entropy(logits, stream.y, reduction="none")}, logits)
+
+    def references(self, *memories: Block) -> dict[str, Tensor]:
+        return {f"task {k}": cross_entropy(self.net(memory.x), memory.y) for k, memory in enumerate(memories)}
+
+    def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
+        if not guides:  # the first task
+            return update
+        memories = torch.stack([torch.cat([part.reshape(-1) for part in guide]) for guide in guides.values()])
+        g = torch.cat([part.reshape(-1) for part in update])
+        products, gram = (memories @ g).double().cpu(), (memories @ memories.T).double().cpu()
+        if not (products < 0).any() or not gram.isfinite().all():
+            return update
+        v = torch.from_numpy(solve_dual(gram.numpy(), products.numpy(), self.args.gamma))
+        projected = g + memories.T @ v.to(g)
+        sizes = [part.numel() for part in update]
+        return [flat.view_as(part) for flat, part in zip(projected.split(sizes), update, strict=True)]
+
+    def end_task(self, task) -> None:
+        store_share(self, task)
+        self.ends.append(len(self.buffer))
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "ends": list(self.ends)}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.ends = list(state["ends"])

@@ -1,0 +1,134 @@
+"""HAL, Hindsight Anchor Learning (Chaudhry et al., AAAI 2021), eq. 4 and 5, as the code behind the DER paper does it.
+
+    theta~ = theta - lr * gradient of CE(f(x), y) over stream and memory
+    step on CE + hal_lambda * mean (f_theta(e) - f_theta~(e))^2      e: the anchors, targets fixed
+    phi <- beta * phi + (1 - beta) * mean features(x)                within a task
+
+At a task's end each of its classes k gets an anchor e, by 100 steps of SGD from uniform noise on
+-CE(f_M(e), k) + CE(f(e), k) + gamma * |features(e) - phi|^2, f_M one SGD step on a draw from the memory ahead. The
+memory is a reservoir, as in that code. The look-ahead's gradient is a pass of its own here, so that the step can be any
+optimizer's; passes for look-ahead and anchors leave BatchNorm's running averages alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models._method import Batch, Block, Loss, published
+from models._replay import ReplayMethod
+from models.der import logit_distance
+from models.sgd import DER
+from utils.arguments import flag
+from utils.optim._driver import frozen_statistics
+from utils.registry import METHODS
+
+
+@METHODS.register("hal")
+class HAL(ReplayMethod):
+    settings = ("class-il", "domain-il")
+    needs_features = True
+
+    @dataclass(frozen=True)
+    class Args(ReplayMethod.Args):
+        hal_lambda: float = flag(0.1, "weight of the anchors' term", low=0)
+        beta: float = flag(0.5, "decay of the mean feature", low=0, below=1)
+        gamma: float = flag(0.1, "weight of the mean feature in an anchor", low=0)
+        steps_on_anchors: int = flag(100, "gradient steps on an anchor", low=1, high=10**6)
+
+    published = published(
+        DER,
+        {
+            (dataset, size): dict(
+                lr=lr,
+                batch_size=batch,
+                minibatch_size=batch,
+                n_epochs=epochs,
+                hal_lambda=weight,
+                beta=beta,
+                gamma=gamma,
+            )
+            for dataset, lr, batch, epochs, gamma, rows in (
+                ("perm-mnist", 0.1, 128, 1, 0.1, {200: (0.1, 0.5), 500: (0.1, 0.3), 5120: (0.1, 0.5)}),
+                ("rot-mnist", 0.1, 128, 1, 0.1, {200: (0.2, 0.5), 500: (0.1, 0.5), 5120: (0.1, 0.3)}),
+                ("seq-mnist", 0.1, 128, 1, 0.5, {200: (0.1, 0.7), 500: (0.1, 0.2), 5120: (0.1, 0.7)}),
+                ("seq-cifar10", 0.03, 32, 50, 0.1, {200: (0.2, 0.5), 500: (0.1, 0.3), 5120: (0.1, 0.3)}),
+            )
+            for size, (weight, beta) in rows.items()
+        },
+    )
+
+    def __init__(self, net, args, context):
+        super().__init__(net, args, context)
+        self.register_buffer("phi", torch.zeros(net.num_features))
+        self.anchors = torch.empty(0, *context.benchmark.shape, device=context.device)
+
+    def begin_task(self, task) -> None:
+        self.phi.zero_()
+
+    def draw(self, batch: Batch) -> tuple[Block, ...]:
+        joint = self.replay_jointly(batch)
+        if len(self.anchors) == 0:
+            return (joint,)
+        return (joint, Block(self.anchors, len(self.anchors), targets=self._outputs_ahead(joint)))
+
+    def _outputs_ahead(self, joint: Block) -> Tensor:
+        """The anchors' logits (E, K) after one SGD step on this block."""
+        self.count(forward=len(joint) + len(self.anchors), backward=len(joint))
+        with frozen_statistics(self.net):
+            ahead = self._ahead(joint.x, joint.y)
+            with torch.no_grad():
+                return torch.func.functional_call(self.net, ahead, (self.anchors,))
+
+    def _ahead(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The weights, by name, after one SGD step on these rows."""
+        params = dict(self.net.named_parameters())
+        grads = torch.autograd.grad(cross_entropy(self.net(x), y), list(params.values()))
+        with torch.no_grad():
+            return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-self.lr), strict=True))
+
+    def loss(self, joint: Block, anchors: Block | None = None) -> Loss:
+        rows = {"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")}
+        if anchors is not None:
+            rows["anchors"] = self.args.hal_lambda * logit_distance(self.net(anchors.x), anchors.targets)
+        return Loss(rows)
+
+    @torch.no_grad()
+    def remember(self, batch: Batch, loss: Loss) -> None:
+        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
+        self.phi.lerp_(self.net.features(batch.inputs).mean(0).float(), 1 - self.args.beta)
+        self.count(forward=len(batch.y))
+
+    def end_task(self, task) -> None:
+        size = self.context.config.batch_size
+        rows = self.buffer.draw(size)
+        with frozen_statistics(self.net):
+            ahead = self._ahead(self.context.augment(rows["x"]), rows["y"])
+            anchors = self._anchors(torch.arange(task.classes.start, task.classes.stop), ahead)
+        self.count(forward=len(rows["y"]), backward=len(rows["y"]))
+        self.anchors = torch.cat((self.anchors, anchors))
+
+    def _anchors(self, classes: Tensor, ahead: dict[str, Tensor]) -> Tensor:
+        """An anchor for each class (n,), each passing alone."""
+
+        def cost(e: Tensor, y: Tensor) -> Tensor:
+            forgotten = cross_entropy(torch.func.functional_call(self.net, ahead, (e[None],)), y[None])
+            distance = (self.net.features(e[None])[0] - self.phi).square().sum()
+            return cross_entropy(self.net(e[None]), y[None]) - forgotten + self.args.gamma * distance
+
+        gradient = torch.func.vmap(torch.func.grad(cost), randomness="different")
+        e = torch.rand(len(classes), *self.anchors.shape[1:]).to(self.anchors)
+        y = classes.to(e.device)
+        for _ in range(self.args.steps_on_anchors):
+            e = e - self.lr * gradient(e, y)
+        rows = len(e) * self.args.steps_on_anchors
+        self.count(forward=3 * rows, backward=3 * rows)
+        return e.detach()
+
+    def get_extra_state(self) -> dict:
+        return {**super().get_extra_state(), "anchors": self.anchors}
+
+    def set_extra_state(self, state: dict) -> None:
+        super().set_extra_state(state)
+        self.anchors = state["anchors"].to(self.context.device)
