@@ -4,8 +4,9 @@
     z' for each row: the logits of the stable model where its probability of y' is larger, else of the plastic one
     after a step, with probability freq: theta_ema <- a theta_ema + (1 - a) theta,  a = min(1 - 1 / (n + 1), alpha)
 
-The averages are of parameters alone; both models run in train mode while training, so that they keep BatchNorm
-statistics of their own. The stable model is what is evaluated.
+f(x') is a forward of its own: a BatchNorm batch of the memory's rows, as the averages' logits are. The averages are of
+parameters alone; both models run in train mode while training, so that they keep BatchNorm statistics of their own. The
+stable model is what is evaluated.
 """
 
 import copy
@@ -84,30 +85,27 @@ class ClsEr(ReplayMethod):
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         joint = self.replay_jointly(batch)
-        return (Block(joint.x, joint.memory, **joint.columns, targets=self._targets(joint)),)
+        if not joint.memory:
+            return (joint,)
+        memory = joint.take(lambda column: column[-joint.memory :], joint.memory)
+        return (joint, Block(memory.x, joint.memory, **memory.columns, targets=self._targets(memory.x, memory.y)))
 
     @torch.no_grad()
-    def _targets(self, block: Block) -> Tensor:
-        """(N, K): the averages' logits for the memory's rows; zeros for the stream's."""
-        stream = len(block) - block.memory
-        targets = block.x.new_zeros(len(block), self.context.benchmark.num_classes)
-        if block.memory:
-            x, y = block.x[stream:], block.y[stream:, None]
-            stable, plastic = self.stable(x), self.plastic(x)
-            self.count(forward=2 * len(x))
-            is_better = stable.softmax(1).gather(1, y) > plastic.softmax(1).gather(1, y)
-            targets[stream:] = torch.where(is_better, stable, plastic)
-        return targets
+    def _targets(self, x: Tensor, y: Tensor) -> Tensor:
+        """(M, K): the averages' logits."""
+        stable, plastic = self.stable(x), self.plastic(x)
+        self.count(forward=2 * len(x))
+        y = y[:, None]
+        is_better = stable.softmax(1).gather(1, y) > plastic.softmax(1).gather(1, y)
+        return torch.where(is_better, stable, plastic)
 
-    def loss(self, joint: Block) -> Loss:
+    def loss(self, joint: Block, memory: Block | None = None) -> Loss:
         logits = self.net(joint.x)
-        stream = len(joint) - joint.memory
         rows = {"replay": cross_entropy(logits, joint.y, reduction="none")}
-        if joint.memory:
-            is_replayed = torch.arange(len(joint), device=logits.device) >= stream
-            weight = self.args.reg_weight * len(joint) / joint.memory  # a mean over the memory's rows
-            rows["consistency"] = weight * is_replayed * logit_distance(logits, joint.targets)
-        return Loss(rows, logits[:stream], blocks=dict.fromkeys(rows, 0))
+        if memory is not None:
+            distance = logit_distance(self.net(memory.x), memory.targets)
+            rows["consistency"] = self.args.reg_weight * distance
+        return Loss(rows, logits[: len(joint) - joint.memory])
 
     def remember(self, batch: Batch, loss: Loss) -> None:
         self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)

@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -31,12 +30,13 @@ RIDGE = 1e-3
 def solve_dual(gram: np.ndarray, products: np.ndarray, margin: float) -> np.ndarray:
     """argmin_v 1/2 v' A v + b' v with v >= margin, A = gram + RIDGE * I: (T, T), (T,) float64 -> (T,).
 
-    With A = L L' and v = margin + s it is min |L' s + L^-1 (b + A margin)| over s >= 0.
+    With A = L L' and v = margin + s it is min |L' s + L^-1 (b + A margin)| over s >= 0. L is made of the eigenvectors:
+    rounding in the products of large gradients may exceed the ridge, and a Cholesky factor would not exist.
     """
-    a = gram + RIDGE * np.eye(len(gram))
-    lower = np.linalg.cholesky(a)
-    target = -solve_triangular(lower, products + a @ np.full(len(gram), margin), lower=True)
-    return nnls(lower.T, target)[0] + margin
+    values, vectors = np.linalg.eigh(gram)
+    roots = np.sqrt(values.clip(min=0) + RIDGE)
+    slope = products + margin * (gram.sum(1) + RIDGE)
+    return nnls(roots[:, None] * vectors.T, -(vectors.T @ slope) / roots)[0] + margin
 
 
 @METHODS.register("gem")
@@ -93,7 +93,7 @@ class Gem(ReplayMethod):
             return update
         memories = torch.stack([torch.cat([part.reshape(-1) for part in guide]) for guide in guides.values()])
         g = torch.cat([part.reshape(-1) for part in update])
-        products, gram = (memories @ g).double().cpu(), (memories @ memories.T).double().cpu()
+        products, gram = (memories @ g).cpu().double(), (memories @ memories.T).cpu().double()
         if not (products < 0).any() or not gram.isfinite().all():
             return update
         v = torch.from_numpy(solve_dual(gram.numpy(), products.numpy(), self.args.gamma))

@@ -66,10 +66,12 @@ def _linear_factors(
     net: nn.Module, x: Tensor, y: Tensor
 ) -> tuple[list[tuple[nn.Linear, Tensor, Tensor]], Tensor] | None:
     """([(layer, its inputs (N, in), gradients of its outputs (N, out))], costs (N,)); None where the network is not of
-    linear layers alone, each of them passed once."""
+    linear layers alone, each of them passed once and with weights of its own, or where BatchNorm mixes the rows."""
     layers = [part for part in net.modules() if any(True for _ in part.parameters(recurse=False))]
-    trainable = all(p.requires_grad for p in net.parameters())
-    if not trainable or any(type(layer) is not nn.Linear for layer in layers):
+    params = [p for layer in layers for p in layer.parameters(recurse=False)]
+    plain = all(p.requires_grad for p in params) and len(set(params)) == len(params)
+    mixes = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in net.modules())
+    if not plain or mixes or any(type(layer) is not nn.Linear for layer in layers):
         return None
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
     handles = [
@@ -82,7 +84,8 @@ def _linear_factors(
     finally:
         for handle in handles:
             handle.remove()
-    if len(seen) != len(layers) or any(inputs.ndim != 2 for _, inputs, _ in seen):
+    passed = [layer for layer, *_ in seen]
+    if len(passed) != len(layers) or {*passed} != {*layers} or any(inputs.ndim != 2 for _, inputs, _ in seen):
         return None
     deltas = torch.autograd.grad(costs.sum(), [output for *_, output in seen])
     return [(layer, inputs.detach(), delta) for (layer, inputs, _), delta in zip(seen, deltas, strict=True)], (
