@@ -76,6 +76,7 @@ class Method(nn.Module):
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
     has_memory = False  # rows of the past are part of its loss
+    has_own_epochs = False  # passes over its rows as often as it likes, see `num_epochs`
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
     lr: float  # the present learning rate, set by the engine

@@ -31,6 +31,8 @@ from utils.registry import METHODS
 
 @METHODS.register("gdumb")
 class GDumb(Method):
+    has_own_epochs = True
+
     @dataclass(frozen=True)
     class Args:
         buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)
