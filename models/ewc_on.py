@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Block, Loss, Method, published
-from models._passes import Drawing, shuffled
+from models._passes import Drawing, check_single_images, shuffled
 from models.sgd import DER
 from utils.arguments import flag
 from utils.optim._driver import batchnorms, frozen_statistics
@@ -44,6 +44,10 @@ class EwcOn(Drawing, Method):
             ("seq-tinyimg",): dict(lr=0.03, batch_size=32, n_epochs=100, e_lambda=25.0, gamma=1.0),
         },
     )
+
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        return super().check(config, benchmark) or check_single_images(config)
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Loss, published
+from models._passes import check_single_images
 from models._replay import ReplayMethod
 from models.der import logit_distance
 from models.sgd import DER
@@ -58,6 +59,10 @@ class HAL(ReplayMethod):
             for size, (weight, beta) in rows.items()
         },
     )
+
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        return super().check(config, benchmark) or check_single_images(config)
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)

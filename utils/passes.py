@@ -57,9 +57,9 @@ def gram(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return sum(
             (inputs @ inputs.T + (layer.bias is not None)) * (deltas @ deltas.T) for layer, inputs, deltas in found[0]
         )
-    flat = [torch.cat([g.flatten(1) for g in gradients], 1) for gradients, _ in row_gradients(net, x, y)]
-    rows = torch.cat(flat)
-    return rows @ rows.T
+    pieces = [gradients for gradients, _ in row_gradients(net, x, y)]
+    rows = (torch.cat(of_one) if len(of_one) > 1 else of_one[0] for of_one in zip(*pieces, strict=True))
+    return sum(g.flatten(1) @ g.flatten(1).T for g in rows)
 
 
 def _linear_factors(

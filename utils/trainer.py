@@ -300,7 +300,7 @@ class Trainer:
                 self.cost.backward_rows += objective.backward_rows
             self._count_rows()
             if logged and done:
-                self._log_step(*done[0])
+                self._log_step(done)
             if logged or self.device.type == "cpu":
                 self._check_skips()
             self.logs.advance(len(batch.y))
@@ -338,11 +338,13 @@ class Trainer:
         rho = self.config.values.get("rho")
         return f"--lr (now {self.config.lr:g})" + ("" if rho is None else f" or --rho (now {rho:g})")
 
-    def _log_step(self, objective, update) -> None:
-        """The only place in training where the host waits for the device."""
-        loss = objective.loss
-        scalars = {"train/loss": loss.total}
-        scalars |= {f"train/loss_{name}": term for name, term in loss.terms.items()}
+    def _log_step(self, done: list[tuple]) -> None:
+        """The only place in training where the host waits for the device. Of several steps on a batch, the first one's
+        loss and diagnosis, and the terms of all."""
+        objective, update = done[0]
+        scalars = {"train/loss": objective.loss.total}
+        for other, _ in done[::-1]:
+            scalars |= {f"train/loss_{name}": term for name, term in other.loss.terms.items()}
         scalars["train/skipped_steps"] = self.optimizer.skips[0]
         scalars |= {f"gradients/{name}": value for name, value in self.method.diagnose(objective, update).items()}
         values = dict(zip(scalars, torch.stack([v.float() for v in scalars.values()]).tolist(), strict=True))
