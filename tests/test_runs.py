@@ -948,7 +948,7 @@ def test_every_optimizer_learns_in_bfloat16_nearly_as_in_float32(optimizer, caps
 def test_skipped_steps_are_counted_and_reported(tmp_path, capsys, unpictured):
     text = (
         "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
-        "@METHODS.register('moody')\nclass Moody(ER):\n    steps = 0\n"
+        "@METHODS.register('moody')\nclass Moody(ER):\n    calls = 0\n"
         "    def draw(self, batch):\n        self.calls += 1\n        return super().draw(batch)\n"
         "    def loss(self, joint):\n        bad = float('nan') if self.calls % 5 == 0 else 1.0\n"
         "        return Loss({name: rows * bad for name, rows in super().loss(joint).rows.items()})\n"
