@@ -58,6 +58,8 @@ class Incremental(Method):
 class WithExemplars(WithTeacher, Incremental):
     """A method with a memory of exemplars: the columns `x`, `y`, `ids`, in the order in which they were chosen."""
 
+    revisits = True
+
     @dataclass(frozen=True)
     class Args:
         buffer_size: int = flag(500, "exemplars that the memory can hold", low=1, high=10**9)
@@ -143,7 +145,9 @@ def herd(features: Tensor, number: int) -> Tensor:
 
 
 def classifier_of(net: nn.Module) -> tuple[str, nn.Linear]:
-    """(name, layer): the last linear layer of a backbone, which makes the logits of its `features`."""
+    """(name, layer) that makes the logits of a backbone's `features`: its `classifier`, else its last linear layer."""
+    if isinstance(getattr(net, "classifier", None), nn.Linear):
+        return "classifier", net.classifier
     return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
 
 

@@ -4,8 +4,8 @@ A method has three rooms: `draw` (all randomness), `loss` (pure; called several 
 `remember` (all side effects, from the clean pass). `observe` puts them together and is final. Methods that take several
 optimizer steps on one batch give the blocks of each (`steps`); those that project on the gradient of something that is
 not in their loss give it apart (`references`). What lies between, the gradients and the weights, belongs to the
-optimizer (`utils/optim/_driver.py`), which sees a method as an
-`Objective` (`models/_objective.py`): a frozen function of the weights.
+optimizer (`utils/optim/_driver.py`), which sees a method as an `Objective` (`models/_objective.py`): a frozen function
+of the weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +76,7 @@ class Method(nn.Module):
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
     has_memory = False  # rows of the past are part of its loss
-    has_own_epochs = False  # passes over its rows as often as it likes, see `num_epochs`
+    revisits = False  # passes over some rows of the stream more often than --n_epochs
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
     lr: float  # the present learning rate, set by the engine
@@ -133,10 +133,10 @@ class Method(nn.Module):
         """The loss of these blocks at the present weights. Pure: no randomness, no side effect."""
         raise NotImplementedError
 
-    def references(self, *blocks: Block) -> dict[str, Tensor]:
-        """{name: ()}: losses of the blocks that are `apart`, whose gradients `combine` gets among its guides.
+    def references(self, *blocks: Block) -> Iterator[tuple[str, Tensor]]:
+        """(name, loss ()) of the blocks that are `apart`, whose gradients `combine` gets among its guides.
 
-        Taken once a step, with the clean pass.
+        Taken once a step, with the clean pass, and each gradient before the next loss is asked for.
         """
         raise NotImplementedError
 
@@ -145,7 +145,8 @@ class Method(nn.Module):
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss."""
+        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss. Not called
+        where no step was taken because none was finite."""
 
     def end_task(self, task: Any) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
@@ -172,9 +173,8 @@ class Method(nn.Module):
         for blocks in self.steps(batch):
             objective = Objective(self, blocks, optimizer.params, trace)
             done.append((objective, optimizer.step(objective)))
-        first = done[0][0] if done else None
-        if first is None or not first.skipped:
-            self.remember(batch, first.loss if first else None)
+        if not done or not all(objective.skipped for objective, _ in done):
+            self.remember(batch, done[0][0].loss if done else None)
         return done
 
 

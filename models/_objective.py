@@ -200,9 +200,12 @@ class Objective:
         if not self.apart:
             return
         rows = sum(len(block) for block in self.apart)
-        with self._precision():
-            references = self.method.references(*self.apart)
-        for name, reference in references.items():
+        references = iter(self.method.references(*self.apart))
+        while True:
+            with self._precision():
+                name, reference = next(references, (None, None))
+            if name is None:
+                break
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows

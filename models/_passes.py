@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models._method import Method
+from models._replay import ReplayMethod
 from utils.arguments import DEBUG_BATCHES, Config
 from utils.registry import BACKBONES
 from utils.seeding import generator_state, set_generator_state
@@ -51,6 +52,28 @@ class WithTeacher(Method):
         return super().load_state_dict(state, *args, **kwargs)
 
 
+class SharedMemory(ReplayMethod):
+    """A memory that the tasks share evenly, filled at their ends."""
+
+    has_shares = True  # a subclass may fill it in another way
+
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        if cls.has_shares and config.buffer_size < config.n_tasks:
+            problems.append(
+                f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
+                f"got {config.buffer_size}. Give more."
+            )
+        return problems
+
+    def store_share(self, task: Any) -> None:
+        """Adds this task's part of the memory: random images, as they are stored."""
+        share = self.args.buffer_size // len(self.context.benchmark)
+        x, y, ids = next(shuffled(self, task.train, share))
+        self.buffer.append(x=x, y=y, ids=ids)
+
+
 def check_single_images(config: Any) -> list[str]:
     """A problem where the backbone's BatchNorm cannot normalise a single image of the benchmark in train mode."""
     backbone, shape = BACKBONES.load(config.backbone), config.benchmark.shape
@@ -80,7 +103,7 @@ class Drawing:
 def shuffled(method: Method, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """One pass over a split in random order: images (N, C, H, W) uint8 as stored, labels and ids (N,), on the device.
 
-    In debug mode it is as short as an epoch.
+    In debug mode it has as few batches as an epoch.
     """
     config: Config = method.context.config
     order = torch.from_numpy(method.context.rng.permutation(len(split))).to(split.labels.device)

@@ -2,42 +2,26 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) * g_ref    where g . g_ref < 0, g_ref of the loss on a draw from the memory
 
-At the end of a task, buffer_size / number of tasks of its images, drawn at random, go into the memory. The update that
-the optimizer found is what is projected; g_ref is taken at the unmoved weights.
+At the end of a task, buffer_size / number of tasks of its images, drawn at random, go into the memory, as in the code
+behind the DER paper (the paper's own memory is filled while the stream passes). The update that the optimizer found is
+what is projected; g_ref is taken at the unmoved weights.
 """
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Grads, Loss, published
-from models._passes import shuffled
-from models._replay import ReplayMethod
+from models._passes import SharedMemory
 from models.sgd import DER
 from utils.optim._driver import dot
 from utils.registry import METHODS
 
 
-def store_share(method: ReplayMethod, task) -> None:
-    """Adds the task's share of the memory: random images, as they are stored."""
-    share = method.args.buffer_size // len(method.context.benchmark)
-    x, y, ids = next(shuffled(method, task.train, share))
-    method.buffer.append(x=x, y=y, ids=ids)
-
-
-def check_share(config: Any) -> list[str]:
-    if config.buffer_size >= config.n_tasks:
-        return []
-    return [
-        f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
-        f"got {config.buffer_size}. Give more."
-    ]
-
-
 @METHODS.register("agem")
-class AGem(ReplayMethod):
+class AGem(SharedMemory):
     settings = ("class-il", "domain-il")
     has_memory = False  # the memory is a reference, no part of the loss
     published = published(
@@ -52,10 +36,6 @@ class AGem(ReplayMethod):
         },
     )
 
-    @classmethod
-    def check(cls, config, benchmark) -> list[str]:
-        return super().check(config, benchmark) + check_share(config)
-
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (batch.block, *(block.set_apart() for block in self.replay()))
 
@@ -63,8 +43,8 @@ class AGem(ReplayMethod):
         logits = self.net(stream.x)
         return Loss({"current": cross_entropy(logits, stream.y, reduction="none")}, logits)
 
-    def references(self, memory: Block) -> dict[str, Tensor]:
-        return {"memory": cross_entropy(self.net(memory.x), memory.y)}
+    def references(self, memory: Block) -> Iterator[tuple[str, Tensor]]:
+        yield "memory", cross_entropy(self.net(memory.x), memory.y)
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if "memory" not in guides:  # the first task
@@ -76,4 +56,4 @@ class AGem(ReplayMethod):
         return torch._foreach_sub(update, torch._foreach_mul(reference, share))
 
     def end_task(self, task) -> None:
-        store_share(self, task)
+        self.store_share(task)

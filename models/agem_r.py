@@ -13,6 +13,7 @@ from utils.registry import METHODS
 @METHODS.register("agem_r")
 class AGemR(AGem):
     settings = ReplayMethod.settings
+    has_shares = False
     published = AGem.published | published(
         DER,
         {
@@ -20,10 +21,6 @@ class AGemR(AGem):
             ("mnist-360", 1000): dict(lr=0.1, batch_size=4, minibatch_size=128, n_epochs=1),
         },
     )
-
-    @classmethod
-    def check(cls, config, benchmark) -> list[str]:
-        return ReplayMethod.check.__func__(cls, config, benchmark)  # a reservoir needs no shares
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         if len(self.buffer) == 0:

@@ -3,8 +3,8 @@
     L = CE(f(x), y) over the classes of the batch and those still to come + CE(f(x'), y') over all classes
 
 Linear head, as in the runs of the X-DER paper. From the second task on the stream's classes compete with each other and
-with those from the highest class seen upwards (once that is the last one, with nothing more). Replay begins with the
-second task; without tasks, or with --task_free, with the second batch.
+with those from the highest class seen upwards, unless that is the last one. Replay begins with the second task; without
+tasks, or with --task_free, with the second batch.
 """
 
 from dataclasses import dataclass

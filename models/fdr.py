@@ -13,20 +13,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Loss, published
-from models._passes import shuffled
-from models._replay import ReplayMethod
-from models.agem import check_share
+from models._passes import SharedMemory, shuffled
 from models.sgd import DER
 from utils.arguments import flag
 from utils.registry import METHODS
 
 
 @METHODS.register("fdr")
-class FDR(ReplayMethod):
+class FDR(SharedMemory):
     settings = ("class-il", "domain-il")
 
     @dataclass(frozen=True)
-    class Args(ReplayMethod.Args):
+    class Args(SharedMemory.Args):
         fdr_weight: float = flag(1.0, "weight of the distance to the remembered outputs", low=0)
 
     published = published(
@@ -40,10 +38,6 @@ class FDR(ReplayMethod):
             ("seq-tinyimg", 200, 500, 5120): dict(lr=0.03, batch_size=32, minibatch_size=32, n_epochs=100),
         },
     )
-
-    @classmethod
-    def check(cls, config, benchmark) -> list[str]:
-        return super().check(config, benchmark) + check_share(config)
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (batch.block, *self.replay())

@@ -1,10 +1,10 @@
-"""GDumb (Prabhu et al., ECCV 2020): greedily fill a memory, and dumbly learn from nothing else.
+"""GDumb (Prabhu et al., ECCV 2020): fill a memory, and dumbly learn from nothing else.
 
 While the stream passes, images are only collected; there are no steps. After one pass over the last task the network,
 which is still as it was drawn, is trained on the memory for `fitting_epochs`. What is measured before is chance.
 
     rate: .1 maxlr, maxlr, then cosine warm restarts with periods 1, 2, 4, ... epochs from maxlr to minlr
-    CutMix (Yun et al., 2019), in every other batch: a box of the batch in another order, and its share of the loss
+    CutMix (Yun et al., 2019), for half of the batches: a box of the batch in another order, and its share of the loss
 
 Sampler: the paper's (Algorithm 1) keeps the classes balanced; the code behind the published figures (the X-DER paper)
 has a reservoir, which is the default here. Deviates: the peak is --lr unless --maxlr says otherwise, so that optimizers
@@ -31,7 +31,7 @@ from utils.registry import METHODS
 
 @METHODS.register("gdumb")
 class GDumb(Method):
-    has_own_epochs = True
+    revisits = True
 
     @dataclass(frozen=True)
     class Args:

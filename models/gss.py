@@ -5,8 +5,9 @@
     not full: store the batch with score c.  full and c < 1: for each row i of it a candidate j ~ scores is replaced
     with probability s_j / (s_j + c_i),  s_j = c_i
 
-Gradients are taken in eval mode, of images that are neither augmented nor normalised, over all weights. All rows of a
-batch choose their candidates by the scores before it; where two take one place, the later one stays.
+Gradients are of images that are neither augmented nor normalised, in eval mode, over all weights. Rows that do not fit
+into the room that is left are dropped. All rows of a batch choose their candidates by the scores before it; where two
+take one place, the later one stays.
 """
 
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ class GSS(ER):
     def _compete(self, batch: Batch, of_batch: Tensor, scores: Tensor) -> None:
         """Each row of the batch against a row of the memory that is drawn in proportion to the scores there."""
         kept = self.buffer.all()["score"]
-        place, chance = torch.from_numpy(self.context.rng.random((2, len(batch.y)))).to(kept)
+        drawn = torch.from_numpy(self.context.rng.random((2, len(batch.y)))).to(kept.dtype)
+        place, chance = self.buffer.on_device(drawn)
         levels = kept.cumsum(0)
         places = torch.searchsorted(levels, place * levels[-1]).clamp_(max=len(kept) - 1)
         wins = (chance < kept[places] / (kept[places] + scores)) & (of_batch < 1)

@@ -51,6 +51,16 @@ class LwF(Incremental):
         self.ids = torch.empty(0, dtype=torch.int64, device=context.device)  # (M,) sorted: the task's rows
         self.logits = torch.empty(0, 0, device=context.device)  # (M, past): what f_old gave for them
 
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.budget_rows is not None:
+            problems.append(
+                "--budget_rows does not fit lwf, whose warm-up takes the task's epochs, which are then not known. "
+                "Use --n_epochs."
+            )
+        return problems
+
     def begin_task(self, task: Any) -> None:
         super().begin_task(task)
         if self.is_first(task):

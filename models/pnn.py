@@ -120,6 +120,8 @@ class PNN(Method):
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
         problems = super().check(config, benchmark)
+        if config.class_il_argmax != "all":
+            problems.append("--class_il_argmax has no effect on pnn, for which class-il is not defined. Drop it.")
         if not hasattr(BACKBONES.load(config.backbone), "stages"):
             problems.append(f"--model pnn joins its backbone's `stages`, {config.backbone} shows none. Choose another.")
         return problems

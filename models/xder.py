@@ -4,7 +4,7 @@ P classes are past, those up to S are seen, the K - S after them have heads that
 logits, D1 and D2 two draws from the memory (z: their stored logits) and views of a third one and of the stream:
 
     CE(f(x)[P:S], y) + alpha * mean (f(D1) - z)^2 + beta * CE(f(D2)[:P], y)
-    + lambd * SupCon(views), averaged over the future heads, on each head's normalised logits        (not in the last)
+    + lambd * SupCon(views), averaged over the future heads, on each head's normalised logits     (not in the last task)
     + eta * mean over violators of max f[future] + m - max f[own task's head], on x, D1 and D2       (future)
     + eta * mean over violators of max p[past] (constant) + m - max p[current], p = softmax of f(x)[:S]      (past)
 

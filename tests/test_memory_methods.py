@@ -110,7 +110,10 @@ def test_gdumb_fits_after_the_last_task_of_the_run(start, joint):
     tasks = 1 if joint else 3
     collected = 640 if joint else 384
     assert trainer.cost.forward_rows == 200 and len(trainer.progress.tasks) == tasks
-    assert trainer.cost.steps == collected // 16 + 2 * 7 and trainer.method.buffer.num_seen == collected
+    assert (trainer.cost.batches, trainer.cost.steps) == (
+        collected // 16 + 2 * 7,
+        2 * 7,
+    ) and trainer.method.buffer.num_seen == collected
 
 
 def test_gdumb_fits_after_a_stream_without_tasks(start, tmp_path):
@@ -121,7 +124,7 @@ def test_gdumb_fits_after_a_stream_without_tasks(start, tmp_path):
     before = copy.deepcopy(trainer.method.net.state_dict())
     trainer.run()
     assert trainer.cost.forward_rows == 90
-    assert trainer.cost.steps == len(trainer.benchmark[0].train.batch_lengths) + 3 * 2
+    assert trainer.cost.batches == len(trainer.benchmark[0].train.batch_lengths) + 3 * 2 and trainer.cost.steps == 3 * 2
     assert not torch.equal(before["classifier.weight"], trainer.method.net.classifier.weight)
 
 

@@ -82,7 +82,7 @@ def test_learns_two_tasks_under_every_optimizer(start, name, optimizer):
     cost = summary["cost"]
     epochs = sum(trainer.method.num_epochs(trainer.benchmark[task], 1) for task in range(tasks))
     learnt = 1 if name in AT_THE_END else tasks
-    assert cost["steps"] == 5 * epochs and min(cost["forward_rows"], cost["backward_rows"]) >= 80 * learnt
+    assert cost["batches"] == 5 * epochs and min(cost["forward_rows"], cost["backward_rows"]) >= 80 * learnt
     for key, value in trainer.method.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert value.isfinite().all(), key

@@ -27,7 +27,17 @@ SUMMARY = {
     "model", "dataset", "optimizer", "backbone", "setting", "seed", "status", "metrics", "accuracy", "cost",
     "config_hash", "notes",
 }  # fmt: skip
-COST = {"steps", "skipped_steps", "forward_rows", "backward_rows", "train_s", "eval_s", "wall_s", "peak_memory_mib"}
+COST = {
+    "batches",
+    "steps",
+    "skipped_steps",
+    "forward_rows",
+    "backward_rows",
+    "train_s",
+    "eval_s",
+    "wall_s",
+    "peak_memory_mib",
+}
 METRICS = {
     "final_average_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18", "forgetting_mammoth",
     "bwt_gem17", "fwt_gem17",
@@ -522,7 +532,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, words, step, tmp_path, in
     interrupt(step)
     part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)
     assert f"--resume {part}" in capsys.readouterr().err
-    assert read(part)["status"] == "interrupted" and read(part)["cost"]["steps"] == step
+    assert read(part)["status"] == "interrupted" and read(part)["cost"]["batches"] == step
     assert run.main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 

@@ -61,7 +61,9 @@ class EngineArgs:
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
     seed: int = flag(0, "seed of everything random", low=0, high=2**32 - 1)
     n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1)
-    start_from: int = flag(0, "first task to train, counted from 0", low=0)
+    start_from: int = flag(
+        0, "first task to train, counted from 0; the classes of those before count as learned", low=0
+    )
     stop_after: int | None = flag(None, "number of tasks after which training stops; default: all", low=1)
     joint: bool = flag(False, "train on all tasks at once (upper bound)")
     validation: bool = flag(False, "hold out 10 %% of the training images and evaluate on them, not on the test set")

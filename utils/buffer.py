@@ -125,7 +125,10 @@ class Buffer:
             ) from None
 
     def _index(self, positions: Any) -> Tensor:
-        index = torch.as_tensor(positions, dtype=torch.int64)
+        return self.on_device(torch.as_tensor(positions, dtype=torch.int64))
+
+    def on_device(self, numbers: Tensor) -> Tensor:
+        """What was drawn on the host, on the buffer's device, without a wait for it."""
         if self.device.type == "cuda":
-            return index.pin_memory().to(self.device, non_blocking=True)
-        return index.to(self.device)
+            return numbers.pin_memory().to(self.device, non_blocking=True)
+        return numbers.to(self.device)

@@ -443,8 +443,9 @@ def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> 
         return _list(args, rest, targets)
     num_workers = 1 if args.jobs is None else args.jobs
     sweep.check_jobs(num_workers)
-    if args.show is not None and args.download:
-        raise UsageError("--show runs nothing, --download is for runs. Give one of them.")
+    for name, given in (("download", args.download), ("jobs", args.jobs is not None)):
+        if args.show is not None and given:
+            raise UsageError(f"--show runs nothing, --{name} is for runs. Give one of them.")
     chosen = pick_table(targets, args.table)
     if args.cells is not None:
         chosen = pick_cells(chosen, args.cells or [""])

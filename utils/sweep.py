@@ -65,6 +65,8 @@ def parse_seeds(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UsageError(f"--seeds expects numbers and ranges, got '{part}'. Example: 0-2,5.")
         seeds += range(int(first), int(last or first) + 1)
+    if not seeds:
+        raise UsageError("--seeds expects numbers and ranges, got none. Example: 0-2,5.")
     return list(dict.fromkeys(seeds))
 
 

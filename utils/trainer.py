@@ -116,8 +116,10 @@ class Stream:
 
 @dataclass
 class Cost:
-    """What a run has used. Rows count images: one row forward is one image through the network."""
+    """What a run has used. Rows count images: one row forward is one image through the network. A method may take
+    several optimizer steps on a batch, or none."""
 
+    batches: int = 0
     steps: int = 0
     skipped_steps: int = 0
     forward_rows: int = 0
@@ -288,13 +290,16 @@ class Trainer:
 
     def _train_epoch(self, split) -> None:
         start, log_every = time.monotonic(), self.config.log_every
+        most = 1  # steps on a batch
         for batch in self.stream.epoch(split):
             if self._mid_epoch and self._is_spent():
                 break
             self._mid_epoch = True
-            logged = (self.cost.steps + 1) % log_every == 0
+            self.cost.batches += 1
+            logged = self.cost.batches % log_every == 0
             done = self.method.observe(batch, self.optimizer, trace=logged)
-            self.cost.steps += 1
+            self.cost.steps += len(done)
+            most = max(most, len(done))
             for objective, _ in done:
                 self.cost.forward_rows += objective.forward_rows
                 self.cost.backward_rows += objective.backward_rows
@@ -312,7 +317,7 @@ class Trainer:
                     raise Interrupted(self._stop_signal)
         self._mid_epoch = False
         self._check_weights()
-        self._check_skips(limit=self.stream.num_batches(split))
+        self._check_skips(limit=most * self.stream.num_batches(split))
         self.cost.train_s += time.monotonic() - start
 
     def _check_weights(self) -> None:

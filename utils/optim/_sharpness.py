@@ -53,7 +53,8 @@ class SharpnessAware(Driver):
         problems = []
         if config.ascent_on != "all" and not method.has_memory:
             problems.append(
-                f"--ascent_on {config.ascent_on} needs a method with a memory, {method.name} has none. Use all."
+                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory apart from the "
+                f"stream's, {method.name} has none. Use all."
             )
         if 0 < config.sam_from_task <= config.start_from:
             problems.append(

@@ -46,7 +46,7 @@ class SAF(Driver):
     @classmethod
     def check(cls, config, method) -> list[str]:
         visits = config.n_epochs
-        is_known = config.budget_rows is None and not method.has_memory and not method.has_own_epochs
+        is_known = config.budget_rows is None and not method.has_memory and not method.revisits
         if is_known and visits <= max(config.saf_start + 1, config.saf_lag):
             warnings.warn(
                 f"saf adds nothing to this run: rows are seen {visits} time(s), and it begins after "
