@@ -3,8 +3,9 @@
     L = CE(f(x), y) + e_lambda * sum F (theta - theta*)^2
     F <- gamma * F + 1/N sum_i p_i * (gradient of log p_i)^2,  p_i = p(y_i | x_i)    at the end of a task
 
-Without the paper's 1/2; each squared gradient is weighted with the probability of the label, and N counts the last
-batch as full. Images are augmented and pass one by one, BatchNorm in train mode: its running averages move along.
+Without the paper's 1/2; each squared gradient is weighted with the probability of the label (the empirical Fisher
+information, `--fisher_weight none`, is not), and N counts the last batch as full. Images are augmented and pass one by
+one, BatchNorm in train mode: its running averages move along.
 """
 
 import math
@@ -24,6 +25,8 @@ from utils.registry import METHODS
 
 PASS = 256  # images of one call; after as many, running averages of momentum 0.1 have forgotten what was before
 
+WEIGHTS = {"probability": lambda costs: (-costs).exp(), "none": torch.ones_like}
+
 
 @METHODS.register("ewc_on")
 class EwcOn(Drawing, Method):
@@ -33,6 +36,10 @@ class EwcOn(Drawing, Method):
     class Args:
         e_lambda: float = flag(10.0, "weight of the penalty", low=0)
         gamma: float = flag(1.0, "how much of the earlier tasks' Fisher information is kept", low=0, high=1)
+        fisher_weight: str = flag(
+            "probability", "weight of an image's squared gradient: its label's probability, or 1 (none)",
+            choices=("probability", "none"),
+        )  # fmt: skip
 
     published = published(
         DER,
@@ -71,7 +78,7 @@ class EwcOn(Drawing, Method):
         for images, labels, _ in shuffled(self, task.train, PASS):
             inputs = self.context.augment(images)
             with frozen_statistics(self.net):
-                sums = square_sums(self.net, inputs, labels, weigh=lambda costs: (-costs).exp())
+                sums = square_sums(self.net, inputs, labels, WEIGHTS[self.args.fisher_weight])
             total += torch.cat([part.reshape(-1) for part in sums])
             seen += len(labels)
             last = inputs if last is None else torch.cat((last, inputs))[-PASS:]

@@ -278,9 +278,10 @@ def test_squares_and_products_of_single_gradients(kind, is_training, monkeypatch
 
 
 @pytest.mark.parametrize("backbone", NETS)
-def test_ewc_sums_the_squared_gradients_of_single_images_over_full_batches(begin, backbone):
+@pytest.mark.parametrize("weight", ("probability", "none"))
+def test_ewc_sums_the_squared_gradients_of_single_images_over_full_batches(begin, backbone, weight):
     """128 images in batches of 48: N counts three full batches, 144 rows."""
-    trainer = begin("ewc_on", backbone, batch_size=48, gamma=0.6, e_lambda=2.0)
+    trainer = begin("ewc_on", backbone, batch_size=48, gamma=0.6, e_lambda=2.0, fisher_weight=weight)
     method, expected = trainer.method, 0
     for task in (0, 1):
         enter(trainer, task)
@@ -293,7 +294,8 @@ def test_ewc_sums_the_squared_gradients_of_single_images_over_full_batches(begin
         fisher = 0
         for i in range(128):
             cost = ce(w, augmented(split.images[i : i + 1]), split.labels[i : i + 1])
-            fisher = fisher + math.exp(-cost.item()) * flat(gradient(w, cost)).square() / 144
+            share = math.exp(-cost.item()) if weight == "probability" else 1
+            fisher = fisher + share * flat(gradient(w, cost)).square() / 144
         expected = 0.6 * expected + fisher
         near(method.fisher, expected)
         assert torch.equal(method.anchor, torch.cat([p.detach().reshape(-1) for p in method.net.parameters()]))
