@@ -56,7 +56,7 @@ class Evaluator:
         for start in range(0, len(split), step):
             labels = split.labels[start : start + step].to(self.augment.device, non_blocking=True)
             inputs = self.augment.plain(split.images[start : start + step])
-            logits = method(inputs, task.index if self.needs_task else None)
+            logits = method(inputs, task.index) if self.needs_task else method(inputs)
             if not self.needs_task:
                 competing = logits[:, :classes_seen] if self.argmax == "seen" else logits
                 correct[0] += (competing.argmax(1) == labels).sum()
