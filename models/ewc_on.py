@@ -19,7 +19,7 @@ from models._method import Block, Loss, Method, published
 from models._passes import Drawing, check_single_images, shuffled
 from models.sgd import DER
 from utils.arguments import flag
-from utils.optim._driver import batchnorms, frozen_statistics
+from utils.optim._driver import batchnorms, flat, frozen_statistics
 from utils.passes import square_sums
 from utils.registry import METHODS
 
@@ -64,7 +64,7 @@ class EwcOn(Drawing, Method):
 
     def theta(self) -> Tensor:
         """(P,): all weights."""
-        return torch.cat([p.reshape(-1) for p in self.net.parameters()])
+        return flat(self.net.parameters())
 
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
@@ -79,7 +79,7 @@ class EwcOn(Drawing, Method):
             inputs = self.context.augment(images)
             with frozen_statistics(self.net):
                 sums = square_sums(self.net, inputs, labels, WEIGHTS[self.args.fisher_weight])
-            total += torch.cat([part.reshape(-1) for part in sums])
+            total += flat(sums)
             seen += len(labels)
             last = inputs if last is None else torch.cat((last, inputs))[-PASS:]
         with torch.no_grad():  # BatchNorm's running averages: those of the last images are all that is left of them

@@ -23,6 +23,7 @@ from models._method import Batch, Block, Grads, published
 from models.agem import AGem
 from models.sgd import DER
 from utils.arguments import flag
+from utils.optim._driver import flat
 from utils.registry import METHODS
 
 RIDGE = 1e-3
@@ -82,8 +83,8 @@ class Gem(AGem):
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if not guides:  # the first task
             return update
-        memories = torch.stack([torch.cat([part.reshape(-1) for part in guide]) for guide in guides.values()])
-        g = torch.cat([part.reshape(-1) for part in update])
+        memories = torch.stack([flat(guide) for guide in guides.values()])
+        g = flat(update)
         products, gram = (memories @ g).cpu().double(), (memories @ memories.T).cpu().double()
         is_finite = products.isfinite().all() and gram.isfinite().all()  # if not, the step will be refused
         if not is_finite or not (products < 0).any():

@@ -11,17 +11,13 @@ omega grows by lr * g^2. `--si_gradient task` takes the clean gradient of the ta
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Grads, Loss, Method, published
 from models.sgd import DER
 from utils.arguments import flag
+from utils.optim._driver import flat
 from utils.registry import METHODS
-
-
-def flat(vectors: Grads) -> Tensor:
-    return torch.cat([vector.reshape(-1) for vector in vectors])
 
 
 @METHODS.register("si")

@@ -28,9 +28,14 @@ def norm(vector: Grads) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
 
+def flat(vector: Grads) -> Tensor:
+    """A list of tensors as one vector (P,)."""
+    return torch.cat([part.reshape(-1) for part in vector])
+
+
 def dot(a: Grads, b: Grads) -> Tensor:
     """Inner product () of two aligned lists of tensors."""
-    return torch.cat([product.reshape(-1) for product in torch._foreach_mul(a, b)]).sum()
+    return flat(torch._foreach_mul(a, b)).sum()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from utils.arguments import flag
+from utils.optim._driver import flat
 from utils.optim._sharpness import Grads, SharpnessAware, norm
 from utils.passes import eval_mode, row_gradients
 from utils.registry import OPTIMIZERS
@@ -115,7 +116,7 @@ class SparseSAM(SharpnessAware):
 
     def _largest(self, scores: Grads) -> Grads:
         kept = math.floor(self._size * (1 - self.args.sparsity) + 1e-9)
-        return self._unflatten(self._top(_flat(scores), kept))
+        return self._unflatten(self._top(flat(scores), kept))
 
     def _n_of_m(self, scores: Tensor) -> Tensor:
         """The mask of one parameter; (out, in) as stored, (out, in, h, w) along the output channels."""
@@ -132,8 +133,8 @@ class SparseSAM(SharpnessAware):
         epoch, n_epochs = self.clock["epoch"], self.clock.get("n_epochs", 0)
         rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
         still = self.args.sparsity * self._size
-        moved, m = self._size - still, _flat(mask)
-        kept = self._top((_flat(g).abs() + 1e-7) * m, math.floor(moved * (1 - rate) + 1e-9))
+        moved, m = self._size - still, flat(mask)
+        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved * (1 - rate) + 1e-9))
         grown = self._top((self._random() + 1e-7) * (1 - m), math.floor(min(moved * rate, still) + 1e-9))
         return self._unflatten(kept + grown)
 
@@ -159,7 +160,3 @@ class SparseSAM(SharpnessAware):
     def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
         super().begin_epoch(epoch, n_epochs)
         self.clock["n_epochs"] = n_epochs or 0
-
-
-def _flat(vector: Grads) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in vector])
