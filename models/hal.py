@@ -114,6 +114,7 @@ class HAL(ReplayMethod):
         self.count(forward=len(rows["y"]), backward=len(rows["y"]))
         self.anchors = torch.cat((self.anchors, anchors))
 
+    @torch.no_grad()  # the gradients are torch.func's; a graph of the weights would grow with each step
     def _anchors(self, classes: Tensor, ahead: dict[str, Tensor]) -> Tensor:
         """An anchor for each class (n,), each passing alone."""
 
@@ -129,7 +130,7 @@ class HAL(ReplayMethod):
             e = e - self.lr * gradient(e, y)
         rows = len(e) * self.args.steps_on_anchors
         self.count(forward=3 * rows, backward=3 * rows)
-        return e.detach()
+        return e
 
     def get_extra_state(self) -> dict:
         return {**super().get_extra_state(), "anchors": self.anchors}

@@ -18,8 +18,10 @@ from torch import nn
 
 from models._method import Batch
 from models.gem import solve_dual
-from utils import passes, seeding
+from utils import passes, run, seeding
+from utils.arguments import resolve
 from utils.buffer import Buffer
+from utils.registry import BACKBONES
 
 LR = 0.1
 NETS = ("mnistmlp", "tiny-bn")
@@ -237,6 +239,14 @@ KINDS = {
     "frozen": frozen_first_layer,
     "conv": lambda: nn.Sequential(nn.Conv2d(3, 4, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
                                   nn.Linear(36, 4)),
+    "strided": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=3, bias=False), nn.BatchNorm2d(4), nn.Tanh(),
+                                     nn.Conv2d(4, 5, 1), nn.Flatten(), nn.Linear(45, 4)),
+    "wide": lambda: nn.Sequential(nn.Conv2d(3, 4, 2, padding=(9, 5), dilation=2, stride=(2, 1)), nn.Tanh(),
+                                  nn.Flatten(), nn.Linear(360, 4)),
+    "grouped": lambda: nn.Sequential(nn.Conv2d(3, 6, 2, padding=1, groups=3), nn.Flatten(), nn.Linear(54, 4)),
+    "circular": lambda: nn.Sequential(nn.Conv2d(3, 4, 2, padding=1, padding_mode="circular"), nn.Flatten(),
+                                      nn.Linear(36, 4)),
+    "overwritten": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)),
     "twice": Twice,
     "twice and idle": lambda: Twice(idle=True),
     "tied": Tied,
@@ -272,6 +282,17 @@ def test_squares_and_products_of_single_gradients(kind, is_training, monkeypatch
         near(sums, (scale[:, None] * rows.square()).sum(0), 1e-9)
         near(passes.gram(net, x, y), rows @ rows.T, 1e-9)
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES.names())
+def test_gradients_of_single_rows_of_our_backbones_follow_from_their_layers(name, monkeypatch):
+    """No layer is of a kind that needs one pass a row."""
+    monkeypatch.setattr(passes, "row_gradients", None)
+    argv = ["--model", "sgd", "--dataset", "seq-synth", "--backbone", name, "--disable_log"]
+    net = run.build(resolve(argv), torch.device("cpu"), None).method.net.eval()
+    x, y = torch.randn(3, 3, 8, 8), torch.randint(4, (3,))
+    assert passes.gram(net, x, y).shape == (3, 3)
+    assert len(passes.square_sums(net, x, y, torch.ones_like)) == len(list(net.parameters()))
 
 
 # EWC
@@ -829,6 +850,28 @@ def test_hals_anchors_are_what_would_be_forgotten_most(begin, backbone):
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert type(method).Args().steps_on_anchors == 100
     assert torch.equal(method.state_dict()["_extra_state"]["anchors"], method.anchors)
+
+
+def test_the_making_of_hals_anchors_keeps_nothing_of_its_steps(begin, monkeypatch):
+    """A graph that reached the weights would grow with each of a hundred steps."""
+    grows, real = [], torch.func.vmap
+
+    def vmap(function, **kwargs):
+        mapped = real(function, **kwargs)
+
+        def watched(*args):
+            found = mapped(*args)
+            grows.append(found.requires_grad)
+            return found
+
+        return watched
+
+    trainer = begin("hal", buffer_size=10, minibatch_size=4, steps_on_anchors=6)
+    enter(trainer, 0)
+    observe(trainer, rows_of(trainer, 0, range(4)))
+    monkeypatch.setattr(torch.func, "vmap", vmap)
+    leave(trainer, 0)
+    assert grows == [False] * 6
 
 
 # MER
