@@ -85,12 +85,13 @@ class Gem(AGem):
             return update
         memories = torch.stack([flat(guide) for guide in guides.values()])
         g = flat(update)
-        products, gram = (memories @ g).cpu().double(), (memories @ memories.T).cpu().double()
-        is_finite = products.isfinite().all() and gram.isfinite().all()  # if not, the step will be refused
+        values = torch.cat(((memories @ g)[:, None], memories @ memories.T), 1).cpu().double()
+        products, gram = values[:, 0], values[:, 1:]
+        is_finite = values.isfinite().all()  # if not, the step will be refused
         if not is_finite or not (products < 0).any():
             return update
         v = torch.from_numpy(solve_dual(gram.numpy(), products.numpy(), self.args.gamma))
-        projected = g + memories.T @ v.to(g)
+        projected = g + memories.T @ self.buffer.on_device(v.to(g.dtype))
         sizes = [part.numel() for part in update]
         return [flat.view_as(part) for flat, part in zip(projected.split(sizes), update, strict=True)]
 

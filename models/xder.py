@@ -94,7 +94,7 @@ class XDer(ReplayMethod):
         self.replayed = self.replay(draws=2)
         again = torch.zeros(0, dtype=torch.int64, device=batch.y.device)
         for block in self.replayed:
-            fresh = ~torch.isin(block.slot, again)
+            fresh = (block.slot[:, None] != again).all(1)  # `isin` would wait for the device
             due = torch.rand(len(block), device=fresh.device) * (block.drawn + 1) < 1
             block.columns.update(fresh=fresh, due=due & fresh)
             again = block.slot

@@ -84,7 +84,7 @@ def timeless(folder):
 def identical(a, b):
     """Bit for bit, through dicts and lists; NaN equals NaN."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return a.dtype == b.dtype and a.shape == b.shape and a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes()
     if isinstance(a, dict):
         return list(a) == list(b) and all(identical(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -158,7 +158,7 @@ def test_config_has_value_and_origin_of_every_flag(mgser):
 def test_environment_names_what_the_numbers_depend_on(mgser):
     content = read(mgser, "environment.json")
     assert content["packages"]["torch"].startswith(torch.__version__.split("+")[0])
-    assert content["device"] == ("cuda" if torch.cuda.is_available() else "cpu") and content["device_name"]
+    assert content["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu") and content["device_name"]
     assert content["threads"] == 1 and content["cpus"] >= 1 and content["python"]
     assert content["commit"] is None or len(content["commit"]) == 40
 
@@ -423,7 +423,7 @@ def test_one_seed_gives_one_run_whatever_ran_before(model):
 
 def test_what_is_logged_does_not_change_the_run(tmp_path, unpictured):
     argv = ("--model", "mgser_sam", "--dataset", "seq-synth")
-    folder = start(tmp_path, *argv, "--log_every", "1", "--checkpoint_minutes", "1e-9")
+    folder = start(tmp_path, *argv, "--device", "cpu", "--log_every", "1", "--checkpoint_minutes", "1e-9")
     assert read(folder)["accuracy"] == trained(*argv)[0]["accuracy"]
     assert identical(checkpoint.load(folder / "checkpoint")["method"], trained(*argv)[1])
 
@@ -527,7 +527,7 @@ CASES = [
 
 @pytest.mark.parametrize("model, words, step", CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(model, words, step, tmp_path, interrupt, unpictured, capsys):
-    argv = ("--model", model, "--dataset", "seq-synth", *words, "--log_every", "3")
+    argv = ("--model", model, "--dataset", "seq-synth", *words, "--log_every", "3", "--device", "cpu")
     whole = start(tmp_path / "whole", *argv)
     interrupt(step)
     part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)

@@ -1,0 +1,54 @@
+"""On a CUDA device: every method and every optimizer trains there, and no step waits for it."""
+
+import warnings
+
+import pytest
+import torch
+
+from utils import run
+from utils.arguments import resolve
+from utils.registry import METHODS, OPTIMIZERS
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+WAITS = {"gem": 1}  # of a step, said in the method's file
+
+
+def waits(trainer) -> list[int]:
+    """How often each step after the first task waits, at most a few of them; runs the trainer."""
+    observe, counts = trainer.method.observe, []
+
+    def watched(batch, optimizer, trace=False):
+        is_late = trainer.progress.tasks or trainer.cost.batches > 50
+        if trace or not is_late or len(counts) == 10:
+            return observe(batch, optimizer, trace=trace)
+        torch.cuda.set_sync_debug_mode("warn")  # it is a wait itself the first time that it is set
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            done = observe(batch, optimizer, trace=trace)
+        torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(one.message) for one in seen))
+        return done
+
+    trainer.method.observe = watched
+    trainer.run()
+    return counts
+
+
+def build(model: str, *words: str):
+    argv = ["--model", model, "--dataset", "seq-synth", "--stop_after", "3", "--disable_log", "--non_verbose", *words]
+    return run.build(resolve(argv), run.resolve_device("cuda"), None)
+
+
+@pytest.mark.parametrize("model", [name for name in METHODS.names() if not METHODS.load(name).trains_jointly])
+def test_no_step_of_a_method_waits_for_the_device(model):
+    counts = waits(build(model))
+    assert counts and max(counts) == WAITS.get(model, 0)
+
+
+@pytest.mark.parametrize("model", ["derpp", "gss"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_no_step_of_an_optimizer_waits_for_the_device(model, optimizer):
+    counts = waits(build(model, "--optimizer", optimizer, "--n_epochs", "3"))
+    assert counts and max(counts) == 0
