@@ -39,8 +39,8 @@ def square_sums(net: nn.Module, x: Tensor, y: Tensor, weigh: Callable[[Tensor], 
     for part in _parts(net, x, y):
         found = _layers(net, *part)
         if found is not None:
-            layers, costs = found
-            sums = {p: s for layer in layers for p, s in _square_sums(*layer, weigh(costs))}
+            layers, weights = found[0], weigh(found[1])
+            sums = {p: s for layer in layers for p, s in _square_sums(*layer, weights)}
             pieces = [[sums[p] for p in net.parameters()]]
         else:
             pieces = (
@@ -75,7 +75,7 @@ def _layers(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[tuple[nn.Module,
     """([(layer, its inputs (N, ...), gradients of its outputs (N, ...))], costs (N,)), by one pass of all rows.
 
     None where gradients of single rows do not follow from these: layers of other kinds, weights that two layers share
-    or one layer uses twice, activations that are overwritten.
+    or one layer uses twice, activations that are overwritten. Nothing but BatchNorm may mix rows.
     """
     layers = [part for part in net.modules() if any(True for _ in part.parameters(recurse=False))]
     norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
@@ -86,7 +86,7 @@ def _layers(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[tuple[nn.Module,
     seen: list[tuple[nn.Module, Tensor, Tensor, int, int]] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if layer in norms:
+        if layer in norms and _takes_statistics(layer):
             output = _normalised(layer, inputs[0])
             if layer.affine:
                 output = output * layer.weight[:, None, None] + layer.bias[:, None, None]
@@ -119,9 +119,13 @@ def _is_known(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, nn.BatchNorm2d)
 
 
+def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
+    return norm.training or norm.running_mean is None
+
+
 def _normalised(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """(N, C, H, W): by the statistics of each row alone, where BatchNorm would take those of its batch."""
-    if norm.training or norm.running_mean is None:
+    if _takes_statistics(norm):
         return instance_norm(x, eps=norm.eps)
     return batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)
 
