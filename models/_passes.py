@@ -59,19 +59,23 @@ class SharedMemory(ReplayMethod):
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
-        problems = super().check(config, benchmark)
-        if cls.has_shares and config.buffer_size < config.n_tasks:
-            problems.append(
-                f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
-                f"got {config.buffer_size}. Give more."
-            )
-        return problems
+        return super().check(config, benchmark) + (check_shares(config) if cls.has_shares else [])
 
     def store_share(self, task: Any) -> None:
         """Adds this task's part of the memory: random images, as they are stored."""
         share = self.args.buffer_size // len(self.context.benchmark)
         x, y, ids = next(shuffled(self, task.train, share))
         self.buffer.append(x=x, y=y, ids=ids)
+
+
+def check_shares(config: Any) -> list[str]:
+    """A problem where the memory has no image for each of the tasks, which share it evenly."""
+    if config.buffer_size >= config.n_tasks:
+        return []
+    return [
+        f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
+        f"got {config.buffer_size}. Give more."
+    ]
 
 
 def check_single_images(config: Any) -> list[str]:

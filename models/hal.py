@@ -5,9 +5,14 @@
     phi <- beta * phi + (1 - beta) * mean features(x)                within a task
 
 At a task's end each of its classes k gets an anchor e, by 100 steps of SGD from uniform noise on
--CE(f_M(e), k) + CE(f(e), k) + gamma * |features(e) - phi|^2, f_M one SGD step on a draw from the memory ahead. The
-memory is a reservoir, as in that code. The look-ahead's gradient is a pass of its own here, so that the step can be any
-optimizer's; passes for look-ahead and anchors leave BatchNorm's running averages alone.
+-CE(f_M(e), k) + CE(f(e), k) + gamma * |features(e) - phi|^2, f_M one SGD step on a draw from the memory ahead.
+
+The memory is a reservoir, as the code of that time reads, or a ring for each task with its last buffer_size / number of
+tasks images, as in its later versions. The DER paper's figures are those of rings (tests/records/published): its rows
+have `--hal_memory ring`.
+
+The look-ahead's gradient is a pass of its own here, so that the step can be any optimizer's; passes for look-ahead and
+anchors leave BatchNorm's running averages alone.
 """
 
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Loss, published
-from models._passes import check_single_images
+from models._passes import check_shares, check_single_images
 from models._replay import ReplayMethod
 from models.der import logit_distance
 from models.sgd import DER
@@ -37,6 +42,9 @@ class HAL(ReplayMethod):
         beta: float = flag(0.5, "decay of the mean feature", low=0, below=1)
         gamma: float = flag(0.1, "weight of the mean feature in an anchor", low=0)
         steps_on_anchors: int = flag(100, "gradient steps on an anchor", low=1, high=10**6)
+        hal_memory: str = flag(
+            "reservoir", "the memory: one for all tasks, or a ring for each", choices=("reservoir", "ring")
+        )
 
     published = published(
         DER,
@@ -49,6 +57,7 @@ class HAL(ReplayMethod):
                 hal_lambda=weight,
                 beta=beta,
                 gamma=gamma,
+                hal_memory="ring",
             )
             for dataset, lr, batch, epochs, gamma, rows in (
                 ("perm-mnist", 0.1, 128, 1, 0.1, {200: (0.1, 0.5), 500: (0.1, 0.3), 5120: (0.1, 0.5)}),
@@ -62,15 +71,20 @@ class HAL(ReplayMethod):
 
     @classmethod
     def check(cls, config, benchmark) -> list[str]:
-        return super().check(config, benchmark) or check_single_images(config)
+        problems = super().check(config, benchmark)
+        if config.hal_memory == "ring":
+            problems += check_shares(config)
+        return problems or check_single_images(config)
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
+        self.first, self.seen = 0, 0  # where this task's ring begins, and how many images it has been shown
         self.register_buffer("phi", torch.zeros(net.num_features))
         self.anchors = torch.empty(0, *context.benchmark.shape, device=context.device)
 
     def begin_task(self, task) -> None:
         self.phi.zero_()
+        self.first, self.seen = len(self.buffer), 0
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         joint = self.replay_jointly(batch)
@@ -101,9 +115,21 @@ class HAL(ReplayMethod):
 
     @torch.no_grad()
     def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
+        rows = {"x": batch.x, "y": batch.y, "ids": batch.ids}
+        if self.args.hal_memory == "ring":
+            self._into_ring(rows)
+        else:
+            self.buffer.add(**rows)
         self.phi.lerp_(self.net.features(batch.inputs).mean(0).float(), 1 - self.args.beta)
         self.count(forward=len(batch.y))
+
+    def _into_ring(self, rows: dict[str, Tensor]) -> None:
+        """The last images take the places of the oldest ones of this task."""
+        share = self.buffer.capacity // len(self.context.benchmark)
+        self.seen += len(rows["y"])
+        kept = min(len(rows["y"]), share)
+        slots = [self.first + count % share for count in range(self.seen - kept, self.seen)]
+        self.buffer.write(slots, **{name: column[-kept:] for name, column in rows.items()})
 
     def end_task(self, task) -> None:
         size = self.context.config.batch_size
@@ -133,8 +159,9 @@ class HAL(ReplayMethod):
         return e
 
     def get_extra_state(self) -> dict:
-        return {**super().get_extra_state(), "anchors": self.anchors}
+        return {**super().get_extra_state(), "anchors": self.anchors, "ring": [self.first, self.seen]}
 
     def set_extra_state(self, state: dict) -> None:
         super().set_extra_state(state)
         self.anchors = state["anchors"].to(self.context.device)
+        self.first, self.seen = state["ring"]

@@ -274,6 +274,7 @@ def test_none_is_a_value_where_a_flag_is_optional():
         ([*SAM, "--model", "gem", "--ascent_on", "memory"], "--ascent_on memory needs a method whose", "gem has"),
         (["--model", "gem", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "fdr", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
+        (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),
         (["--model", "icarl", "--buffer_size", "9"], "--buffer_size must have room for one exemplar of each", "got 9"),
         (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows does not fit lwf", "--n_epochs"),
         (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has nothing to share", "--fitting_epochs"),

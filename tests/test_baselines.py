@@ -8,7 +8,7 @@ import copy
 import io
 import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -852,6 +852,28 @@ def test_hals_anchors_are_what_would_be_forgotten_most(begin, backbone):
     assert torch.equal(method.state_dict()["_extra_state"]["anchors"], method.anchors)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 9), (1, 1, 1, 1, 1, 1), (20,), (2,), (4, 4)])
+def test_hals_rings_hold_the_last_images_of_each_task(begin, sizes):
+    """22 places and five tasks: four images of each, the oldest of which makes room."""
+    trainer = begin("hal", buffer_size=22, minibatch_size=4, batch_size=16, steps_on_anchors=2, hal_memory="ring")
+    rings = []
+    for task in range(5):
+        enter(trainer, task)
+        rings.append(deque(maxlen=4))
+        shown = 0
+        for size in sizes:
+            batch = rows_of(trainer, task, range(shown, shown + size))
+            observe(trainer, batch)
+            rings[-1].extend(batch.ids.tolist())
+            shown += size
+        assert sorted(trainer.method.buffer.all()["ids"].tolist()) == sorted(itertools.chain(*rings))
+        memory, split = trainer.method.buffer.all(), trainer.benchmark[task].train
+        place = {id: row for row, id in enumerate(split.ids.tolist())}
+        for row in range(len(memory["ids"]) - len(rings[-1]), len(memory["ids"])):
+            assert torch.equal(memory["x"][row], split.images[place[memory["ids"][row].item()]])
+        leave(trainer, task)
+
+
 def test_the_making_of_hals_anchors_keeps_nothing_of_its_steps(begin, monkeypatch):
     """A graph that reached the weights would grow with each of a hundred steps."""
     grows, real = [], torch.func.vmap
@@ -1058,7 +1080,8 @@ METHODS = ("ewc_on", "si", "agem", "agem_r", "gem", "fdr", "gss", "hal", "mer", 
 @pytest.mark.parametrize("name", METHODS)
 def test_cut_in_the_middle_of_a_task_it_goes_on_as_if_it_had_not_been(start, assert_same, name):
     flags = dict(optimizer="looksam", optim_mom=0.5, batch_size=32)
-    flags |= dict(steps_on_anchors=3) if name == "hal" else dict(batch_num=2) if name in ("gss", "mer") else {}
+    flags |= dict(steps_on_anchors=3, hal_memory="ring") if name == "hal" else {}
+    flags |= dict(batch_num=2) if name in ("gss", "mer") else {}
     flags |= {} if name in ("ewc_on", "si") else dict(buffer_size=30)
     one, other = start(name, seed=1, **flags), start(name, seed=2, **flags)
 
