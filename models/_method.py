@@ -145,8 +145,9 @@ class Method(nn.Module):
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss. Not called
-        where no step was taken because none was finite."""
+        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss. On the CPU
+        not called where no step was taken because none was finite; elsewhere the host does not know, and NaN in the
+        loss's logits is 0."""
 
     def end_task(self, task: Any) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""

@@ -93,7 +93,7 @@ class Gem(AGem):
         v = torch.from_numpy(solve_dual(gram.numpy(), products.numpy(), self.args.gamma))
         projected = g + memories.T @ self.buffer.on_device(v.to(g.dtype))
         sizes = [part.numel() for part in update]
-        return [flat.view_as(part) for flat, part in zip(projected.split(sizes), update, strict=True)]
+        return [piece.view_as(part) for piece, part in zip(projected.split(sizes), update, strict=True)]
 
     def end_task(self, task) -> None:
         super().end_task(task)

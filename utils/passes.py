@@ -87,9 +87,7 @@ def _layers(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[tuple[nn.Module,
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if layer in norms and _takes_statistics(layer):
-            output = _normalised(layer, inputs[0])
-            if layer.affine:
-                output = output * layer.weight[:, None, None] + layer.bias[:, None, None]
+            output = instance_norm(inputs[0], weight=layer.weight, bias=layer.bias, eps=layer.eps)  # each row alone
         if layer in layers:
             seen.append((layer, inputs[0], output, inputs[0]._version, output._version))
         return output
@@ -156,7 +154,7 @@ def _gradients(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> Iterator[tup
     """(parameter, the rows' gradients (N, channels, ...), some output channels at a time) of a map's layer."""
     if type(layer) is nn.Conv2d:
         yield layer.weight, _kernel_gradients(layer, inputs, deltas)
-    elif layer.affine:
+    else:
         yield layer.weight, iter([(deltas * _normalised(layer, inputs)).sum((2, 3))])
     if layer.bias is not None:
         yield layer.bias, iter([deltas.sum((2, 3))])
