@@ -18,13 +18,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from utils.errors import UsageError
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, canonical, load_plugin, nearest
+from utils.identity import PROTOCOL, code_of, named
+from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
+from utils.saved import Saved, check_plugin, read_saved
 
-PROTOCOL = 1  # raised whenever the same flags would give another number than before
 DEBUG_BATCHES = 5  # of an epoch in debug mode
 SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 
@@ -90,7 +91,9 @@ class EngineArgs:
         "auto", "where the images live: 'device', 'cpu', or auto (on the device where they fit)",
         choices=("auto", "cpu", "device"), result=False,
     )  # fmt: skip
-    threads: int = flag(0, "CPU threads of a run; 0 leaves it to torch", low=0, high=4096, result=False)
+    threads: int = flag(
+        1, "CPU threads of a run; some sums, and so its numbers, depend on them in the last digits", low=1, high=4096
+    )
     base_path: str = flag("./data", "folder of the data sets (default also from $CONTINUAL_DATA)", result=False)
     results_path: str = flag("./results", "folder of the run folders", result=False)
     notes: str = flag("", "free text, kept in the run's files", result=False)
@@ -205,7 +208,7 @@ class Config:
 
     values: dict[str, Any]
     origins: dict[str, str]
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Plugin, ...] = ()
     flags: dict[str, Flag] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -228,9 +231,18 @@ class Config:
         text = json.dumps({"protocol": PROTOCOL, **content}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @cached_property
+    def code(self) -> dict[str, str]:
+        """{file: digest} of what defines the four chosen classes, and of plugins; see `utils/identity.py`."""
+        return code_of((SELECTORS[name].load(self.values[name]) for name in SELECTORS), self.plugins)
+
     def to_json(self) -> dict:
         flags = {name: {"value": self.values[name], "origin": self.origins[name]} for name in self.values}
-        return {"protocol": PROTOCOL, "config_hash": self.hash, "plugins": list(self.plugins), "flags": flags}
+        plugins = [
+            {"path": plugin.path, "sha256": plugin.sha256, "copy": f"plugins/{name}"}
+            for name, plugin in named(self.plugins).items()
+        ]
+        return {"protocol": PROTOCOL, "config_hash": self.hash, "plugins": plugins, "code": self.code, "flags": flags}
 
     @property
     def learner(self) -> type:
@@ -251,6 +263,7 @@ class Request:
     listing: str | None = None
     source: str | None = None  # --from
     resume: str | None = None
+    keep_changed: bool = False  # a run's plugin, or with --resume its code, may differ from what it was made with
 
     @classmethod
     def parse(cls, argv: list[str]) -> "Request":
@@ -279,6 +292,9 @@ class Request:
         for name in ("from", "resume"):
             if single[name] is not None and len(single[name]) != 1:
                 problems.append(f"--{name} expects one path, got {len(single[name])}. Give a run's folder.")
+        keep_changed = _switch("keep_changed", words.pop("keep_changed", None), problems)
+        if keep_changed and single["from"] is None and single["resume"] is None:
+            problems.append("--keep_changed has no effect without --resume or --from. Drop it.")
         for plugin in plugins:
             if len(plugin) != 1:
                 problems.append(f"--plugin expects one path, got {len(plugin)}. Repeat the flag for more files.")
@@ -291,27 +307,17 @@ class Request:
             listing=None if single["list"] is None else " ".join(single["list"]),
             source=None if single["from"] is None else single["from"][0],
             resume=None if single["resume"] is None else single["resume"][0],
+            keep_changed=keep_changed,
         )
 
 
-def read_config_file(path: str) -> tuple[dict[str, Any], tuple[str, ...], str]:
-    """(values, plugins, file) of a run's config.json; `path` is the file or its run folder."""
-    file = Path(path).expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        content = json.loads(file.read_text())
-        values = {name: entry["value"] for name, entry in content["flags"].items()}
-        protocol, plugins = content["protocol"], tuple(content["plugins"])
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}. Give a run folder or its config.json.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{file} is not a run's config.json. Give a run folder or its config.json.") from None
-    if protocol != PROTOCOL:
-        raise UsageError(
-            f"{file} was written under protocol {protocol}, this program runs protocol {PROTOCOL}: the same flags "
-            "would give other numbers. Use the version that wrote it, or give the flags anew."
-        )
-    return values, plugins, str(file)
+def _switch(name: str, words: list[str] | None, problems: list[str]) -> bool:
+    """0 or 1, or nothing for 1; a flag that is no value of a run."""
+    if words is None:
+        return False
+    if words not in ([], ["0"], ["1"]):
+        problems.append(f"--{name} expects 0 or 1, got '{' '.join(words)}'.")
+    return words != ["0"]
 
 
 def schema(engine: dict[str, type | None]) -> dict[str, Flag]:
@@ -337,13 +343,9 @@ def resolve(argv: list[str]) -> Config:
 
 
 def resolve_request(request: Request) -> Config:
-    file_values, plugins, file = {}, request.plugins, ""
-    if request.source is not None:
-        file_values, file_plugins, file = read_config_file(request.source)
-        plugins = file_plugins + plugins
-    plugins = tuple(dict.fromkeys(str(Path(plugin).expanduser().resolve()) for plugin in plugins))
-    for plugin in plugins:
-        load_plugin(plugin)
+    saved = None if request.source is None else read_saved(request.source)
+    file_values, file = (saved.values, str(saved.file)) if saved else ({}, "")
+    plugins = _load_plugins(request, saved)
     chosen, problems = _choose(request, file_values)
     if problems:
         raise UsageError(*(problems + _unknown_words(request, chosen)))
@@ -371,6 +373,19 @@ def resolve_request(request: Request) -> Config:
     if problems:
         raise UsageError(*problems)
     return config
+
+
+def _load_plugins(request: Request, saved: Saved | None) -> tuple[Plugin, ...]:
+    """Those of the saved run, wherever they are now, and those of the command line, each once."""
+    given = dict.fromkeys(request.plugins)
+    loaded = {}
+    for entry in saved.plugins if saved else ():
+        plugin = check_plugin(entry, saved, list(given), request.keep_changed)
+        loaded.setdefault(plugin.source, load_plugin(plugin))
+    for path in given:
+        plugin = load_plugin(path)
+        loaded.setdefault(plugin.source, plugin)
+    return tuple(loaded.values())
 
 
 def known_flags(argv: list[str]) -> set[str]:
@@ -565,6 +580,8 @@ def _check_together(config: Config) -> list[str]:
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
             problems.append(f"--{name} has no effect with --lr_scheduler {config.lr_scheduler}. Use multistep.")
+    if config.threads > (cores := os.cpu_count() or 1):
+        problems.append(f"--threads must be at most the number of this machine's cores {cores}, got {config.threads}.")
     if config.values.get("optim_nesterov") and not config.values["optim_mom"]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
     if config.permute_classes and config.custom_class_order:

@@ -10,8 +10,10 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 from utils.errors import UsageError
 
@@ -88,6 +90,12 @@ class Registry:
             doc = known.__doc__ or sys.modules[known.__module__].__doc__
         return (doc or "").strip()
 
+    def foreign_packages(self) -> set[str]:
+        """The installed packages whose objects have been loaded."""
+        owners = {key: obj.__module__ for key, obj in self._objects.items()}
+        return {module.split(".")[0] for key, module in owners.items()
+                if module != self._module(key) and plugin_of(module) is None}  # fmt: skip
+
     def forget(self, module: str) -> None:
         """Drops the names that a module has registered."""
         for key in [key for key, obj in self._objects.items() if obj.__module__ == module]:
@@ -106,10 +114,10 @@ class Registry:
         point = self._entry_points()[key]
         try:
             obj = point.load()
-        except Exception as error:  # a foreign package may fail in any way; the user needs its name
+        except (Exception, SystemExit) as error:  # a foreign package may fail in any way; the user needs its name
             raise UsageError(
-                f"{self.kind} '{key}' comes from the installed package '{point.value}', which does not import: "
-                f"{type(error).__name__}: {error}. Repair or uninstall that package."
+                f"{self.kind} '{key}' comes from the installed package '{point.value}': {_why(error)}. "
+                "Repair or uninstall that package."
             ) from error
         if key not in self._objects:
             self.register(key)(obj)
@@ -121,33 +129,90 @@ def nearest(name: str, names: list[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else f"Choose from: {', '.join(names)}."
 
 
-def load_plugin(path: str) -> None:
-    """Import a file that registers names; importing the same file again is harmless."""
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise UsageError(f"--plugin {path}: there is no such file. Give the path of a Python file.")
-    module_name = f"continual_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None:
-        raise UsageError(f"--plugin {path}: this is not a Python file (its name must end in .py).")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
+@dataclass(frozen=True)
+class Plugin:
+    """A file that a process has loaded: where it lay, and its bytes as they were then."""
+
+    path: str
+    source: bytes
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.source).hexdigest()
+
+
+PLUGIN = "continual_plugin_"  # the modules of plugins begin so
+
+
+def read_plugin(path: str) -> Plugin:
+    """A file that could be a plugin, not loaded yet."""
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a plugin does wrong, the user needs the file and the reason
-        del sys.modules[module_name]
-        for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):
-            registry.forget(module_name)
+        file = Path(path).expanduser().resolve()
+        source = file.read_bytes() if file.is_file() else None
+    except (OSError, ValueError, RuntimeError) as error:  # NUL in a path, a home folder that nobody has, ...
+        raise UsageError(f"--plugin {path!r}: it cannot be read ({error}). Give the path of a Python file.") from None
+    if source is None:
+        raise UsageError(f"--plugin {path}: there is no such file. Give the path of a Python file.")
+    if file.suffix != ".py":
+        raise UsageError(f"--plugin {path}: this is not a Python file (its name must end in .py).")
+    return Plugin(str(file), source)
+
+
+def load_plugin(plugin: Plugin | str) -> Plugin:
+    """Import a file that registers names, and again where its text has changed. The same text under another path, such
+    as the copy in a run's folder, is the same plugin."""
+    new = read_plugin(plugin) if isinstance(plugin, str) else plugin
+    for module in _plugin_modules():
+        if module.__plugin__.source == new.source:
+            return new
+        if module.__plugin__.path == new.path:
+            _unload(module.__name__)
+    _execute(new)
+    return new
+
+
+def plugin_of(module: str) -> Plugin | None:
+    """The plugin that a module is, if it is one."""
+    return getattr(sys.modules.get(module), "__plugin__", None)
+
+
+def _plugin_modules() -> list[ModuleType]:
+    return [module for name, module in sys.modules.items() if name.startswith(PLUGIN)]
+
+
+def _execute(plugin: Plugin) -> None:
+    name = f"{PLUGIN}{Path(plugin.path).stem}_{hashlib.sha256(plugin.path.encode()).hexdigest()[:8]}"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, plugin.path))
+    module.__plugin__ = plugin
+    sys.modules[name] = module
+    try:
+        exec(compile(plugin.source, plugin.path, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:  # whatever a plugin does wrong, the user needs the file and the reason
+        _unload(name)
         if isinstance(error, UsageError):
             raise
-        raise UsageError(
-            f"--plugin {path}: it does not import: {type(error).__name__}: {error}. Mend the file and try again."
-        ) from error
+        raise UsageError(f"--plugin {plugin.path}: {_why(error)}. Mend the file and try again.") from error
+
+
+def _why(error: BaseException) -> str:
+    """Why an import failed, in one line."""
+    if isinstance(error, SystemExit):
+        return f"it ends the program while it is imported (sys.exit({error.code!r}))"
+    return " ".join(f"it does not import: {type(error).__name__}: {error}".split())
+
+
+def _unload(module: str) -> None:
+    del sys.modules[module]
+    for registry in REGISTRIES:
+        registry.forget(module)
 
 
 METHODS = Registry("model", "models", "continual.models")
 DATASETS = Registry("dataset", "datasets", "continual.datasets", separator="-")
 BACKBONES = Registry("backbone", "backbone", "continual.backbones", separator="-")
 OPTIMIZERS = Registry("optimizer", "utils/optim", "continual.optimizers")
+REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS)

@@ -11,6 +11,7 @@ from typing import Any
 
 from utils.arguments import Config
 from utils.errors import UsageError
+from utils.identity import named
 from utils.registry import ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
@@ -50,10 +51,19 @@ class RunFolder:
                 raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         folder = cls(path)
         try:
+            for name, plugin in named(config.plugins).items():
+                (path / "plugins").mkdir(exist_ok=True)
+                (path / "plugins" / name).write_bytes(plugin.source)
             write_json(path / "config.json", config.to_json())
         except OSError as error:
             raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         return folder
+
+    def note_changed_code(self, steps: int, code: dict[str, str]) -> None:
+        """Adds to config.json that the run goes on with this code after so many steps."""
+        content = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        content.setdefault("changed_code", []).append({"after_step": steps, "code": code})
+        self.write("config.json", content)
 
     def write(self, name: str, content: Any) -> None:
         write_json(self.path / name, content)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from utils.arguments import (
@@ -15,12 +17,12 @@ from utils.arguments import (
     EngineArgs,
     Request,
     flags_of,
-    read_config_file,
     resolve_request,
     schema,
 )
 from utils.errors import RunFailed, UsageError
 from utils.registry import load_plugin, nearest
+from utils.saved import check_code, read_saved
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -84,11 +86,11 @@ def train(config: Config) -> int:
 
 @contextmanager
 def cpu_threads(number: int) -> Iterator[None]:
-    """torch computes with so many threads inside; 0 leaves it to torch. Other runs of the process are not touched."""
+    """torch computes with so many threads inside. Other runs of the process are not touched."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
@@ -163,8 +165,8 @@ def _train(trainer) -> int:
 def _resume(request: Request) -> int:
     from utils.results import RunFolder
 
-    _, _, file = read_config_file(request.resume)
-    path = Path(file).parent
+    saved = read_saved(request.resume)
+    path = saved.folder
     if _status(path) == "finished":
         raise UsageError(f"--resume {path}: this run is finished. Use --from to repeat it, or to change its flags.")
     hidden = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
@@ -174,8 +176,8 @@ def _resume(request: Request) -> int:
             f"--resume continues a run as it was: --{', --'.join(changed)} cannot be changed. "
             "Use --from to start a new run with other values."
         )
-    request = Request(request.words, request.plugins, source=file)
-    config = resolve_request(request)
+    config = resolve_request(replace(request, source=str(saved.file), resume=None))
+    changed_files = check_code(saved, config.code, request.keep_changed)
     if config.dry_run:
         print(describe(config))
         return OK
@@ -196,6 +198,8 @@ def _resume(request: Request) -> int:
                 f"{path}/checkpoint does not fit this program's network or method ({reason}). Use the version that "
                 "wrote it, or start a new run with --from."
             ) from error
+        if changed_files:
+            folder.note_changed_code(trainer.cost.steps, config.code)
         print(describe(config).splitlines()[0])
         print(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
         return _train(trainer)
@@ -240,9 +244,7 @@ def _place(benchmark, where: str, device) -> None:
 
 
 def _remove_empty_run(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def describe(config: Config) -> str:

@@ -1,0 +1,108 @@
+"""What a run's config.json says: its flags, its plugins, and the code that made it."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UsageError
+from utils.identity import PROTOCOL, differences
+from utils.registry import Plugin, read_plugin
+
+
+@dataclass(frozen=True)
+class SavedPlugin:
+    """A plugin of a run: where it lay, its sha256, and its copy relative to the run folder. Runs of before the copies
+    have the path alone."""
+
+    path: str
+    sha256: str | None = None
+    copy: str | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run's config.json. `code` is None in runs of before it was written down."""
+
+    file: Path
+    values: Mapping[str, Any]
+    plugins: tuple[SavedPlugin, ...]
+    code: Mapping[str, str] | None
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+
+def read_saved(path: str) -> Saved:
+    """`path` is a run folder or its config.json. Raises `UsageError`."""
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        values = {name: entry["value"] for name, entry in content["flags"].items()}
+        plugins = tuple(map(_saved_plugin, content["plugins"]))
+        protocol, code = content["protocol"], content.get("code")
+        if code is not None:
+            code = {str(name): str(digest) for name, digest in code.items()}
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}. Give a run folder or its config.json.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{file} is not a run's config.json. Give a run folder or its config.json.") from None
+    if protocol != PROTOCOL:
+        raise UsageError(
+            f"{file} was written under protocol {protocol}, this program runs protocol {PROTOCOL}: the same flags "
+            "would give other numbers. Use the version that wrote it, or give the flags anew."
+        )
+    return Saved(file, values, plugins, code)
+
+
+def _saved_plugin(entry: Any) -> SavedPlugin:
+    if isinstance(entry, str):
+        return SavedPlugin(entry)
+    plugin = SavedPlugin(entry["path"], entry["sha256"], entry["copy"])
+    if not all(isinstance(value, str) for value in vars(plugin).values()):
+        raise TypeError("a plugin's path, sha256 and copy are words")
+    return plugin
+
+
+def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_changed: bool) -> Plugin:
+    """The plugin of a run, read but not loaded: from its new place if --plugin names one, from where it lay, or else
+    its copy in the run folder. Says which file it is, since its code is about to be executed. Raises `UsageError` where
+    its text is not what the run was made with, unless `keep_changed`."""
+    copy = _copy(entry, saved)
+    moved = [path for path in given if Path(path).name == Path(entry.path).name]
+    path = moved[0] if moved else entry.path
+    if copy is not None and not moved and not Path(entry.path).is_file():
+        path = str(copy)
+    plugin = read_plugin(path)
+    if entry.sha256 not in (None, plugin.sha256) and not keep_changed:
+        remedy = "--keep_changed 1 takes it as it is" + (f", --plugin {copy} the text of then" if copy else "")
+        raise UsageError(f"the plugin {plugin.path} is not the one that {saved.file} was made with. {remedy}.")
+    print(f"note: plugin {plugin.path}, named by {saved.file}", file=sys.stderr)
+    return plugin
+
+
+def _copy(entry: SavedPlugin, saved: Saved) -> Path | None:
+    """The copy in the run folder, if it is there. It cannot lie anywhere else, whatever the file says."""
+    if entry.copy is None:
+        return None
+    file = saved.folder / "plugins" / Path(entry.copy).name
+    return file if file.is_file() else None
+
+
+def check_code(saved: Saved, code: Mapping[str, str], keep_changed: bool) -> list[str]:
+    """The files whose meaning has changed since the run was made; raises `UsageError` where there are some, unless
+    `keep_changed`."""
+    if saved.code is None:
+        print(f"note: {saved.file} does not say which code made it; it counts as the present one", file=sys.stderr)
+        return []
+    changed = differences(saved.code, code)
+    if changed and not keep_changed:
+        raise UsageError(
+            f"{saved.folder} was made by other code: {', '.join(changed)} changed since. Go on with the code of then, "
+            "or with the present one by --keep_changed 1, or start a new run with --from."
+        )
+    return changed
