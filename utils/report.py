@@ -18,6 +18,7 @@ from typing import Any
 
 from utils.arguments import EngineArgs, flags_of
 from utils.errors import UsageError
+from utils.identity import differences
 from utils.registry import canonical, nearest
 
 BY = ("dataset", "model", "optimizer", "buffer_size")
@@ -40,6 +41,16 @@ class Run:
     flags: Mapping[str, Any]
     protocol: int | None = None
     content: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # the files it was read from
+
+    @property
+    def code(self) -> Mapping[str, str] | None:
+        """{file: digest} of the code that made it; None where that was not written down."""
+        return self.content.get("config", {}).get("code")
+
+    def differs_from(self, code: Mapping[str, str]) -> list[str]:
+        """The files of this code that the run, or a part of it, was not made with."""
+        later = [entry["code"] for entry in self.content.get("config", {}).get("changed_code", ())]
+        return sorted({file for own in (self.code, *later) if own is not None for file in differences(own, code)})
 
     def get(self, key: str) -> Any:
         """The value of a key of the summary, else of a flag; None where the run has neither."""
@@ -91,8 +102,10 @@ def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     return runs
 
 
-def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
-    """As `load_runs`, but there may be none."""
+def find_runs(
+    paths: Sequence[str | Path], say: Callable[[str], None] = complain, with_repeats: bool = False
+) -> list[Run]:
+    """As `load_runs`, but there may be none. `with_repeats`: all of equal runs, the newest last."""
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
@@ -104,7 +117,7 @@ def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     if unfinished:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
         say(f"note: left out, since they did not finish: {counts}.")
-    return _newest(list(found.values()), say)
+    return _by_age(found.values()) if with_repeats else _newest(list(found.values()), say)
 
 
 def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
@@ -154,14 +167,19 @@ def write_record(runs: Sequence[Run], path: str | Path) -> None:
 
 
 def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
-    """One run of each config hash. Folder names begin with the time, and copies keep them, unlike file times."""
+    """One run of each config hash."""
     kept: dict[Any, Run] = {}
-    for run in sorted(runs, key=lambda run: (run.content.get("folder", run.path.name), str(run.path))):
+    for run in _by_age(runs):
         kept[run.summary.get("config_hash") or run.path] = run
     if len(kept) < len(runs):
         repeated = len(runs) - len(kept)
         say(f"note: {repeated} run(s) repeat another one's flags and seed; the newest of equal runs counts.")
     return list(kept.values())
+
+
+def _by_age(runs: Iterable[Run]) -> list[Run]:
+    """The newest last. Folder names begin with the time, and copies keep them, unlike file times."""
+    return sorted(runs, key=lambda run: (run.content.get("folder", run.path.name), str(run.path)))
 
 
 def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
@@ -247,6 +265,10 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
         values = {name: {comparable(own.get(name)) for own in flags} for name in flag_names}
         mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]
+        known = [run.code for run in group.runs if run.code is not None]
+        files = sorted({file for code in known for file in differences(known[0], code)})
+        if files:
+            mixed.append(f"different code in {', '.join(files)}")
         if mixed:
             label = " ".join(written(value) for value in group.by.values() if value is not None)
             lines.append(f"note: {label} mixes runs of {'; '.join(mixed)}. Split them with --by or --where.")

@@ -397,6 +397,7 @@ def _parser() -> Parser:
     add("--format", choices=FORMATS, default="text")
     add("--out", metavar="FILE", help="write the table there instead of printing it")
     add("--picture", metavar="FILE.png", help="also draw ours beside published")
+    sweep.add_keep_changed(parser)
     return parser
 
 
@@ -451,9 +452,14 @@ def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> 
         chosen = pick_cells(chosen, args.cells or [""])
     table = Table(chosen, sweep.parse_seeds(SEEDS if args.seeds is None else args.seeds), rest)
     code, folders = sweep.OK, [Path(args.show).expanduser()] if args.show else None
+    keep_changed = bool(args.keep_changed)
     if args.show is None:
-        code = _run(table, num_workers, args.download, runner)
-    rows = table.rows(sweep.finished(table.jobs, folders))
+        code = _run(table, num_workers, args.download, runner, keep_changed)
+    found = sweep.look(table.jobs, folders, keep_changed)
+    if args.show is not None:
+        for line in found.notes():
+            complain(line)
+    rows = table.rows(found.done)
     _write(shown(rows, args.format, args.times), args.out)
     if args.picture:
         picture(rows, args.picture)
@@ -462,20 +468,23 @@ def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> 
     return code
 
 
-def _run(table: Table, num_workers: int, download: bool, runner: sweep.Runner | None) -> int:
+def _run(table: Table, num_workers: int, download: bool, runner: sweep.Runner | None, keep_changed: bool) -> int:
     """Runs what is not finished and has its data; returns the exit code."""
     if download:
         table.download()
     if table.partial:
         complain(f"only for the runs that have them: --{', --'.join(table.partial)}")
-    done = sweep.finished(table.jobs)
-    waiting = [job for job in table.jobs if job.hash not in done]
+    found = sweep.look(table.jobs, keep_changed=keep_changed)
+    waiting = [job for job in table.jobs if job.hash not in found.done]
     pending = [job for job in waiting if job.axes["dataset"] not in table.missing]
     without = f", {len(waiting) - len(pending)} without their data" if len(pending) < len(waiting) else ""
-    complain(f"{len(table.jobs)} run(s), {len(done)} of them already finished{without}")
-    extra = sweep.flags_of_all(table.request, min(num_workers, len(pending)))
+    complain(f"{len(table.jobs)} run(s), {len(found.done)} of them already finished{without}")
+    for line in found.notes():
+        complain(line)
     sweep.catch_stops()
-    failed, interrupted = sweep.run_shown(pending, num_workers, extra, runner, file=sys.stderr)
+    failed, interrupted = sweep.run_shown(
+        pending, num_workers, sweep.flags_of_all(keep_changed), runner, file=sys.stderr
+    )
     if interrupted:
         complain("interrupted: this is what is finished; the same command does the rest")
     sweep.say_failed(failed)

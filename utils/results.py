@@ -37,7 +37,7 @@ class RunFolder:
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
         """A new folder with config.json in it. Raises `UsageError` where nothing can be written."""
-        parent = Path(config.results_path).expanduser() / config.benchmark.setting / config.dataset / config.model
+        parent = _parent(config)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         for attempt in range(1000):
             path = parent / f"{stamp}-{config.hash}{f'-{attempt}' if attempt else ''}"
@@ -58,6 +58,12 @@ class RunFolder:
         except OSError as error:
             raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         return folder
+
+    @classmethod
+    def of(cls, config: Config) -> list[Path]:
+        """The run folders of this configuration, the newest first."""
+        folders = (path for path in _parent(config).glob(f"*-{config.hash}*") if path.is_dir())
+        return sorted(folders, key=lambda path: path.name, reverse=True)
 
     def note_changed_code(self, steps: int, code: dict[str, str]) -> None:
         """Adds to config.json that the run goes on with this code after so many steps."""
@@ -82,6 +88,10 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         if file.exists():
             os.truncate(file, size)
+
+
+def _parent(config: Config) -> Path:
+    return Path(config.results_path).expanduser() / config.benchmark.setting / config.dataset / config.model
 
 
 def _unwritable(folder: str, reason: str | None) -> str:

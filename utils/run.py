@@ -21,6 +21,7 @@ from utils.arguments import (
     schema,
 )
 from utils.errors import RunFailed, UsageError
+from utils.identity import differences
 from utils.registry import load_plugin, nearest
 from utils.saved import check_code, read_saved
 
@@ -58,6 +59,8 @@ def _main(argv: list[str]) -> int:
         return _list(request)
     if request.wants_help:
         return _help(request)
+    if request.resume == "auto":
+        return _resume_auto(request)
     if request.resume is not None:
         return _resume(request)
     config = resolve_request(request)
@@ -160,6 +163,36 @@ def _train(trainer) -> int:
     logs.close()
     print(closing_table(summary, trainer.progress.tasks, folder))
     return OK
+
+
+def _resume_auto(request: Request) -> int:
+    """Goes on with the newest unfinished run of this configuration, or starts it: what a job that is requeued needs.
+    Where the newest one is finished, nothing is left to be done."""
+    from utils import checkpoint
+    from utils.results import RunFolder
+
+    config = resolve_request(replace(request, resume=None))
+    if config.dry_run:
+        print(describe(config))
+        return OK
+    if config.disable_log:
+        raise UsageError("--resume auto looks for run folders, --disable_log writes none. Drop one of them.")
+    for path in RunFolder.of(config):
+        try:
+            saved = read_saved(str(path))
+            changed = differences(saved.code or config.code, config.code)
+            if changed and not request.keep_changed:
+                print(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
+                continue
+            if _status(path) == "finished":
+                print(f"already finished: {path}")
+                return OK
+            checkpoint.load(path / "checkpoint", config.hash)
+        except UsageError as error:
+            print(f"note: left alone: {error}")
+            continue
+        return _resume(Request({}, request.plugins, resume=str(path), keep_changed=request.keep_changed))
+    return train(config)
 
 
 def _resume(request: Request) -> int:
@@ -344,6 +377,12 @@ def _help(request: Request) -> int:
     print("  --plugin FILE                                   add names from a file (repeatable)")
     print("  --from RUN                                      repeat a run; further flags override its values")
     print("  --resume RUN                                    continue a run that was stopped")
+    print(
+        "  --resume auto                                   continue the newest unfinished run of these flags, or start"
+    )
+    print(
+        "  --keep_changed 1                                with --resume or --from: although its code has changed since"
+    )
     owner = None
     for flag in schema(chosen).values():
         if flag.owner != owner:

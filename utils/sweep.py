@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,12 @@ from typing import Any
 
 from utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
 from utils.errors import UsageError
+from utils.lock import Busy, Lock
 from utils.registry import METHODS, canonical, load_plugin
 from utils.report import BY, Parser, Run, comparable, find_runs, table, words
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
+RETRY_S = 2.0  # until a job that another sweep is at is tried again
 STOP_S = 30.0  # what an interrupted run may take to write what it has finished
 Runner = Callable[[list[str]], int]
 
@@ -153,21 +156,49 @@ def plan(
     return list(jobs.values())
 
 
-def finished(jobs: Sequence[Job], folders: Sequence[Path] | None = None) -> dict[str, Run]:
-    """The finished runs of these jobs, by the job's hash; `folders` in place of the jobs' own results_path."""
+@dataclass(frozen=True)
+class Found:
+    """What there is of a grid, by the job's hash: finished runs (`done`), those of them that do not say which code made
+    them (`unsure`), and for jobs that were finished by other code alone, the files that have changed."""
+
+    done: dict[str, Run]
+    unsure: set[str]
+    changed: dict[str, list[str]]
+
+    def notes(self) -> list[str]:
+        lines = []
+        if self.unsure:
+            lines.append(f"note: {len(self.unsure)} of them do not say which code made them; they count as the same")
+        if self.changed:
+            files = sorted({file for own in self.changed.values() for file in own})
+            lines.append(
+                f"note: {len(self.changed)} finished run(s) were made by other code ({', '.join(files)} changed since) "
+                "and do not count; --keep_changed takes them as they are"
+            )
+        return lines
+
+
+def look(jobs: Sequence[Job], folders: Sequence[Path] | None = None, keep_changed: bool = False) -> Found:
+    """The finished runs of these jobs; `folders` in place of the jobs' own results_path."""
     if folders is None:
         folders = sorted({job.results_path for job in jobs if job.results_path.is_dir()})
-    runs = find_runs(folders, say=lambda line: None)
-    exact = {run.summary.get("config_hash"): run for run in runs}
     alike: dict[tuple, list[Run]] = {}
-    for run in runs:
+    for run in reversed(find_runs(folders, say=lambda line: None, with_repeats=True)):  # the newest first
         alike.setdefault(_selection(run.flags), []).append(run)
-    found = {}
+    found = Found({}, set(), {})
     for job in jobs:
-        older = (run for run in reversed(alike.get(_selection(job.config.values), [])) if _same_run(job.config, run))
-        run = exact.get(job.hash) or next(older, None)
-        if run is not None:
-            found[job.hash] = run
+        own = [
+            run for run in alike.get(_selection(job.config.values), [])
+            if run.summary.get("config_hash") == job.hash or _same_run(job.config, run)
+        ]  # fmt: skip
+        changed = {id(run): [] if keep_changed else run.differs_from(job.config.code) for run in own}
+        same = next((run for run in own if not changed[id(run)]), None)
+        if same is not None:
+            found.done[job.hash] = same
+            if same.code is None:
+                found.unsure.add(job.hash)
+        elif own:
+            found.changed[job.hash] = changed[id(own[0])]
     return found
 
 
@@ -203,45 +234,59 @@ class _Worker:
 
     def give(self, job: Job, extra: Sequence[str]) -> None:
         self.job = job
-        self.connection.send(([*job.argv, *extra], str(job.log)))
+        self.connection.send(([*job.argv, *extra], str(job.log), job.label))
 
-    def result(self) -> int:
+    def result(self) -> tuple[int, str]:
+        """(exit code, why there is no log that says more)."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return self.process.exitcode or FAILED  # negative: the signal that killed it
+            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
 
 
 def run_all(
     jobs: Sequence[Job],
     num_workers: int,
-    on_end: Callable[[Job, int], None],
+    on_end: Callable[[Job, int, str], None],
     extra: Sequence[str] = (),
     runner: Runner | None = None,
 ) -> None:
-    """Runs all jobs and calls `on_end(job, exit code)` after each; a negative code is the signal that killed it.
+    """Runs all jobs and calls `on_end(job, exit code, why there is no log)` after each; a negative code is the signal
+    that killed it.
 
-    A worker is replaced after a failed run, which may have left CUDA or memory unusable.
+    A worker is replaced after a failed run, which may have left CUDA or memory unusable. A job that another sweep is
+    at is tried again until that one has finished it, or has died.
     """
     waiting = deque(jobs)
+    busy: list[tuple[float, Job]] = []  # (when to try again, job), the earliest first
     workers: list[_Worker] = []
+    idle: list[_Worker] = []
     try:
-        while waiting or workers:
-            while waiting and len(workers) < num_workers:
-                workers.append(_Worker.start(runner))
-                workers[-1].give(waiting.popleft(), extra)
-            for connection in wait([worker.connection for worker in workers]):
+        while waiting or busy or workers:
+            while busy and busy[0][0] <= time.monotonic():
+                waiting.append(busy.pop(0)[1])
+            while waiting and (idle or len(workers) < num_workers):
+                worker = idle.pop() if idle else _Worker.start(runner)
+                workers.append(worker)
+                worker.give(waiting.popleft(), extra)
+            pause = max(0.0, busy[0][0] - time.monotonic()) if busy else None
+            if not workers:
+                time.sleep(pause or 0.0)
+            for connection in wait([worker.connection for worker in workers], pause) if workers else ():
                 worker = next(worker for worker in workers if worker.connection is connection)
-                job, code = worker.job, worker.result()
-                if code == OK and waiting:
-                    worker.give(waiting.popleft(), extra)
+                job, (code, why) = worker.job, worker.result()
+                workers.remove(worker)
+                if code in (OK, BUSY):
+                    idle.append(worker)
                 else:
-                    workers.remove(worker)
                     connection.close()
-                on_end(job, code)
+                if code == BUSY:
+                    busy.append((time.monotonic() + RETRY_S, job))
+                else:
+                    on_end(job, code, why)
     finally:
-        _stop(workers)
+        _stop([*workers, *idle])
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
@@ -259,15 +304,36 @@ def _work(connection, runner: Runner | None) -> None:
     """A worker's life: runs until there are no more, or until one fails."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C in the terminal reaches the sweep alone, which passes it on once
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     try:
         while True:
-            argv, log = connection.recv()
-            code = _run_logged(argv, Path(log), runner)
-            connection.send(code)
-            if code != OK:
+            argv, log, label = connection.recv()
+            code, why = _run_claimed(argv, Path(log), label, runner)
+            connection.send((code, why))
+            if code not in (OK, BUSY):
                 return
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
+
+
+def _end_with_parent() -> None:
+    """A sweep that was killed leaves no run behind: its run ends as by SIGTERM, with a checkpoint."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_S)
+    os._exit(FAILED)
+
+
+def _run_claimed(argv: list[str], log: Path, label: str, runner: Runner | None) -> tuple[int, str]:
+    """(exit code, why there is no log). One process at a time runs a job, whatever sweep it belongs to."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with Lock(log.with_suffix(".lock"), label):
+            return _run_logged(argv, log, runner), ""
+    except Busy:
+        return BUSY, ""
+    except OSError as error:
+        return FAILED, f"its log {log} cannot be written: {error.strerror or error}"
 
 
 def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
@@ -287,9 +353,8 @@ def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
 @contextmanager
 def _console_to(log: Path):
     """Sends the file descriptors 1 and 2 to `log`, what C libraries print included."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    saved = os.dup(1), os.dup(2)
     with open(log, "wb") as file:
+        saved = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # a log that can be followed
@@ -303,13 +368,21 @@ def _console_to(log: Path):
             os.close(copy)
 
 
-def sweep(jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None) -> int:
+def sweep(
+    jobs: Sequence[Job],
+    num_workers: int,
+    extra: Sequence[str] = (),
+    runner: Runner | None = None,
+    keep_changed: bool = False,
+) -> int:
     """Runs what is not finished yet, shows how far it is, ends with the table of all runs; returns the exit code."""
-    done = finished(jobs)
-    pending = [job for job in jobs if job.hash not in done]
-    print(f"{len(jobs)} run(s), {len(done)} of them already finished and skipped")
+    found = look(jobs, keep_changed=keep_changed)
+    pending = [job for job in jobs if job.hash not in found.done]
+    print(f"{len(jobs)} run(s), {len(found.done)} of them already finished and skipped")
+    for line in found.notes():
+        print(line)
     failed, interrupted = run_shown(pending, num_workers, extra, runner)
-    runs = finished(jobs)
+    runs = look(jobs, keep_changed=keep_changed).done
     if runs:
         axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
         known = set().union(*(run.keys for run in runs.values()))
@@ -331,11 +404,11 @@ def run_shown(
     failed: dict[Job, int] = {}
     with tqdm(total=len(jobs), unit="run", disable=not jobs, dynamic_ncols=True) as bar:
 
-        def on_end(job: Job, code: int) -> None:
+        def on_end(job: Job, code: int, why: str) -> None:
             if code != OK:
                 failed[job] = code
             with bar.external_write_mode():
-                outcome = _outcome(job) if code == OK else f"FAILED ({code}), see {job.log}"
+                outcome = _outcome(job) if code == OK else f"FAILED ({code}), {why or f'see {job.log}'}"
                 print(f"{job.label} -> {outcome}", file=file, flush=True)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
@@ -378,7 +451,15 @@ def _parser() -> Parser:
     add("--seeds", default="0", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
     add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
+    add_keep_changed(parser)
     return parser
+
+
+def add_keep_changed(parser: Parser) -> None:
+    parser.add_argument(
+        "--keep_changed", nargs="?", type=int, choices=(0, 1), const=1, default=0, metavar="0|1",
+        help="1: runs count as finished although the code that made them has changed since",
+    )  # fmt: skip
 
 
 def _grid(axes: Sequence[str]) -> dict[str, list[str]]:
@@ -420,51 +501,45 @@ def check_jobs(number: int) -> None:
         raise UsageError(f"--jobs must be at least 1, got {number}.")
 
 
-def flags_of_all(request: Request, num_at_once: int) -> list[str]:
-    """Flags that each of so many runs at once is given: no bar of its own, and its share of the cores."""
-    extra = ["--non_verbose", "1"]
-    if "threads" not in request.words:
-        extra += ["--threads", str(max(1, _num_cpus() // max(1, num_at_once)))]
-    return extra
+def flags_of_all(keep_changed: bool) -> list[str]:
+    """Flags that each of many runs is given: no bar of its own, and what was interrupted is continued."""
+    return ["--non_verbose", "1", "--resume", "auto", "--keep_changed", str(int(keep_changed))]
 
 
 def catch_stops() -> None:
     """A scheduler's stop is treated as Ctrl-C is, since it must reach the workers as well."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.default_int_handler)
 
 
-def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, list[str]]:
-    """(jobs, number of workers, flags added to each run)."""
+def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
+    """(jobs, number of workers, whether runs of changed code count)."""
     cut = argv.index("--") if "--" in argv else len(argv)
     rest = list(argv[cut + 1 :])
     args = _parser().parse_args(argv[:cut])
     check_jobs(args.jobs)
     grid = _grid(args.grid)
     reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
-    request = check_rest(rest, reserved)
+    check_rest(rest, reserved)
     points = expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid)
     shared = Shared(rest, points)
     if shared.partial:
         print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
-    jobs = plan(points, shared)
-    return jobs, args.jobs, flags_of_all(request, min(args.jobs, len(jobs)))
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return plan(points, shared), args.jobs, bool(args.keep_changed)
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     """0 all finished, 1 some failed, 2 bad input, 130 interrupted."""
     try:
-        jobs, num_workers, extra = _prepare(list(argv))
+        jobs, num_workers, keep_changed = _prepare(list(argv))
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return USAGE
     catch_stops()
-    return sweep(jobs, num_workers, extra, runner)
+    return sweep(jobs, num_workers, flags_of_all(keep_changed), runner, keep_changed)
 
 
 if __name__ == "__main__":
