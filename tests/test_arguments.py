@@ -14,9 +14,10 @@ import torch
 from made import make_mnist
 
 from utils import checkpoint, run
-from utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, read_config_file, resolve
+from utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
 from utils.errors import UsageError
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT
+from utils.saved import read_saved
 
 FAST = ("--model", "er", "--dataset", "seq-synth")
 SAM, SPARSE = ("--optimizer", "sam"), ("--optimizer", "sparse_sam")
@@ -689,7 +690,7 @@ def test_from_resolves_to_the_very_same_values(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     again = resolve(["--from", str(tmp_path)])
     assert again.values == config.values and again.hash == config.hash
-    assert read_config_file(str(tmp_path))[1] == ()
+    assert read_saved(str(tmp_path)).plugins == ()
 
 
 def test_a_config_remembers_its_plugins_wherever_it_is_read(tmp_path, monkeypatch):
@@ -907,11 +908,14 @@ def check_data_device(tmp_path, capsys, monkeypatch):
 
 def check_threads(tmp_path, capsys, monkeypatch):
     torch.set_num_threads(2)
-    for threads in (0, 1):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    for threads in (1, 3):
         argv = [*FAST, "--debug_mode", "--n_tasks", "1", "--threads", str(threads), "--results_path", str(tmp_path)]
         assert run.main(argv) == 0
     found = [json.loads(file.read_text())["threads"] for file in tmp_path.rglob("environment.json")]
-    assert sorted(found) == [1, 2]
+    assert sorted(found) == [1, 3] and torch.get_num_threads() == 2
+    assert run.main([*FAST, "--threads", "4"]) == 2
+    assert "at most the number of this machine's cores 3, got 4" in capsys.readouterr().err
 
 
 def check_base_path(tmp_path, capsys, monkeypatch):

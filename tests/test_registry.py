@@ -190,7 +190,7 @@ def test_a_plugin_adds_names_of_all_four_kinds_and_they_run(plugin, capsys):
     assert (config.model, config.dataset) == ("my_method", "my-data")
     assert (config.backbone, config.optimizer) == ("my-net", "my_optimizer")
     assert config.my_weight == 2.0 and config.origins["my_weight"] == "argv"
-    assert config.plugins == (str(plugin),)
+    assert [loaded.path for loaded in config.plugins] == [str(plugin)]
     for registry, name in ((METHODS, "my_method"), (DATASETS, "my-data"), (BACKBONES, "my-net")):
         assert name in registry.names()
     assert METHODS.summary("my_method") == "A method of ours."
@@ -275,7 +275,7 @@ class Usurper(Method):
 
 def test_two_plugins_with_one_name(tmp_path):
     for stem in ("one", "two"):
-        (tmp_path / f"{stem}.py").write_text(TAKEN.replace('"er"', '"mine"'))
+        (tmp_path / f"{stem}.py").write_text(f"# {stem}\n" + TAKEN.replace('"er"', '"mine"'))
     load_plugin(str(tmp_path / "one.py"))
     with pytest.raises(UsageError, match="registered twice") as caught:
         load_plugin(str(tmp_path / "two.py"))

@@ -356,7 +356,7 @@ def test_plan_reports_each_problem_once_before_any_work(tmp_path):
 
 def test_a_flag_that_only_some_optimizers_have_goes_to_these(capsys):
     grid = ["--grid", "optimizer=sgd,sam,gsam", "--", "--lr", "0.2", "--rho", "0.1", "--base_path=x"]
-    jobs, _, _ = sweep._prepare(["--models", "er", "--datasets", "perm-mnist", *grid])
+    jobs, *_ = sweep._prepare(["--models", "er", "--datasets", "perm-mnist", *grid])
     found = {
         job.axes["optimizer"]: [word for word in job.argv if word in ("--rho", "--lr", "--base_path=x")] for job in jobs
     }
@@ -405,7 +405,8 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
     def resolver(argv):  # the hash that make_run gives
         given = dict(zip(argv[::2], argv[1::2], strict=True))
         digest = f"{given['--model']}-{given['--dataset']}-sgd-{given['--seed']}-0.1"
-        return SimpleNamespace(hash=digest, results_path=str(tmp_path), values={}, flags={})
+        values = {name: given[f"--{name}"] for name in ("model", "dataset", "seed")}
+        return SimpleNamespace(hash=digest, results_path=str(tmp_path), values=values, flags={}, code={})
 
     make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
     grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])

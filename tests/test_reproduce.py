@@ -354,7 +354,7 @@ def test_runs_from_before_a_flag_existed_are_recognised(small):
     def known(flags, protocol=config["protocol"]):
         content = {**config, "protocol": protocol, "flags": flags}
         config_file.write_text(json.dumps(content))
-        return job.hash in sweep.finished([job])
+        return job.hash in sweep.look([job]).done
 
     older = {name: entry for name, entry in config["flags"].items() if name != "amp"}
     assert known(config["flags"]) and known(older)

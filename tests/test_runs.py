@@ -435,11 +435,9 @@ def test_different_seeds_differ_in_weights_data_order_and_accuracy():
     assert len({json.dumps(progress["untrained"]) for progress, _ in runs}) == 3
 
 
-def test_runs_in_one_process_do_not_share_threads(tmp_path):
-    """`--threads 0` leaves the number to torch, not to the run before."""
+def test_runs_leave_the_threads_of_their_process_alone():
     torch.set_num_threads(2)
     trained("--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--threads", "1")
-    run.main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--threads", "1", "--disable_log"])
     run.main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--disable_log"])
     assert torch.get_num_threads() == 2
 
@@ -785,9 +783,9 @@ def test_resume_changes_nothing_that_could_change_a_number(tmp_path, capsys, int
     interrupt(3)
     argv = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--stop_after", "1")
     folder = start(tmp_path, *argv, code=143)
-    for words in (("--lr", "0.2"), ("--seed", "0"), ("--results_path", "x"), ("--disable_log",)):
+    for words in (("--lr", "0.2"), ("--seed", "0"), ("--threads", "2"), ("--results_path", "x"), ("--disable_log",)):
         assert f"{words[0]} cannot be changed" in refused(capsys, "--resume", str(folder), *words)
-    assert run.main(["--resume", str(folder), "--non_verbose", "--threads", "1", "--device", "cpu"]) == 0
+    assert run.main(["--resume", str(folder), "--non_verbose", "--device", "cpu"]) == 0
 
 
 def test_a_run_without_folder_can_be_interrupted(interrupt, capsys):

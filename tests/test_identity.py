@@ -1,0 +1,457 @@
+"""Which code made a run: digests, changed code in sweeps and on resume, plugins that travel with their runs, runs that
+are continued or shared."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from utils import run, sweep
+from utils.arguments import resolve
+from utils.identity import code_of, differences, meaning
+from utils.lock import Lock
+from utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
+
+METHOD = '''"""ER with a scaled loss."""
+
+from models._method import Loss
+from models.er import ER
+from utils.registry import METHODS
+
+SCALE = 1.0
+
+
+@METHODS.register("mine")
+class Mine(ER):
+    def loss(self, *blocks):
+        loss = super().loss(*blocks)
+        return loss.mapped(lambda part: part * SCALE)
+'''
+MINE = ("--model", "mine", "--dataset", "seq-synth", "--debug_mode", "--stop_after", "2", "--non_verbose")
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    file = tmp_path / "code" / "mine.py"
+    file.parent.mkdir()
+    file.write_text(METHOD)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def unpictured(monkeypatch):
+    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args: None)
+
+
+def start(tmp_path, *words, code=0):
+    """A run's folder."""
+    before = {*tmp_path.rglob("config.json")}
+    assert run.main([*words, "--results_path", str(tmp_path / "results")]) == code
+    (file,) = {*tmp_path.rglob("config.json")} - before
+    return file.parent
+
+
+def said(capsys, *words, code=2):
+    """What a command line that is refused says: one line."""
+    capsys.readouterr()
+    assert run.main([*words]) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+# digests
+
+
+SAME = {
+    "comment": ("SCALE = 1.0", "SCALE = 1.0  # as published"),
+    "line ends": ("\n", "\r\n"),
+    "docstring": ('"""ER with a scaled loss."""', '"""Another text."""'),
+    "blank lines": ("SCALE", "\n\nSCALE"),
+    "type hints": ("def loss(self, *blocks):", "def loss(self, *blocks: Block) -> Loss:"),
+    "layout": (
+        "loss.mapped(lambda part: part * SCALE)",
+        "loss.mapped(\n            lambda part: part * SCALE,\n        )",
+    ),
+    "an import for a hint": ("from models._method import Loss", "from models._method import Block, Loss"),
+    "published values": (
+        "class Mine(ER):\n",
+        'class Mine(ER):\n    published = {("seq-mnist", 200): {"lr": (1, "")}}\n',
+    ),
+}
+OTHER = {
+    "a number": ("SCALE = 1.0", "SCALE = 2.0"),
+    "a type of number": ("SCALE = 1.0", "SCALE = 1"),
+    "a name": ("part * SCALE", "part / SCALE"),
+    "a base": ("class Mine(ER)", "class Mine(ER, object)"),
+    "an attribute": ("class Mine(ER):\n", "class Mine(ER):\n    revisits = True\n"),
+}
+
+
+def digest(text):
+    from utils.identity import _dump
+
+    return _dump(meaning(text))
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_changes_no_number_changes_no_digest(change):
+    old, new = SAME[change]
+    assert old in METHOD
+    assert digest(METHOD) == digest(METHOD.replace(old, new))
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_could_change_a_number_changes_the_digest(change):
+    old, new = OTHER[change]
+    assert old in METHOD
+    assert digest(METHOD) != digest(METHOD.replace(old, new))
+
+
+def test_the_help_of_a_flag_does_not_count_but_its_default_does():
+    flag = 'x: float = flag(0.5, "weight", low=0)'
+    assert digest(flag) == digest(flag.replace("weight", "weight of the penalty"))
+    assert digest(flag) != digest(flag.replace("0.5", "0.6"))
+    assert digest(flag) != digest(flag.replace("low=0", "low=1"))
+
+
+def test_the_files_of_a_run_are_those_of_its_classes_their_bases_and_what_these_import():
+    code = code_of([METHODS.load("xder"), OPTIMIZERS.load("gsam")])
+    assert {"models/xder.py", "models/_replay.py", "models/_method.py", "models/_views.py"} <= code.keys()
+    assert {"utils/optim/gsam.py", "utils/optim/_sharpness.py", "utils/optim/_driver.py"} <= code.keys()
+    assert not {"models/sgd.py", "utils/trainer.py", "utils/optim/sam.py"} & code.keys()  # sgd: a word in `published`
+    assert all(len(value) == 16 for value in code.values())
+
+
+def test_every_pair_of_names_has_a_file_of_its_own_in_the_code():
+    for registry, folder in ((METHODS, "models"), (OPTIMIZERS, "utils/optim")):
+        for name in registry.names():
+            assert f"{folder}/{name}.py" in code_of([registry.load(name)])
+
+
+def test_an_installed_package_counts_with_what_it_imports_of_itself(tmp_path, monkeypatch):
+    package = tmp_path / "flatter"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "costs.py").write_text("SCALE = 1.0\n")
+    (package / "method.py").write_text(METHOD.replace("SCALE = 1.0\n", "from .costs import SCALE\n"))
+    info = tmp_path / "flatter-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flatter\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[continual.models]\nmine = flatter.method:Mine\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = code_of([METHODS.load("mine")])
+    assert {"flatter.method", "flatter.costs", "models/er.py"} <= code.keys()
+
+
+# sweeps
+
+
+def swept(tmp_path, plugin, *words, model="mine"):
+    """A sweep in a process of its own, as a user starts it. Returns what it says."""
+    argv = [sys.executable, "-m", "utils.sweep", "--models", model, "--datasets", "seq-synth", *words, "--"]
+    argv += ["--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
+    argv += ["--plugin", str(plugin)] if plugin else []
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def folders(tmp_path):
+    return sorted(file.parent for file in (tmp_path / "results").rglob("config.json"))
+
+
+def test_a_sweep_runs_again_what_other_code_has_made(tmp_path, plugin):
+    assert "1 run(s), 0 of them" in swept(tmp_path, plugin)
+    assert "1 run(s), 1 of them" in swept(tmp_path, plugin)
+    plugin.write_text(METHOD.replace("SCALE = 1.0", "SCALE = 3.0"))
+    out = swept(tmp_path, plugin, "--keep_changed", "1")
+    assert "1 run(s), 1 of them" in out and len(folders(tmp_path)) == 1
+    out = swept(tmp_path, plugin)
+    assert "1 run(s), 0 of them" in out and "made by other code (plugin mine.py changed since)" in out
+    assert len(folders(tmp_path)) == 2
+    assert "1 run(s), 1 of them" in swept(tmp_path, plugin)
+    copies = [(folder / "plugins" / "mine.py").read_text() for folder in folders(tmp_path)]
+    assert copies == [METHOD, METHOD.replace("SCALE = 1.0", "SCALE = 3.0")]
+
+
+def finished_by(config, tmp_path, **changed):
+    """A folder with a finished run of `config`, as `config.json` and `summary.json` say."""
+    folder = tmp_path / "results" / "one"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**config.to_json(), **changed}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    summary = {"status": "finished", "config_hash": config.hash, "metrics": {}, "model": "er", "dataset": "seq-synth"}
+    (folder / "summary.json").write_text(json.dumps({**summary, "seed": 0}))
+
+
+@pytest.mark.parametrize("file", ["models/er.py", "models/_method.py", "utils/optim/sgd.py", "backbone/mnistmlp.py"])
+def test_an_edited_file_of_the_tree_is_other_code(file, tmp_path):
+    argv = ["--model", "er", "--dataset", "seq-synth", "--results_path", str(tmp_path / "results")]
+    job = sweep.Job({}, tuple(argv), resolve(argv))
+    finished_by(job.config, tmp_path)
+    found = sweep.look([job])
+    assert found.done.keys() == {job.hash} and found.notes() == []
+    finished_by(job.config, tmp_path, code={**job.config.code, file: "0" * 16})
+    found = sweep.look([job])
+    assert not found.done and found.changed == {job.hash: [file]}
+    assert file in found.notes()[0]
+    assert sweep.look([job], keep_changed=True).done.keys() == {job.hash}
+
+
+def test_a_run_that_went_on_with_other_code_is_not_of_the_present_one(tmp_path):
+    argv = ["--model", "er", "--dataset", "seq-synth", "--results_path", str(tmp_path / "results")]
+    job = sweep.Job({}, tuple(argv), resolve(argv))
+    other = {**job.config.code, "models/er.py": "0" * 16}
+    finished_by(job.config, tmp_path, changed_code=[{"after_step": 3, "code": other}])
+    assert sweep.look([job]).changed == {job.hash: ["models/er.py"]}
+
+
+def test_a_run_that_does_not_say_its_code_counts_with_one_note(tmp_path):
+    argv = ["--model", "er", "--dataset", "seq-synth", "--results_path", str(tmp_path / "results")]
+    job = sweep.Job({}, tuple(argv), resolve(argv))
+    finished_by(job.config, tmp_path, code=None)
+    found = sweep.look([job])
+    assert found.done.keys() == {job.hash} and len(found.notes()) == 1
+    assert "1 of them do not say which code made them" in found.notes()[0]
+
+
+def test_the_number_of_jobs_changes_no_number(tmp_path, tiny_bn):
+    """With BatchNorm, sums over rows depend on the number of threads."""
+    accuracy = []
+    for jobs in ("1", "2"):
+        swept(
+            tmp_path / jobs, tiny_bn, "--seeds", "0-1", "--jobs", jobs, "--grid", "backbone=tiny-bn", model="derpp_sam"
+        )
+        found = [json.loads((folder / "accuracy.json").read_text()) for folder in folders(tmp_path / jobs)]
+        threads = {json.loads((f / "environment.json").read_text())["threads"] for f in folders(tmp_path / jobs)}
+        assert threads == {1}
+        accuracy.append(sorted(json.dumps(one["accuracy"]) for one in found))
+    assert accuracy[0] == accuracy[1]
+
+
+def test_threads_are_part_of_the_identity():
+    argv = ["--model", "er", "--dataset", "seq-synth"]
+    two = resolve([*argv, "--threads", "2"]) if os.cpu_count() > 1 else None
+    assert resolve(argv).threads == 1
+    assert two is None or two.hash != resolve(argv).hash
+
+
+# resume
+
+
+@pytest.fixture
+def stopped(tmp_path, plugin, monkeypatch):
+    """The folder of a run of the plugin that was stopped in its second task."""
+    from utils.trainer import Trainer
+
+    with monkeypatch.context() as patch:
+        train = Trainer._finish_task
+
+        def stop(self, task):
+            train(self, task)
+            if len(self.progress.tasks) == 1:
+                self._stop_signal = signal.SIGTERM
+
+        patch.setattr(Trainer, "_finish_task", stop)
+        return start(tmp_path, *MINE, "--plugin", str(plugin), code=128 + signal.SIGTERM)
+
+
+def test_resume_with_changed_code_is_refused_and_names_the_files(stopped, capsys):
+    file = stopped / "config.json"
+    content = json.loads(file.read_text())
+    content["code"]["models/er.py"] = "0" * 16
+    file.write_text(json.dumps(content))
+    error = said(capsys, "--resume", str(stopped))
+    assert "was made by other code: models/er.py changed since" in error and "--keep_changed 1" in error
+    assert run.main(["--resume", str(stopped), "--keep_changed", "1"]) == 0
+    (later,) = json.loads(file.read_text())["changed_code"]
+    assert later["after_step"] == 6 and later["code"]["models/er.py"] != "0" * 16
+
+
+def test_resume_refuses_a_plugin_whose_text_has_changed(stopped, plugin, capsys):
+    plugin.write_text(METHOD.replace("SCALE = 1.0", "raise SystemError('executed')"))
+    for word in ("--resume", "--from"):
+        error = said(capsys, word, str(stopped), "--dry_run")
+        assert f"the plugin {plugin} is not the one that" in error and "executed" not in error
+        assert f"--plugin {stopped}/plugins/mine.py" in error
+    assert run.main(["--resume", str(stopped), "--plugin", str(stopped / "plugins" / "mine.py")]) == 0
+    assert f"note: plugin {stopped}/plugins/mine.py, named by {stopped}/config.json" in capsys.readouterr().err
+
+
+def test_a_plugin_that_has_moved_is_named_anew_or_taken_from_the_run(stopped, plugin, capsys, tmp_path):
+    moved = tmp_path / "new" / "mine.py"
+    moved.parent.mkdir()
+    shutil.move(plugin, moved)
+    assert run.main(["--from", str(stopped), "--plugin", str(moved), "--dry_run"]) == 0
+    assert f"note: plugin {moved}" in capsys.readouterr().err
+    folder = shutil.move(stopped, tmp_path / "elsewhere")
+    assert run.main(["--resume", str(folder)]) == 0
+    assert f"note: plugin {folder}/plugins/mine.py" in capsys.readouterr().err
+
+
+def test_a_copy_in_the_folder_that_was_edited_is_refused(stopped, plugin, capsys):
+    plugin.unlink()
+    (stopped / "plugins" / "mine.py").write_text("raise SystemError('executed')")
+    error = said(capsys, "--resume", str(stopped))
+    assert "is not the one that" in error and "executed" not in error
+
+
+def test_a_folder_cannot_name_a_copy_outside_of_it(stopped, plugin, capsys, tmp_path):
+    plugin.unlink()
+    (stopped / "plugins" / "mine.py").unlink()
+    (tmp_path / "mine.py").write_text("raise SystemError('executed')")
+    file = stopped / "config.json"
+    content = json.loads(file.read_text())
+    content["plugins"][0]["copy"] = "../../../../../../mine.py"
+    file.write_text(json.dumps(content))
+    error = said(capsys, "--resume", str(stopped), "--keep_changed", "1")
+    assert "there is no such file" in error and "executed" not in error
+
+
+def test_an_edited_plugin_is_loaded_anew(tmp_path, plugin):
+    first = resolve([*MINE, "--plugin", str(plugin)])
+    plugin.write_text(METHOD.replace("SCALE = 1.0", "SCALE = 3.0"))
+    second = resolve([*MINE, "--plugin", str(plugin)])
+    assert differences(first.code, second.code) == ["plugin mine.py"]
+    assert sys.modules[METHODS.load("mine").__module__].SCALE == 3.0
+
+
+@pytest.mark.parametrize("words", [("--keep_changed", "1"), ("--resume", "x", "--keep_changed", "2")])
+def test_keep_changed_where_it_has_no_sense(words, capsys):
+    assert "--keep_changed" in said(capsys, "--model", "er", "--dataset", "seq-synth", *words)
+
+
+@pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit", "import sys\nsys.exit('enough')"])
+def test_a_plugin_that_ends_the_program_is_named(text, tmp_path, capsys):
+    file = tmp_path / "quits.py"
+    file.write_text(text)
+    error = said(capsys, "--model", "er", "--dataset", "seq-synth", "--plugin", str(file))
+    assert f"--plugin {file}: it ends the program while it is imported (sys.exit(" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_path_that_cannot_be_one(capsys):
+    for path in ("a\0b.py", "~nobody-there/x.py", "\udcff.py"):
+        assert "--plugin" in said(capsys, "--model", "er", "--dataset", "seq-synth", "--plugin", path)
+
+
+# --resume auto
+
+
+ER = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--non_verbose", "--resume", "auto")
+
+
+def test_auto_starts_goes_on_and_is_done(tmp_path, capsys, monkeypatch):
+    from utils.trainer import Trainer
+
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", signal.SIGTERM))
+        assert run.main(argv) == 143
+    (folder,) = folders(tmp_path)
+    assert run.main(argv) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert run.main(argv) == 0
+    assert f"already finished: {folder}" in capsys.readouterr().out
+    assert folders(tmp_path) == [folder]
+    assert run.main([*argv, "--seed", "1"]) == 0  # another configuration
+    assert len(folders(tmp_path)) == 2
+
+
+def test_auto_does_not_go_on_with_other_code(tmp_path, capsys):
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    assert run.main(argv) == 0
+    (folder,) = folders(tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    content["code"]["models/er.py"] = "0" * 16
+    (folder / "config.json").write_text(json.dumps(content))
+    assert run.main(argv) == 0
+    assert f"note: {folder} was made by other code (models/er.py changed since)" in capsys.readouterr().out
+    assert len(folders(tmp_path)) == 2
+
+
+def test_auto_needs_folders(capsys):
+    assert "--resume auto looks for run folders" in said(capsys, *ER, "--disable_log")
+
+
+# sweeps whose parts die
+
+
+@pytest.fixture
+def big(tmp_path):
+    """Words of a sweep whose runs take long enough to be killed."""
+    argv = [sys.executable, "-m", "utils.sweep", "--models", "er", "--datasets", "seq-digits", "--seeds", "0-1"]
+    argv += ["--", "--n_epochs", "40", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
+    return argv
+
+
+def wait_for(what, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_workers_end_with_their_sweep_and_the_next_one_goes_on(number, big, tmp_path):
+    process = subprocess.Popen(big, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: [*tmp_path.rglob("metrics.jsonl")])
+    (metrics,) = tmp_path.rglob("metrics.jsonl")
+    (file,) = (tmp_path / "results" / "logs").glob("*.lock")
+    worker = json.loads(file.read_text())["pid"]
+    process.send_signal(number)
+    process.wait(60)
+    wait_for(lambda: not is_alive(worker))
+    assert json.loads((metrics.parent / "summary.json").read_text())["status"] == "interrupted"
+    done = subprocess.run(big, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(folders(tmp_path)) == 2  # one of each seed: the interrupted one was continued
+    logs = [file.read_text() for file in (tmp_path / "results" / "logs").glob("*.log")]
+    assert sum("resumed after step" in log for log in logs) == 1
+
+
+def test_two_sweeps_on_one_folder_share_the_work(big, tmp_path):
+    processes = [
+        subprocess.Popen(big, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        assert out.count("er seq-digits") >= 2 and "FAILED" not in out
+    assert len(folders(tmp_path)) == 2  # each run once
+    assert {json.loads((f / "summary.json").read_text())["status"] for f in folders(tmp_path)} == {"finished"}
+
+
+def test_a_job_that_another_process_is_at_waits_for_it(tmp_path):
+    log = tmp_path / "job.log"
+    with Lock(log.with_suffix(".lock"), "a job"):
+        assert sweep._run_claimed([], log, "a job", lambda argv: 1 / 0) == (sweep.BUSY, "")
+    assert not log.exists()  # the other one's log is left alone
+
+
+def test_a_job_that_cannot_write_its_log_says_why(tmp_path):
+    (tmp_path / "logs").write_text("a file in the folder's place")
+    code, why = sweep._run_claimed([], tmp_path / "logs" / "job.log", "a job", lambda argv: 0)
+    assert code == sweep.FAILED and "its log" in why and "cannot be written" in why
+
+
+def test_load_plugin_takes_the_same_text_under_another_path_as_the_same(tmp_path, plugin):
+    load_plugin(str(plugin))
+    before = METHODS.load("mine")
+    load_plugin(str(shutil.copy(plugin, tmp_path / "copy.py")))
+    assert METHODS.load("mine") is before
