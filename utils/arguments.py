@@ -104,6 +104,9 @@ class EngineArgs:
         10.0, "minutes between checkpoints inside a task (one is always written after a task); 0: only those",
         low=0, result=False,
     )  # fmt: skip
+    keep_checkpoint: bool = flag(
+        True, "a finished run keeps its last checkpoint; 0: its weights alone, as model.pt", result=False
+    )
     dry_run: bool = flag(False, "resolve and print the configuration, then stop", result=False)
 
 

@@ -256,7 +256,7 @@ def whole_run(device: torch.device) -> None:
     print(
         f"er on 20 tasks of perm-mnist's size: {cost['wall_s']:.1f} s ({cost['train_s']:.1f} s training, "
         f"{cost['eval_s']:.1f} s for {len(trainer.benchmark) * 21} evaluations of 10,000 images), "
-        f"peak memory {cost['peak_memory_mib']:,.0f} MiB"
+        f"peak memory {cost['peak_memory_mib'] or float('nan'):,.0f} MiB"
     )
 
 

@@ -78,8 +78,8 @@ class Lock:
     def check(self) -> None:
         """Raises `Busy` where another process has taken the lock over (this one slept too long, or the file was
         deleted)."""
-        found = holder(self.file)
-        if found is not None and found != self._ours:
+        found = None if self._is_in_place() else holder(self.file)
+        if found is not None:
             raise Busy(f"{self.what} was taken over by {found}. This process stops, so that they do not mix.")
 
     def __enter__(self) -> "Lock":

@@ -1,16 +1,99 @@
-"""What a person sees while a run goes on: progress bar, lines after each task, TensorBoard."""
+"""What a person sees while a run goes on: progress bar, lines after each task, TensorBoard.
 
+All of it may fail without harm: what cannot be logged is said once, and the run goes on.
+"""
+
+import contextlib
+import os
+import platform
 import sys
 import time
+from collections.abc import Set
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from utils.arguments import Config
+from utils.console import complain, reason, say
 from utils.results import RunFolder
 
+HPARAMS = "_hparams_/session_end_info"  # the last of TensorBoard's entries
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+FLUSH_S = 30.0
 WRITTEN = {"class-il": "Class-IL", "task-il": "Task-IL", "domain-il": "Domain-IL", "general-continual": "Stream"}
+
+
+class Board:
+    """TensorBoard's event file, opened with the first entry. `purge_step`: what the folder's other files say from this
+    step on does not count. (`SummaryWriter` writes in a thread, whose failure would be a traceback.)"""
+
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        self.folder, self.purge_step = folder, purge_step
+        self._file: Any = None
+        self._failed = False
+        self._flushed = time.monotonic()
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar  # slow to import
+
+        self.add(scalar(tag, value), step)
+
+    def image(self, tag: str, image: Any) -> None:
+        """`image` is (H, W, 3) uint8."""
+        from torch.utils.tensorboard.summary import image as summary
+
+        self.add(summary(tag, image, dataformats="HWC"), 0)
+
+    def add(self, summary: Any, step: int) -> None:
+        """A `Summary` of TensorBoard."""
+        if self._failed:
+            return
+        with self._harmless():
+            if self._file is None:
+                self._open()
+            self._write(step=step, summary=summary)
+            if time.monotonic() - self._flushed > FLUSH_S:
+                self.flush()
+
+    def flush(self) -> None:
+        with self._harmless():
+            if self._file is not None:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with self._harmless():
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+
+    @contextlib.contextmanager
+    def _harmless(self):
+        """After the first failure nothing more is written: readers stop at the first damaged entry anyway."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._failed, self._file = True, None
+            complain(f"warning: TensorBoard's file cannot be written ({reason(error)}): the run goes on without it")
+
+    def _open(self) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self._file = RecordWriter(open(self.folder / name, "xb"))
+        self._write(file_version="brain.Event:2")
+        if self.purge_step is not None:
+            self._write(step=self.purge_step, file_version="brain.Event:2")
+            self._write(step=self.purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._file.write(Event(wall_time=time.time(), **content).SerializeToString())
 
 
 class Logs:
@@ -19,25 +102,23 @@ class Logs:
     def __init__(self, config: Config, folder: RunFolder | None, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.bar: tqdm | None = None
-        self.writer = None
+        self.board = None if folder is None else Board(folder.path)
         self._images, self._since = 0, time.monotonic()
-        if folder is not None:
-            self._open_writer(purge_step=None)
+        self._said: set[str] = set()
 
     def resume(self, steps: int) -> None:
         """TensorBoard forgets what was logged after the checkpoint."""
         if self.folder is not None:
-            self.writer.close()
-            self._open_writer(purge_step=steps + 1)
+            self.board = Board(self.folder.path, purge_step=steps + 1)
 
-    def _open_writer(self, purge_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self.writer = SummaryWriter(str(self.folder.path), purge_step=purge_step)
+    def warn_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            complain(f"warning: {what} {text}")
+        self._said.add(what)
 
     def open_bar(self, task: int, num_tasks: int, steps: int, done: int) -> None:
         self._images, self._since = 0, time.monotonic()
-        hidden = True if self.config.non_verbose else None  # None: hidden unless a person is looking
+        hidden = True if self.config.non_verbose or sys.stderr is None else None  # None: unless a person is looking
         self.bar = tqdm(
             total=steps, initial=done, desc=f"Task {task + 1}", unit="step", disable=hidden, leave=False,
             file=sys.stderr, mininterval=0.5,
@@ -45,11 +126,13 @@ class Logs:
 
     def advance(self, images: int) -> None:
         self._images += images
-        self.bar.update()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            self.bar.update()
 
     def close_bar(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.close()
             self.bar = None
 
     def step(self, step: int, values: dict[str, float], lr: float) -> None:
@@ -62,50 +145,72 @@ class Logs:
             return
         scalars = {**values, "train/lr": lr, "train/images_per_s": speed}
         for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+            self.board.scalar(tag, value, step)
         finite = {
             tag: value if value == value and abs(value) != float("inf") else None for tag, value in scalars.items()
         }
-        self.folder.append_metrics({"step": step, **finite})
+        self._append({"step": step, **finite})
 
-    def task(self, count: int, task: int, cost: Any, row: dict, averages: dict, joint: bool) -> None:
-        """A task has ended: the line that everybody waits for."""
-        seen = len(next(iter(row.values()))) if joint else count
-        parts = " ".join(f"[{WRITTEN[setting]}]: {100 * value:.2f} %" for setting, value in averages.items())
-        print(f"Accuracy for {seen} task(s): {parts}", flush=True)
+    def task(self, count: int, task: int, cost: Any, row: dict, averages: dict) -> None:
+        """A task has ended: its line in metrics.jsonl, its points in TensorBoard."""
         if self.folder is None:
             return
+        self._append({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
         for setting, values in row.items():
-            self.writer.add_scalar(f"accuracy/{setting}", averages[setting], count)
+            self.board.scalar(f"accuracy/{setting}", averages[setting], count)
             for index, value in enumerate(values):
-                self.writer.add_scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
-        self.folder.append_metrics({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
+                self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
+        self.board.flush()
 
-    def finish(self, summary: dict[str, Any], tasks: list[int], joint: bool) -> None:
-        """Pictures, hparams and final metrics into the folder and TensorBoard. `tasks`: those trained, from 0."""
+    def print_task(self, seen: int, averages: dict) -> None:
+        """The line that everybody waits for."""
+        parts = " ".join(f"[{WRITTEN[setting]}]: {100 * value:.2f} %" for setting, value in averages.items())
+        say(f"Accuracy for {seen} task(s): {parts}")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            self.folder.append_metrics(line)
+        except OSError as error:
+            self.warn_once("metrics.jsonl", f"cannot be written ({reason(error)}): the run goes on, lines are missing")
+
+    def finish(
+        self, summary: dict[str, Any], tasks: list[int], joint: bool, there: Set[str] = frozenset()
+    ) -> list[str]:
+        """Pictures, hparams and final metrics into the folder and TensorBoard, but for those that are `there` (see
+        `entries`). Returns what was written. `tasks`: those trained, from 0."""
         if self.folder is None:
-            return
+            return []
         from utils import pictures  # matplotlib is slow to import
 
-        finals = {}
+        finals, done = {}, []
         for setting, values in summary["metrics"].items():
             prefix = "metrics" if len(summary["metrics"]) == 1 else f"metrics/{setting}"
             finals |= {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
-        for tag, value in finals.items():
-            self.writer.add_scalar(tag, value, len(next(iter(summary["accuracy"].values()))))
+        for tag in sorted(finals.keys() - there):
+            self.board.scalar(tag, finals[tag], len(next(iter(summary["accuracy"].values()))))
+            done.append(tag)
+        if HPARAMS not in there:
+            self._hparams(finals)
+            done.append("hparams")
         title = f"{summary['model']} on {summary['dataset']}"
         for index, (setting, matrix) in enumerate(summary["accuracy"].items()):
             suffix = "" if index == 0 else f"_{setting}"
-            figure = pictures.accuracy_matrix(matrix, f"{title}, {WRITTEN[setting]}", None if joint else tasks)
-            pictures.save(figure, self.folder.path / f"accuracy_matrix{suffix}.png")
-            image = pictures.to_array(figure)
-            self.writer.add_image(f"accuracy_matrix{suffix}", image, dataformats="HWC")
+            heading = f"{title}, {WRITTEN[setting]}"
+            figures = {
+                f"accuracy_matrix{suffix}": partial(pictures.accuracy_matrix, matrix, heading, None if joint else tasks)
+            }
             if len(matrix) > 1:
                 trained = [[row[task] for task in tasks] for row in matrix]
-                figure = pictures.curves(trained, f"{title}, {WRITTEN[setting]}")
-                pictures.save(figure, self.folder.path / f"curves{suffix}.png")
-                self.writer.add_image(f"curves{suffix}", pictures.to_array(figure), dataformats="HWC")
-        self._hparams(finals)
+                figures[f"curves{suffix}"] = partial(pictures.curves, trained, heading)
+            for name, draw in figures.items():
+                missing = {name, f"{name}.png"} - there
+                figure = draw() if missing else None
+                if f"{name}.png" in missing:
+                    pictures.save(figure, self.folder.path / f"{name}.png")
+                if name in missing:
+                    self.board.image(name, pictures.to_array(figure))
+                done += sorted(missing)
+        return done
 
     def _hparams(self, finals: dict[str, float]) -> None:
         """hparams into this run's own event file (the writer's `add_hparams` would open a second run)."""
@@ -116,9 +221,22 @@ class Logs:
             for name, value in self.config.values.items()
         }
         for part in hparams(given, finals):
-            self.writer.file_writer.add_summary(part)
+            self.board.add(part, 0)
 
     def close(self) -> None:
         self.close_bar()
-        if self.writer is not None:
-            self.writer.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def entries(folder: Path) -> set[str]:
+    """What `Logs.finish` has left in a run folder: names of pictures that are whole, tags in TensorBoard's files."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    found = {path.name for path in folder.glob("*.png") if path.is_file() and path.read_bytes().endswith(PNG_END)}
+    for path in sorted(folder.glob("*tfevents*")):
+        with contextlib.suppress(Exception):  # a file that is damaged: what stands behind the damage is missing
+            for raw in RawEventFileLoader(str(path)).Load() if path.is_file() else ():
+                found |= {value.tag for value in Event.FromString(raw).summary.value}
+    return found

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+STATUS = Path("/proc/self/status")  # of Linux
+
 
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak, so that the runs of one process are measured apart (on GPUs and on Linux)."""
@@ -15,14 +17,17 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_mib(device: torch.device) -> float:
+def peak_memory_mib(device: torch.device) -> float | None:
+    """None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
-    import resource  # not on every platform
-
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,42 +1,40 @@
 """The run folder. Every file in it is whole at any moment: a killed run keeps what it had finished."""
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from utils.arguments import Config
+from utils.console import complain, reason
 from utils.errors import UsageError
+from utils.files import open_regular, read_json, user_path, write_json
 from utils.identity import named
+from utils.lock import Lock
 from utils.registry import ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
-
-
 class RunFolder:
-    """`results/<setting>/<dataset>/<model>/<time>-<hash>/` and the files in it."""
+    """`results/<setting>/<dataset>/<model>/<time>-<hash>/` and the files in it. Whoever writes there holds its lock."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.lock = Lock(path / "lock", f"the run in {path}")
 
     @classmethod
     def create(cls, config: Config) -> "RunFolder":
-        """A new folder with config.json in it. Raises `UsageError` where nothing can be written."""
+        """A new folder with config.json in it, locked. Raises `UsageError` where nothing can be written."""
         parent = _parent(config)
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         for attempt in range(1000):
@@ -51,11 +49,14 @@ class RunFolder:
                 raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         folder = cls(path)
         try:
+            folder.lock.acquire()
             for name, plugin in named(config.plugins).items():
                 (path / "plugins").mkdir(exist_ok=True)
                 (path / "plugins" / name).write_bytes(plugin.source)
-            write_json(path / "config.json", config.to_json())
+            folder.write("config.json", config.to_json(), durable=True)
         except OSError as error:
+            folder.lock.release()
+            folder.remove()
             raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         return folder
 
@@ -67,31 +68,75 @@ class RunFolder:
 
     def note_changed_code(self, steps: int, code: dict[str, str]) -> None:
         """Adds to config.json that the run goes on with this code after so many steps."""
-        content = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        content = read_json(self.path / "config.json")
         content.setdefault("changed_code", []).append({"after_step": steps, "code": code})
-        self.write("config.json", content)
+        self.write("config.json", content, durable=True)
 
-    def write(self, name: str, content: Any) -> None:
-        write_json(self.path / name, content)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock of a folder that is there already, for as long as the block lasts; what a killed run has left half
+        written is removed."""
+        try:
+            self.lock.acquire()
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: cannot write there ({error.strerror}). Copy the folder to where you can."
+            ) from None
+        try:
+            for left in (*self.path.glob("*.tmp"), *self.path.glob("checkpoint/*.tmp"), *self.path.rglob("*.new")):
+                if not left.name.startswith("lock."):  # of somebody who is about to find the lock taken
+                    left.unlink(missing_ok=True)
+            yield
+        finally:
+            self.lock.release()
+
+    def write(self, name: str, content: Any, durable: bool = False) -> None:
+        write_json(self.path / name, content, durable)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Adds a line to metrics.jsonl: the whole of it, or nothing and an `OSError`."""
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(self.path / "metrics.jsonl", flags, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, content) < len(content):  # the disk became full within the line
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
     def metrics_size(self) -> int:
-        file = self.path / "metrics.jsonl"
-        return file.stat().st_size if file.exists() else 0
+        """Bytes of metrics.jsonl, which are on the disk when this returns."""
+        with contextlib.suppress(OSError, ValueError), open_regular(self.path / "metrics.jsonl") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+        return 0
 
     def truncate_metrics(self, size: int) -> None:
-        """Drops lines that were written after a checkpoint, since they will be written again."""
-        file = self.path / "metrics.jsonl"
-        if file.exists():
-            os.truncate(file, size)
+        """Drops lines that were written after a checkpoint, since they will be written again. Where lines from before
+        it are missing, says so."""
+        file, there = self.path / "metrics.jsonl", self.metrics_size()
+        try:
+            if there > size:
+                os.truncate(file, size)
+            elif there < size:
+                complain(
+                    f"warning: {file} has {there:,} bytes, and had {size:,} at the checkpoint: the lines that are "
+                    "missing cannot be written again. The run goes on; its results do not depend on them."
+                )
+                if there:
+                    os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a line that is cut
+        except OSError as error:
+            complain(f"warning: {file} cannot be cut to what the checkpoint knows ({reason(error)})")
+
+    def remove(self) -> None:
+        """Nothing has been computed: no trace of a run that never began."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _parent(config: Config) -> Path:
-    return Path(config.results_path).expanduser() / config.benchmark.setting / config.dataset / config.model
+    return user_path(config.results_path) / config.benchmark.setting / config.dataset / config.model
 
 
 def _unwritable(folder: str, reason: str | None) -> str:

@@ -1,10 +1,5 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
-import json
-import os
-import shutil
-import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +15,9 @@ from utils.arguments import (
     resolve_request,
     schema,
 )
+from utils.console import complain, guarded, reason, say, silence
 from utils.errors import RunFailed, UsageError
+from utils.files import read_json
 from utils.identity import differences
 from utils.registry import load_plugin, nearest
 from utils.saved import check_code, read_saved
@@ -29,28 +26,30 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: list[str]) -> int:
-    """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 130 interrupted."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return _main(argv)
-    except UsageError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return USAGE
-    except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
-        sys.stdout = open(os.devnull, "w")
-        return FAILED
+    """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + signal for what a signal has
+    ended."""
+    with guarded():
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return _main(argv)
+        except UsageError as error:
+            for problem in error.problems:
+                complain(f"error: {problem}")
+            return USAGE
+        except RunFailed as error:
+            complain(f"failed: {error}")
+            return FAILED
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
+            silence()
+            return FAILED
 
 
 def _show_warning(message, *_where) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    complain(f"warning: {message}")
 
 
 def _main(argv: list[str]) -> int:
@@ -72,19 +71,46 @@ def _main(argv: list[str]) -> int:
 
 def train(config: Config) -> int:
     """One whole run, from an empty network."""
-    from utils.results import RunFolder
-
     device = resolve_device(config.device)
-    folder = None if config.disable_log else RunFolder.create(config)
-    with cpu_threads(config.threads):
+    with _new_folder(config) as folder, cpu_threads(config.threads):
         try:
             trainer = build(config, device, folder)
+            _begin(trainer)
         except BaseException:
-            if folder is not None:  # nothing has been computed: no trace of a run that never began
-                _remove_empty_run(folder.path)
+            if folder is not None:
+                folder.remove()
             raise
-        print(describe(config))
+        say(describe(config))
         return _train(trainer)
+
+
+@contextmanager
+def _new_folder(config: Config) -> Iterator:
+    """A run folder whose lock says, inside, that the run is alive; None for a run that writes nothing."""
+    from utils.results import RunFolder
+
+    folder = None if config.disable_log else RunFolder.create(config)
+    try:
+        yield folder
+    finally:
+        if folder is not None:
+            folder.lock.release()
+
+
+def _begin(trainer, is_new: bool = True) -> None:
+    """The first files of a run, its first checkpoint among them, so that it can be resumed whenever it is stopped.
+    Refuses to train where they cannot be written: the results could not be either."""
+    from utils import results
+
+    folder = trainer.folder
+    if folder is None:
+        return
+    try:
+        folder.write("environment.json", results.environment(str(trainer.device)))
+        if is_new:
+            trainer.save_checkpoint()
+    except OSError as error:
+        raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
 
 
 @contextmanager
@@ -105,7 +131,7 @@ def build(config: Config, device, folder):
     import torch
 
     from models._method import Context
-    from utils import results, seeding
+    from utils import seeding
     from utils.augment import Augment
     from utils.registry import BACKBONES, OPTIMIZERS
     from utils.trainer import Trainer
@@ -123,46 +149,95 @@ def build(config: Config, device, folder):
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
     )
-    if folder is not None:
-        folder.write("environment.json", results.environment(str(device)))
     return Trainer(config, benchmark, method, optimizer, augment, folder)
 
 
 def _train(trainer) -> int:
     """Runs a trainer to its end and writes how it ended, whatever that is."""
-    from utils.trainer import Interrupted
+    from utils.lock import Busy
+    from utils.trainer import Interrupted, SignalWatch
 
-    folder, logs = trainer.folder, trainer.logs
-    status = "crashed"
+    folder, status = trainer.folder, "crashed"
+    with SignalWatch(trainer):
+        try:
+            summary = trainer.run()
+            status = "finished"
+            return _finish(trainer, summary)
+        except Interrupted as stop:
+            status = "interrupted"
+            where = f" Continue with: python main.py --resume {folder.path}" if folder else ""
+            complain(f"interrupted at step {trainer.cost.steps}.{where}")
+            return 128 + stop.args[0]
+        except Busy as error:
+            status = None  # the folder is another process's
+            raise RunFailed(str(error)) from None
+        except RunFailed:
+            status = "diverged" if status == "crashed" else status
+            raise
+        except KeyboardInterrupt:
+            status = "interrupted" if status == "crashed" else status
+            raise
+        finally:
+            if folder is not None and status not in ("finished", None) and folder.path.is_dir():
+                _write_status(trainer, status)
+            trainer.logs.close()
+
+
+def _write_status(trainer, status: str) -> None:
+    """How a run ended that did not finish."""
     try:
-        summary = trainer.run()
-        status = "finished"
-    except Interrupted as stop:
-        status = "interrupted"
-        where = f" Continue with: python main.py --resume {folder.path}" if folder else ""
-        print(f"\ninterrupted at step {trainer.cost.steps}.{where}", file=sys.stderr)
-        return 128 + stop.args[0]
-    except RunFailed:
-        status = "diverged"
-        raise
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        if status != "finished":
-            if folder is not None:
-                folder.write("summary.json", trainer.summary(status))
-            logs.close()
-    if folder is not None:  # the result first, then everything that could go wrong
-        folder.write("summary.json", summary)
-    try:
-        logs.finish(summary, trainer.progress.tasks, trainer.joint)
-    except Exception:  # a picture is not worth a result
-        traceback.print_exc()
-        print("the pictures could not be drawn; the results are complete", file=sys.stderr)
-    logs.close()
-    print(closing_table(summary, trainer.progress.tasks, folder))
+        trainer.folder.write("summary.json", trainer.summary(status), durable=True)
+    except OSError as error:
+        complain(f"warning: that the run is {status} cannot be written into its folder ({reason(error)})")
+
+
+def _finish(trainer, summary: dict) -> int:
+    """The result first, then everything that could go wrong."""
+    folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
+    unwritten = None
+    if folder is not None:
+        try:
+            trainer.write_results("finished")
+        except OSError as error:
+            unwritten = error
+        else:
+            _settle_checkpoint(trainer)
+            _draw(lambda: logs.finish(summary, tasks, trainer.joint))
+    say(closing_table(summary, tasks, folder))
+    if unwritten is not None:
+        raise RunFailed(
+            f"the results cannot be written to {folder.path} ({reason(unwritten)}): they stand only on the console. "
+            f"Mend that, then: python main.py --resume {folder.path}"
+        )
     return OK
+
+
+def _draw(draw):
+    """A picture is not worth a result."""
+    try:
+        return draw()
+    except Exception as error:
+        complain(
+            f"warning: the pictures could not be drawn ({type(error).__name__}: {reason(error)}); the results are "
+            "complete, and --resume draws what is missing"
+        )
+
+
+def _settle_checkpoint(trainer) -> None:
+    """What stays of the checkpoints of a run that is finished: the last one, or the weights alone."""
+    from utils import checkpoint
+
+    path = trainer.folder.path
+    try:
+        if trainer.config.keep_checkpoint:
+            checkpoint.keep_last(path / "checkpoint")
+            return
+        state = trainer.method.state_dict()
+        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
+        checkpoint.save_weights(path / "model.pt", weights)
+        checkpoint.remove(path / "checkpoint")
+    except OSError as error:
+        complain(f"warning: the checkpoint is left as it is ({reason(error)})")
 
 
 def _resume_auto(request: Request) -> int:
@@ -182,26 +257,27 @@ def _resume_auto(request: Request) -> int:
             saved = read_saved(str(path))
             changed = differences(saved.code or config.code, config.code)
             if changed and not request.keep_changed:
-                print(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
+                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
                 continue
             if _status(path) == "finished":
-                print(f"already finished: {path}")
+                say(f"already finished: {path}")
                 return OK
-            checkpoint.load(path / "checkpoint", config.hash)
+            if checkpoint.exists(path / "checkpoint"):
+                checkpoint.load(path / "checkpoint", config.hash)
         except UsageError as error:
-            print(f"note: left alone: {error}")
+            say(f"note: left alone: {error}")
             continue
         return _resume(Request({}, request.plugins, resume=str(path), keep_changed=request.keep_changed))
     return train(config)
 
 
 def _resume(request: Request) -> int:
+    """Goes on with a run. Of a finished one, draws and logs what is missing; 0 too where that is nothing."""
+    from utils import checkpoint
     from utils.results import RunFolder
 
     saved = read_saved(request.resume)
     path = saved.folder
-    if _status(path) == "finished":
-        raise UsageError(f"--resume {path}: this run is finished. Use --from to repeat it, or to change its flags.")
     hidden = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
     changed = [name for name in request.words if name not in hidden - {"results_path", "disable_log"}]
     if changed:
@@ -210,38 +286,57 @@ def _resume(request: Request) -> int:
             "Use --from to start a new run with other values."
         )
     config = resolve_request(replace(request, source=str(saved.file), resume=None))
-    changed_files = check_code(saved, config.code, request.keep_changed)
+    changed_files = [] if _status(path) == "finished" else check_code(saved, config.code, request.keep_changed)
     if config.dry_run:
         print(describe(config))
         return OK
     device = resolve_device(config.device)
     folder = RunFolder(path)
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"--resume {path}: cannot write there. Copy the folder to where you can.")
-    from utils import checkpoint
-
-    checkpoint.load(path / "checkpoint", config.hash)  # before any work: is there anything to go on from?
-    with cpu_threads(config.threads):
+    with folder.held(), cpu_threads(config.threads):
+        if _status(path) == "finished":
+            return _complete(config, folder)
+        nothing = not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
+        state = None if nothing else checkpoint.load(path / "checkpoint", config.hash, mend=True)
         trainer = build(config, device, folder)
         try:
-            trainer.load_checkpoint()
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+            trainer.load_checkpoint(state) if state is not None else trainer.begin_anew()
+        except Exception as error:  # what another version has saved can fail in many ways
             raise UsageError(
-                f"{path}/checkpoint does not fit this program's network or method ({reason}). Use the version that "
-                "wrote it, or start a new run with --from."
+                f"{path}/checkpoint does not fit this program's network or method ({reason(error)}). Use the version "
+                "that wrote it, or start a new run with --from."
             ) from error
         if changed_files:
             folder.note_changed_code(trainer.cost.steps, config.code)
-        print(describe(config).splitlines()[0])
-        print(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
+        _begin(trainer, is_new=state is None)
+        say(describe(config).splitlines()[0])
+        say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
         return _train(trainer)
+
+
+def _complete(config: Config, folder) -> int:
+    """What is missing of a finished run's pictures and of TensorBoard's last entries."""
+    from utils.logs import Logs, entries
+
+    try:
+        summary, progress = (read_json(folder.path / name) for name in ("summary.json", "accuracy.json"))
+        logs = Logs(config, folder, None)
+        joint = config.joint or config.learner.trains_jointly
+        done = logs.finish(summary, progress["tasks"], joint, there=entries(folder.path))
+        logs.close()
+    except Exception as error:
+        raise UsageError(
+            f"{folder.path}: this run is finished, but its pictures cannot be drawn from its summary.json and "
+            f"accuracy.json ({type(error).__name__}: {reason(error)}). Use --from to repeat it."
+        ) from error
+    what = f"what was missing is written: {', '.join(done)}" if done else "and nothing of it is missing"
+    say(f"{folder.path}: this run is finished; {what}. Use --from to repeat it, or to change its flags.")
+    return OK
 
 
 def _status(path: Path) -> str | None:
     try:
-        return json.loads((path / "summary.json").read_text())["status"]
-    except (OSError, ValueError, KeyError):
+        return read_json(path / "summary.json")["status"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -274,10 +369,6 @@ def _place(benchmark, where: str, device) -> None:
         if 3 * needed > torch.cuda.mem_get_info(device)[0]:  # the set, a task's copy, and room for the network
             return
     benchmark.to(device)
-
-
-def _remove_empty_run(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def describe(config: Config) -> str:
@@ -315,10 +406,11 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         cells = ("          –" if value is None else f"{100 * value:9.2f} %" for value in values)
         lines.append(f"{name:30}" + "".join(cells))
     cost = summary["cost"]
+    peak = "not known" if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:,.0f} MiB"
     lines.append(
         f"\n{cost['steps']:,} steps, {cost['forward_rows']:,} rows forward, {cost['backward_rows']:,} rows backward; "
         f"{cost['train_s']:.1f} s training, {cost['eval_s']:.1f} s evaluation, {cost['wall_s']:.1f} s in all; "
-        f"peak memory {cost['peak_memory_mib']:,.0f} MiB"
+        f"peak memory {peak}"
     )
     if cost["skipped_steps"]:
         lines.append(f"{cost['skipped_steps']:,} steps were not taken: a loss or an update was not finite")

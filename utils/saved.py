@@ -1,13 +1,13 @@
 """What a run's config.json says: its flags, its plugins, and the code that made it."""
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.console import complain
 from utils.errors import UsageError
+from utils.files import read_json, user_path
 from utils.identity import PROTOCOL, differences
 from utils.registry import Plugin, read_plugin
 
@@ -38,10 +38,10 @@ class Saved:
 
 def read_saved(path: str) -> Saved:
     """`path` is a run folder or its config.json. Raises `UsageError`."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     file = file / "config.json" if file.is_dir() else file
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         values = {name: entry["value"] for name, entry in content["flags"].items()}
         plugins = tuple(map(_saved_plugin, content["plugins"]))
         protocol, code = content["protocol"], content.get("code")
@@ -81,7 +81,7 @@ def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_ch
     if entry.sha256 not in (None, plugin.sha256) and not keep_changed:
         remedy = "--keep_changed 1 takes it as it is" + (f", --plugin {copy} the text of then" if copy else "")
         raise UsageError(f"the plugin {plugin.path} is not the one that {saved.file} was made with. {remedy}.")
-    print(f"note: plugin {plugin.path}, named by {saved.file}", file=sys.stderr)
+    complain(f"note: plugin {plugin.path}, named by {saved.file}")
     return plugin
 
 
@@ -97,7 +97,7 @@ def check_code(saved: Saved, code: Mapping[str, str], keep_changed: bool) -> lis
     """The files whose meaning has changed since the run was made; raises `UsageError` where there are some, unless
     `keep_changed`."""
     if saved.code is None:
-        print(f"note: {saved.file} does not say which code made it; it counts as the present one", file=sys.stderr)
+        complain(f"note: {saved.file} does not say which code made it; it counts as the present one")
         return []
     changed = differences(saved.code, code)
     if changed and not keep_changed:

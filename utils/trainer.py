@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Any
@@ -15,6 +15,7 @@ from models._method import Batch, Method
 from utils import checkpoint, metrics, seeding
 from utils.arguments import DEBUG_BATCHES, Config
 from utils.augment import Augment
+from utils.console import reason
 from utils.errors import RunFailed
 from utils.evaluator import Evaluator, rows_per_pass
 from utils.logs import Logs
@@ -130,7 +131,8 @@ class Cost:
 
     def to_json(self, device: torch.device) -> dict[str, float]:
         rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in vars(self).items()}
-        return {**rounded, "peak_memory_mib": round(peak_memory_mib(device), 1)}
+        peak = peak_memory_mib(device)
+        return {**rounded, "peak_memory_mib": None if peak is None else round(peak, 1)}
 
 
 @dataclass
@@ -166,17 +168,16 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains what is left to train; returns the summary. Raises `RunFailed` or `Interrupted`."""
-        with _SignalWatch(self):
-            reset_peak_memory(self.device)
-            self._started, self._saved = time.monotonic() - self.cost.wall_s, time.monotonic()
-            if not self.progress.untrained:
-                self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
-            try:
-                for index in self._task_indices()[len(self.progress.tasks) :]:
-                    self._train_task(self.benchmark.joint_task if self.joint else self.benchmark[index])
-            finally:
-                self.cost.wall_s = time.monotonic() - self._started
-                self.logs.close_bar()
+        reset_peak_memory(self.device)
+        self._started, self._saved = time.monotonic() - self.cost.wall_s, time.monotonic()
+        if not self.progress.untrained:
+            self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
+        try:
+            for index in self._task_indices()[len(self.progress.tasks) :]:
+                self._train_task(self.benchmark.joint_task if self.joint else self.benchmark[index])
+        finally:
+            self.cost.wall_s = time.monotonic() - self._started
+            self.logs.close_bar()
         return self.summary("finished")
 
     def summary(self, status: str) -> dict[str, Any]:
@@ -199,9 +200,11 @@ class Trainer:
         }
 
     def save_checkpoint(self) -> None:
-        """Everything that the rest of the run depends on."""
+        """Everything that the rest of the run depends on. Raises `OSError`, or `Busy` where another process has taken
+        the run over."""
         if self.folder is None:
             return
+        self.folder.lock.check()
         self.cost.wall_s = time.monotonic() - self._started
         state = {
             "config_hash": self.config.hash,
@@ -217,9 +220,8 @@ class Trainer:
         checkpoint.save(self.folder.path / "checkpoint", state)
         self._saved = time.monotonic()
 
-    def load_checkpoint(self) -> None:
+    def load_checkpoint(self, state: dict[str, Any]) -> None:
         """Puts the run where its last checkpoint left it."""
-        state = checkpoint.load(self.folder.path / "checkpoint", self.config.hash)
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
@@ -230,6 +232,11 @@ class Trainer:
             self._mid_epoch = True
         self.folder.truncate_metrics(state["metrics_size"])
         self.logs.resume(self.cost.steps)
+
+    def begin_anew(self) -> None:
+        """In a folder whose run was stopped before its first checkpoint."""
+        self.folder.truncate_metrics(0)
+        self.logs.resume(steps=-1)
 
     def _task_indices(self) -> range:
         if self.joint:
@@ -312,7 +319,7 @@ class Trainer:
             if self._stop_signal is not None or self._checkpoint_is_due():
                 self.cost.train_s += time.monotonic() - start
                 start = time.monotonic()
-                self.save_checkpoint()
+                self._try_to_keep(self.save_checkpoint, "a checkpoint")
                 if self._stop_signal is not None:
                     raise Interrupted(self._stop_signal)
         self._mid_epoch = False
@@ -367,11 +374,33 @@ class Trainer:
         self.progress.tasks.append(task.index)
         self.progress.epoch = 0
         averages = {setting: self._average(setting) for setting in row}
-        self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages, self.joint)
         if self.folder is not None:
-            self.folder.write("accuracy.json", vars(self.progress))
-            self.folder.write("summary.json", self.summary("running"))
-            self.save_checkpoint()
+            self._try_to_keep(lambda: self.write_results("running"), "the results so far")
+        self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages)
+        self._try_to_keep(self.save_checkpoint, "a checkpoint")
+        self.logs.print_task(len(self.benchmark) if self.joint else len(self.progress.tasks), averages)
+
+    def write_results(self, status: str) -> None:
+        """accuracy.json and summary.json; raises `OSError`. The last ones are on the disk when this returns."""
+        durable = status != "running"
+        self.folder.lock.check()
+        self.folder.write("accuracy.json", vars(self.progress), durable)
+        self.folder.write("summary.json", self.summary(status), durable)
+
+    def _try_to_keep(self, write: Callable[[], None], what: str) -> None:
+        """A full disk does not end a training that can go on: there is a next time. A folder that is gone does."""
+        try:
+            write()
+        except OSError as error:
+            if not self.folder.path.is_dir():
+                raise RunFailed(
+                    f"the run folder {self.folder.path} was deleted or moved. The run ends here, since its results "
+                    "could not be kept."
+                ) from None
+            self._saved = time.monotonic()
+            self.logs.warn_once(
+                what, f"cannot be written ({reason(error)}): the run goes on and tries again; the one before is kept"
+            )
 
     def _evaluation(self, classes_seen: int) -> dict[str, list[float]]:
         start = time.monotonic()
@@ -395,16 +424,21 @@ class Trainer:
         return metrics.summarize(self._trained_columns(setting), untrained, self.joint)
 
 
-class _SignalWatch:
-    """Ctrl-C and SIGTERM end a run after the step under way, with a checkpoint; a second one ends it at once."""
+class SignalWatch:
+    """Signals that ask a run to end (Ctrl-C, a scheduler's, a dropped connection's, a limit's) end it after the step
+    under way, with a checkpoint. Inside `with` it looks out for them; `nohup` and the like stay in force."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")  # those that the system has
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.previous = trainer, {}
+        self.trainer, self.previous, self.since = trainer, {}, 0.0
 
     def __enter__(self) -> None:
+        numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._handle)
+            for number in numbers:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self._handle)
         except ValueError:  # not in the main thread: signals are somebody else's business
             pass
 
@@ -413,9 +447,12 @@ class _SignalWatch:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.trainer._stop_signal is not None:
+        """A second Ctrl-C or SIGTERM, a second later, ends the run at once; other signals come more than once by
+        themselves."""
+        if self.trainer._stop_signal is None:
+            self.trainer._stop_signal, self.since = number, time.monotonic()
+        elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.trainer._stop_signal = number
 
 
 def learning_rate(config: Config, epoch: int) -> float:

@@ -1,0 +1,70 @@
+"""What is printed. It may fail without harm: a run does not end because nobody can read its lines."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 4000  # characters of a message
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Inside, a console that cannot show a character (±, –) shows ? in its place, and a closed stdout or stderr is not
+    taken for a file of ours."""
+    _fill_standard_descriptors()
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in changed:
+            with contextlib.suppress(OSError, ValueError):
+                stream.reconfigure(errors=errors)
+
+
+def say(text: str) -> None:
+    """Prints a line; where stdout is full or closed, says so once on stderr, and is silent from then on."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        silence()
+        complain(f"nothing more can be printed ({reason(error)}): the run goes on without")
+
+
+def complain(line: str) -> None:
+    """Prints one line on stderr, if that is possible. What could confuse a terminal is written as escapes."""
+    if len(line) > LONGEST:
+        line = line[:LONGEST] + " ..."
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    if sys.stderr is not None:  # print takes None for stdout
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def silence() -> None:
+    """From now on stdout leads nowhere: what it still holds would fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return
+    sys.stdout = open(os.devnull, "w")
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words."""
+    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+
+
+def _fill_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, the next file that is opened would get that number, and what C libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -1,0 +1,105 @@
+"""Files that are whole at any moment, and careful reading of files that may be damaged, foreign or endless."""
+
+import contextlib
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UsageError
+
+LONGEST = 2**28  # bytes of a file of ours that is read whole: the matrices of 1,000 tasks take some 50 MB
+
+
+def write_json(path: Path, content: Any, durable: bool = False) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", durable)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Atomically: a reader sees the old file or the new one, and a failed write leaves the old one and nothing else.
+    With `durable`, it is on the disk when this returns, and survives a power failure."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(fresh, "w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                sync(file)
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync(file) -> None:
+    """Waits until an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def open_regular(path: str | os.PathLike):
+    """An ordinary file, opened for reading bytes. Raises `ValueError` for a device or a pipe, which may never end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not an ordinary file")
+    return open(descriptor, "rb")
+
+
+def read_text(path: str | os.PathLike, longest: int = LONGEST) -> str:
+    """An UTF-8 file. Raises `OSError`, or `ValueError` where it is longer, a device, or no text."""
+    with open_regular(path) as file:
+        content = file.read(longest + 1)
+    if len(content) > longest:
+        raise ValueError(f"more than {longest:,} bytes")
+    return content.decode("utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Raises `OSError`, or `ValueError` for all that is not JSON."""
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """As `json.loads`, but strict: NaN, infinite numbers and too deep a nesting are `ValueError`s."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(f"{word[:20]} is too large")
+    return value
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """A path that a user gave, ~ replaced. Raises `UsageError` for what can be no path."""
+    text = os.fspath(text)
+    try:
+        if "\0" in text:
+            raise ValueError
+        os.fsencode(text)
+        return Path(text).expanduser()
+    except (ValueError, RuntimeError):
+        raise UsageError(f"{text!r} is not a path that can be: check its characters, or the user after ~.") from None
