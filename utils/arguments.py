@@ -26,6 +26,7 @@ from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, canonical, 
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
 DEBUG_BATCHES = 5  # of an epoch in debug mode
+MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
 SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 
 
@@ -74,6 +75,11 @@ class EngineArgs:
         "all",
         "class-il predicts over all outputs, as the published DER tables do, or over the classes seen so far",
         choices=("all", "seen"),
+    )
+    eval_tasks: str = flag(
+        "auto",
+        f"tasks to evaluate after each: all, or those seen so far; auto: all up to {MANY_TASKS} tasks, seen beyond",
+        choices=("auto", "all", "seen"),
     )
     model_config: str = flag(
         "best", "'best' applies published hyperparameters, 'default' drops them", choices=("best", "default")
@@ -231,6 +237,13 @@ class Config:
     def to_json(self) -> dict:
         flags = {name: {"value": self.values[name], "origin": self.origins[name]} for name in self.values}
         return {"protocol": PROTOCOL, "config_hash": self.hash, "plugins": list(self.plugins), "flags": flags}
+
+    @property
+    def evaluated(self) -> str:
+        """'all' or 'seen': what --eval_tasks stands for in this run."""
+        if self.eval_tasks != "auto":
+            return self.eval_tasks
+        return "all" if self.n_tasks <= MANY_TASKS else "seen"
 
     @property
     def learner(self) -> type:

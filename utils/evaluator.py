@@ -100,9 +100,9 @@ class Evaluator:
                     f"{self.sizes[task.index]}. Define `test_size` beside `make_test`."
                 )
         device = self.augment.device
-        lengths = torch.tensor([len(split) for split in splits], device=device)
-        places = torch.arange(len(splits), device=device)
-        owners = places.repeat_interleave(lengths, output_size=sum(map(len, splits)))  # its size given: no wait
+        sizes = [self.sizes[task.index] for task in tasks]
+        places = torch.arange(len(tasks), device=device)
+        owners = places.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # given: no wait
         if len(splits) == 1:
             return splits[0].images, splits[0].labels, owners
         return torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]), owners

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from utils.arguments import Config
+from utils.arguments import MANY_TASKS, Config
 from utils.results import RunFolder
 
 WRITTEN = {"class-il": "Class-IL", "task-il": "Task-IL", "domain-il": "Domain-IL", "general-continual": "Stream"}
@@ -77,8 +77,11 @@ class Logs:
             return
         for setting, values in row.items():
             self.writer.add_scalar(f"accuracy/{setting}", averages[setting], count)
+            if len(values) > MANY_TASKS:
+                continue  # a thousand curves show nothing, and cost more with each task
             for index, value in enumerate(values):
-                self.writer.add_scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
+                if value is not None:
+                    self.writer.add_scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
         self.folder.append_metrics({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
 
     def finish(self, summary: dict[str, Any], tasks: list[int], joint: bool) -> None:

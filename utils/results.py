@@ -17,7 +17,18 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, json_text(content) + "\n")
+
+
+def json_text(content: Any, indent: str = "\n") -> str:
+    """A line for each key, and one for each row of a matrix: read at a glance, and written by json's C encoder."""
+    inner = indent + " "
+    if isinstance(content, dict) and content:
+        parts = [f"{json.dumps(name)}: {json_text(value, inner)}" for name, value in content.items()]
+        return "{" + inner + f",{inner}".join(parts) + indent + "}"
+    if isinstance(content, list) and any(isinstance(item, list | dict) for item in content):
+        return "[" + inner + f",{inner}".join(json_text(item, inner) for item in content) + indent + "]"
+    return json.dumps(content, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
