@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from utils import seeding
 
 Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
+KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Benchmark(Sequence[Task]):
         if config.validation:
             self._hold_out()
         self._tests: dict[int, Split] = {}
+        self._kept_bytes = 0
 
     def to(self, device: torch.device) -> None:
         """Moves the images to a device."""
@@ -168,9 +170,17 @@ class Benchmark(Sequence[Task]):
         return self._of_classes(self._train, self.classes_of(index))
 
     def test_split(self, index: int) -> Split:
-        if index not in self._tests:
-            self._tests[index] = self.make_test(index)
-        return self._tests[index]
+        if index in self._tests:
+            return self._tests[index]
+        made = self.make_test(index)
+        if self._kept_bytes + made.images.nbytes <= KEPT_BYTES:  # the first ones stay: all are visited in turn
+            self._kept_bytes += made.images.nbytes
+            self._tests[index] = made
+        return made
+
+    def test_size(self, index: int) -> int:
+        """Images of a task's test set."""
+        return len(self.test_split(index))
 
     def make_test(self, index: int) -> Split:
         return self._of_classes(self._test, self.classes_of(index))
@@ -234,6 +244,9 @@ class DomainBenchmark(Benchmark):
 
     def make_test(self, index: int) -> Split:
         return self._transformed(self._test, index)
+
+    def test_size(self, index: int) -> int:
+        return len(self._test)  # known before a thousand sets are made
 
     def joint_split(self) -> Split:
         parts = [self.train_split(index) for index in range(self.num_tasks)]

@@ -27,6 +27,7 @@ from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, can
 from utils.saved import Saved, check_plugin, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
+MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
 SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 
 
@@ -75,6 +76,11 @@ class EngineArgs:
         "all",
         "class-il predicts over all outputs, as the published DER tables do, or over the classes seen so far",
         choices=("all", "seen"),
+    )
+    eval_tasks: str = flag(
+        "auto",
+        f"tasks to evaluate after each: all, or those seen so far; auto: all up to {MANY_TASKS} tasks, seen beyond",
+        choices=("auto", "all", "seen"),
     )
     model_config: str = flag(
         "best", "'best' applies published hyperparameters, 'default' drops them", choices=("best", "default")
@@ -246,6 +252,13 @@ class Config:
             for name, plugin in named(self.plugins).items()
         ]
         return {"protocol": PROTOCOL, "config_hash": self.hash, "plugins": plugins, "code": self.code, "flags": flags}
+
+    @property
+    def evaluated(self) -> str:
+        """'all' or 'seen': what --eval_tasks stands for in this run."""
+        if self.eval_tasks != "auto":
+            return self.eval_tasks
+        return "all" if self.n_tasks <= MANY_TASKS else "seen"
 
     @property
     def learner(self) -> type:

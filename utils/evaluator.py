@@ -1,4 +1,6 @@
-"""Accuracy on all tasks, in large batches; class-il and task-il from one forward, one wait for the device."""
+"""Accuracy on the tasks, in large batches; class-il and task-il from one forward, one wait for the device."""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ def rows_per_pass(shape: tuple[int, ...], device: torch.device, low: int = 1) ->
 
 
 class Evaluator:
-    """Measures a method on every task of a benchmark, those that it has not seen too."""
+    """Measures a method on the tasks of a benchmark. `sizes`: the number of test images of each task."""
 
     def __init__(self, benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False):
         """`needs_task`: the method is told the task of each image; then only task-il is defined."""
@@ -25,41 +27,82 @@ class Evaluator:
         self.settings = ("class-il", "task-il") if both else (benchmark.setting,)
         if needs_task:
             self.settings = ("task-il",)
-        empty = [task.index + 1 for task in benchmark if len(task.test) == 0]
-        if empty:
+        self.sizes = [benchmark.test_size(index) for index in range(len(benchmark))]
+        if 0 in self.sizes:
             raise DataError(
-                f"{benchmark.name}: task {empty[0]} has no test images. Use larger data, or no --validation."
+                f"{benchmark.name}: task {self.sizes.index(0) + 1} has no test images. Use larger data, or no "
+                "--validation."
             )
 
     @torch.inference_mode()
-    def __call__(self, method, classes_seen: int) -> dict[str, list[float]]:
+    def __call__(self, method, classes_seen: int, num_tasks: int | None = None) -> dict[str, list[float | None]]:
         """{setting: accuracy of each task, a fraction}. The method is in eval mode meanwhile.
 
-        `classes_seen` outputs compete in class-il if the evaluator was built with class_il_argmax 'seen'.
+        `classes_seen` outputs compete in class-il if the evaluator was built with class_il_argmax 'seen'. The first
+        `num_tasks` tasks are evaluated (default: all); the accuracy on the others is None.
         """
+        num_tasks = len(self.benchmark) if num_tasks is None else num_tasks
         modes = [(module, module.training) for module in method.modules()]
         method.eval()
-        counts = [self._count(method, task, classes_seen) for task in self.benchmark]
+        counts = torch.cat([self._count(method, tasks, classes_seen) for tasks in self._passes(num_tasks)])
         for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
             module.training = was_training
-        correct = torch.stack(counts).tolist()  # (T, settings); the one wait for the device
-        sizes = [len(task.test) for task in self.benchmark]
+        correct = counts.tolist()  # (num_tasks, settings); the one wait for the device
+        rest = [None] * (len(self.benchmark) - num_tasks)
         return {
-            setting: [row[column] / size for row, size in zip(correct, sizes, strict=True)]
+            setting: [row[column] / size for row, size in zip(correct, self.sizes, strict=False)] + rest
             for column, setting in enumerate(self.settings)
         }
 
-    def _count(self, method, task, classes_seen: int) -> Tensor:
-        split, classes = task.test, task.classes
-        step = rows_per_pass(split.images.shape[1:], self.augment.device)
-        correct = torch.zeros(len(self.settings), dtype=torch.int64, device=self.augment.device)
-        for start in range(0, len(split), step):
-            labels = split.labels[start : start + step].to(self.augment.device, non_blocking=True)
-            inputs = self.augment.plain(split.images[start : start + step])
-            logits = method(inputs, task.index) if self.needs_task else method(inputs)
+    def _passes(self, num_tasks: int) -> Iterator[range]:
+        """Tasks that are evaluated together: one, or as many small ones as fit into a pass."""
+        room = 0 if self.needs_task else rows_per_pass(self.benchmark.shape, self.augment.device)
+        first, images = 0, 0
+        for index in range(num_tasks):
+            if first < index and images + self.sizes[index] > room:
+                yield range(first, index)
+                first, images = index, 0
+            images += self.sizes[index]
+        yield range(first, num_tasks)
+
+    def _count(self, method, indices: range, classes_seen: int) -> Tensor:
+        """(tasks, settings) int64: images that are classified correctly."""
+        tasks = [self.benchmark[index] for index in indices]
+        images, labels, owners = self._images(tasks)
+        device = self.augment.device
+        step = rows_per_pass(images.shape[1:], device)
+        first = torch.tensor([task.classes.start for task in tasks], device=device)
+        last = torch.tensor([task.classes.stop - 1 for task in tasks], device=device)
+        width = torch.arange(max(len(task.classes) for task in tasks), device=device)
+        correct = torch.zeros(len(tasks), len(self.settings), dtype=torch.int64, device=device)
+        for start in range(0, len(labels), step):
+            rows = slice(start, start + step)
+            y, owner = labels[rows].to(device, non_blocking=True), owners[rows]
+            inputs = self.augment.plain(images[rows])
+            logits = method(inputs, tasks[0].index) if self.needs_task else method(inputs)
+            right = []
             if not self.needs_task:
                 competing = logits[:, :classes_seen] if self.argmax == "seen" else logits
-                correct[0] += (competing.argmax(1) == labels).sum()
+                right.append(competing.argmax(1) == y)
             if "task-il" in self.settings:
-                correct[-1] += (logits[:, classes.start : classes.stop].argmax(1) + classes.start == labels).sum()
+                own = torch.minimum(first[owner, None] + width, last[owner, None])  # outputs of the image's task
+                right.append(own.gather(1, logits.gather(1, own).argmax(1, keepdim=True)).squeeze(1) == y)
+            correct.index_add_(0, owner, torch.stack(right, 1).long())
         return correct
+
+    def _images(self, tasks: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """The tasks' test images, their labels, and the position in `tasks` that each belongs to."""
+        splits = [task.test for task in tasks]
+        for task, split in zip(tasks, splits, strict=True):
+            if len(split) != self.sizes[task.index]:
+                raise DataError(
+                    f"{self.benchmark.name}: task {task.index + 1} has {len(split)} test images, its `test_size` says "
+                    f"{self.sizes[task.index]}. Define `test_size` beside `make_test`."
+                )
+        device = self.augment.device
+        sizes = [self.sizes[task.index] for task in tasks]
+        places = torch.arange(len(tasks), device=device)
+        owners = places.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))  # given: no wait
+        if len(splits) == 1:
+            return splits[0].images, splits[0].labels, owners
+        return torch.cat([split.images for split in splits]), torch.cat([split.labels for split in splits]), owners

@@ -14,7 +14,18 @@ LONGEST = 2**28  # bytes of a file of ours that is read whole: the matrices of 1
 
 
 def write_json(path: Path, content: Any, durable: bool = False) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", durable)
+    write_text(path, json_text(content) + "\n", durable)
+
+
+def json_text(content: Any, indent: str = "\n") -> str:
+    """A line for each key, and one for each row of a matrix: read at a glance, and written by json's C encoder."""
+    inner = indent + " "
+    if isinstance(content, dict) and content:
+        parts = [f"{json.dumps(name)}: {json_text(value, inner)}" for name, value in content.items()]
+        return "{" + inner + f",{inner}".join(parts) + indent + "}"
+    if isinstance(content, list) and any(isinstance(item, list | dict) for item in content):
+        return "[" + inner + f",{inner}".join(json_text(item, inner) for item in content) + indent + "]"
+    return json.dumps(content, allow_nan=False)
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from utils.arguments import Config
+from utils.arguments import MANY_TASKS, Config
 from utils.console import complain, reason, say
 from utils.results import RunFolder
 
@@ -158,8 +158,11 @@ class Logs:
         self._append({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
         for setting, values in row.items():
             self.board.scalar(f"accuracy/{setting}", averages[setting], count)
+            if len(values) > MANY_TASKS:
+                continue  # a thousand curves show nothing, and cost more with each task
             for index, value in enumerate(values):
-                self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
+                if value is not None:
+                    self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
         self.board.flush()
 
     def print_task(self, seen: int, averages: dict) -> None:

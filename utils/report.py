@@ -256,12 +256,13 @@ def _hashable(value: Any) -> Any:
 
 def mixtures(groups: Sequence[Group]) -> list[str]:
     """Groups whose runs differ in more than the seed, and in what: their mean is over unlike things."""
-    from utils.arguments import EngineArgs
-
     harmless = {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]} | {"seed"}
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(EngineArgs)
+    }  # of flags that a run is from before
     lines = []
     for group in groups:
-        flags = [{**run.flags, "protocol": run.protocol} for run in group.runs]
+        flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
         values = {name: {comparable(own.get(name)) for own in flags} for name in flag_names}
         mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.arguments import (
+    MANY_TASKS,
     SELECTORS,
     Config,
     EngineArgs,
@@ -379,6 +380,8 @@ def describe(config: Config) -> str:
             continue
         if config.origins[name] != "default" or name in ("seed", "rho"):
             lines.append(f"  {name:18} {_written(config.values[name]):14} {config.origins[name]}")
+    if config.evaluated == "seen" and config.eval_tasks == "auto":
+        lines.append(f"  {'eval_tasks':18} {'seen':14} auto, since there are more than {MANY_TASKS} tasks")
     return "\n".join(lines)
 
 
@@ -397,14 +400,17 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         lines.append(f"\nAccuracy in % [{WRITTEN[setting]}], after task (row) on task (column)")
         lines.append("      " + "".join(f"{task:>7}" for task in range(1, len(matrix[0]) + 1)))
         for task, row in zip(tasks, matrix, strict=True):
-            lines.append(f"{task + 1:>4}  " + "".join(f"{100 * value:7.2f}" for value in row))
+            cells = ("      –" if value is None else f"{100 * value:7.2f}" for value in row)
+            lines.append(f"{task + 1:>4}  " + "".join(cells))
     lines.append("")
     names = list(next(iter(summary["metrics"].values())))
     lines.append(f"{'metric':30}" + "".join(f"{WRITTEN[setting]:>11}" for setting in summary["metrics"]))
     for name in names:
         values = [metrics[name] for metrics in summary["metrics"].values()]
         cells = ("          –" if value is None else f"{100 * value:9.2f} %" for value in values)
-        lines.append(f"{name:30}" + "".join(cells))
+        unmeasured = name == "fwt_gem17" and summary["eval_tasks"] == "seen" and len(tasks) > 1
+        note = "  not measured: only tasks seen are evaluated (--eval_tasks)" if unmeasured else ""
+        lines.append(f"{name:30}" + "".join(cells) + note)
     cost = summary["cost"]
     peak = "not known" if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:,.0f} MiB"
     lines.append(

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models._method import Batch, Method
 from utils import checkpoint, metrics, seeding
-from utils.arguments import DEBUG_BATCHES, Config
+from utils.arguments import DEBUG_BATCHES, MANY_TASKS, Config
 from utils.augment import Augment
 from utils.console import reason
 from utils.errors import RunFailed
@@ -23,6 +23,7 @@ from utils.memory import peak_memory_mib, reset_peak_memory
 from utils.results import RunFolder
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
+WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writing its matrix anew
 
 
 class Interrupted(Exception):
@@ -137,11 +138,11 @@ class Cost:
 
 @dataclass
 class Progress:
-    """Where a run stands: the tasks finished (rows of the matrices) and the epoch under way."""
+    """Where a run stands: the tasks finished (rows of the matrices) and the epoch under way. None: not evaluated."""
 
     tasks: list[int] = field(default_factory=list)
     epoch: int = 0
-    accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
+    accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
     untrained: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -154,12 +155,15 @@ class Trainer:
         self.config, self.benchmark, self.method, self.optimizer = config, benchmark, method, optimizer
         self.augment, self.folder, self.device = augment, folder, augment.device
         self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax, method.needs_task)
+        self.sizes = self.evaluate.sizes  # test images of each task
         rng = seeding.generator(config.seed, "order")
         self.stream = Stream(augment, config.batch_size, rng, DEBUG_BATCHES if config.debug_mode else None)
         self.n_epochs = 1 if config.debug_mode else config.n_epochs
         self.joint = config.joint or method.trains_jointly
         self.has_boundaries = benchmark.setting != "general-continual"
         self.cost, self.progress = Cost(), Progress()
+        self._rows: dict[str, list[Tensor]] = {}  # the matrices as checkpoints keep them
+        self._written, self._writing_s = 0.0, 0.0  # when it was last written, and how long that took
         method.lr = config.lr
         self.logs = Logs(config, folder, self.device)
         self._stop_signal: int | None = None
@@ -170,7 +174,7 @@ class Trainer:
         """Trains what is left to train; returns the summary. Raises `RunFailed` or `Interrupted`."""
         reset_peak_memory(self.device)
         self._started, self._saved = time.monotonic() - self.cost.wall_s, time.monotonic()
-        if not self.progress.untrained:
+        if not self.progress.untrained and self.config.evaluated == "all":
             self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
         try:
             for index in self._task_indices()[len(self.progress.tasks) :]:
@@ -194,6 +198,7 @@ class Trainer:
             "status": status,
             "metrics": {setting: self._metrics(setting) for setting in accuracy},
             "accuracy": accuracy,
+            "eval_tasks": config.evaluated,
             "cost": self.cost.to_json(self.device),
             "config_hash": config.hash,
             "notes": config.notes,
@@ -210,7 +215,10 @@ class Trainer:
             "config_hash": self.config.hash,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": vars(self.progress),
+            "progress": {
+                **vars(self.progress),
+                "accuracy": {setting: torch.stack(rows) for setting, rows in self._rows.items()},
+            },
             "cost": vars(self.cost),
             "order": seeding.generator_state(self.stream.rng),
             "stream": self.stream.state_dict() if self._mid_epoch else None,
@@ -225,6 +233,12 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
+        self.progress.accuracy = {}
+        for setting, matrix in state["progress"]["accuracy"].items():
+            self._rows[setting] = list(matrix)
+            self.progress.accuracy[setting] = [
+                [None if value != value else value for value in row] for row in matrix.tolist()
+            ]
         seeding.set_generator_state(self.stream.rng, state["order"])
         seeding.set_global_state(state["random"])
         if state["stream"] is not None:
@@ -368,14 +382,17 @@ class Trainer:
 
     def _finish_task(self, task) -> None:
         seen = self.benchmark.num_classes if self.joint else task.classes.stop
-        row = self._evaluation(classes_seen=seen)
+        only_seen = self.config.evaluated == "seen" and not self.joint
+        row = self._evaluation(classes_seen=seen, num_tasks=task.index + 1 if only_seen else None)
         for setting, values in row.items():
             self.progress.accuracy.setdefault(setting, []).append(values)
+            measured = [float("nan") if value is None else value for value in values]
+            self._rows.setdefault(setting, []).append(torch.tensor(measured, dtype=torch.float64))
         self.progress.tasks.append(task.index)
         self.progress.epoch = 0
         averages = {setting: self._average(setting) for setting in row}
         if self.folder is not None:
-            self._try_to_keep(lambda: self.write_results("running"), "the results so far")
+            self._try_to_keep(self._write_results_so_far, "the results so far")
         self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages)
         self._try_to_keep(self.save_checkpoint, "a checkpoint")
         self.logs.print_task(len(self.benchmark) if self.joint else len(self.progress.tasks), averages)
@@ -402,26 +419,38 @@ class Trainer:
                 what, f"cannot be written ({reason(error)}): the run goes on and tries again; the one before is kept"
             )
 
-    def _evaluation(self, classes_seen: int) -> dict[str, list[float]]:
+    def _write_results_so_far(self) -> None:
+        """Not after each of many tasks, since a matrix takes longer with each. What the files lack meanwhile is in
+        metrics.jsonl and in the checkpoint."""
         start = time.monotonic()
-        accuracy = self.evaluate(self.method, classes_seen)
+        if len(self.benchmark) > MANY_TASKS and self._writing_s > WRITING_SHARE * (start - self._written):
+            return
+        self.write_results("running")
+        self._written = time.monotonic()
+        self._writing_s = self._written - start
+
+    def _evaluation(self, classes_seen: int, num_tasks: int | None = None) -> dict[str, list[float | None]]:
+        start = time.monotonic()
+        accuracy = self.evaluate(self.method, classes_seen, num_tasks)
         self.cost.eval_s += time.monotonic() - start
         return accuracy
 
-    def _average(self, setting: str) -> float:
-        rows = self._trained_columns(setting)
-        return metrics.average_accuracy(rows[-1], len(rows[0]) if self.joint else len(rows))
+    @property
+    def _columns(self) -> Sequence[int]:
+        """The tasks that are trained; a joint run trains all."""
+        return range(len(self.benchmark)) if self.joint else self.progress.tasks
 
-    def _trained_columns(self, setting: str) -> list[list[float]]:
-        """The matrix cut to the tasks that are trained; a joint run trains all."""
-        rows = self.progress.accuracy[setting]
-        columns = range(len(self.benchmark)) if self.joint else self.progress.tasks
-        return [[row[column] for column in columns] for row in rows]
+    def _average(self, setting: str) -> float:
+        row = self.progress.accuracy[setting][-1]
+        return metrics.average_accuracy([row[column] for column in self._columns], len(self._columns))
 
     def _metrics(self, setting: str) -> dict[str, float | None]:
-        columns = range(len(self.benchmark)) if self.joint else self.progress.tasks
-        untrained = [self.progress.untrained[setting][column] for column in columns]
-        return metrics.summarize(self._trained_columns(setting), untrained, self.joint)
+        def trained(row: list) -> list:
+            return [row[column] for column in self._columns]
+
+        untrained = trained(self.progress.untrained[setting]) if self.progress.untrained else None
+        rows = [trained(row) for row in self.progress.accuracy[setting]]
+        return metrics.summarize(rows, untrained, trained(self.sizes), self.joint)
 
 
 class SignalWatch:
