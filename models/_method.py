@@ -87,6 +87,7 @@ class Method(nn.Module):
         super().__init__()
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
+        self.checked: set[tuple] = set()  # makes of a step whose blocks and loss have been looked at
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
