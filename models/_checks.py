@@ -1,25 +1,16 @@
 """What a method hands to the engine, checked in words: what is wrong, in one line, or None.
 
 Types, shapes and numbers of rows only, so that no check waits for the device. Each is made once for each make of a step
-(names of the terms, sizes of the blocks), the cheap ones in each step.
+(names of the terms, sizes of the blocks); those of gradients in the first steps of a task.
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from utils.errors import UsageError
-
-
-def mistake(part: Any, problem: str) -> UsageError:
-    """The error that names a method or an optimizer, its file, and what is wrong with it."""
-    kind = part if isinstance(part, type) else type(part)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
-    return UsageError(f"{getattr(kind, 'name', kind.__name__)} ({file}): {problem}")
 
 
 def shown(thing: Any) -> str:
@@ -27,6 +18,68 @@ def shown(thing: Any) -> str:
     if isinstance(thing, Tensor):
         return f"a tensor of shape {tuple(thing.shape)} and {thing.dtype}"
     return "None" if thing is None else f"a {type(thing).__name__}"
+
+
+def not_steps(thing: Any) -> str:
+    return f"steps() must yield the blocks of each step, got {shown(thing)}. Write: yield self.draw(batch)."
+
+
+def of_blocks(blocks: Any, block_type: type, device: torch.device) -> str | None:
+    """`blocks` is what `draw` gave, or `steps`."""
+    if not isinstance(blocks, tuple | list):
+        return f"draw() must return a tuple of blocks, and steps() yield them, got {shown(blocks)}. Write: (block,)."
+    for block in blocks:
+        if not isinstance(block, block_type):
+            return f"draw() must return a tuple of blocks, got {shown(block)} in it. Write: Block(x, y=y)."
+    if all(block.apart for block in blocks):
+        return "draw() has given no block for the loss. Return at least one, such as batch.block."
+    for number, block in enumerate(blocks):
+        what = f"block {number} of draw()"
+        if not isinstance(block.x, Tensor) or not block.x.is_floating_point():
+            return (
+                f"{what} must have inputs x of floats, got {shown(block.x)}. Use batch.inputs, or "
+                "self.context.augment(images)."
+            )
+        if not 0 <= block.memory <= len(block):
+            return f"{what} has {len(block)} rows, but memory={block.memory} of them. Give the number of rows."
+        for name, column in {"x": block.x, **block.columns}.items():
+            if not isinstance(column, Tensor) or column.ndim == 0 or len(column) != len(block):
+                return f"{what} has {len(block)} rows, its column '{name}' is {shown(column)}. Give it as many rows."
+            if column.device != device:
+                return f"{what} has '{name}' on {column.device}, the weights are on {device}. Move it there."
+    return None
+
+
+def of_call(method_loss: Callable, number: int) -> str | None:
+    """Whether `method_loss` can be called with so many blocks."""
+    signature = inspect.signature(method_loss)
+    try:
+        signature.bind(*range(number))
+    except TypeError:
+        return f"draw() has given {number} block(s) for the loss, which loss{signature} cannot take. Make them agree."
+    return None
+
+
+def of_guides(guides: Any) -> str | None:
+    """`guides` is what the method has under this name."""
+    if not isinstance(guides, Mapping) or any(isinstance(terms, str) for terms in guides.values()):
+        return f"guides must be a dict of tuples of terms, got {guides!r}. Write: {{'name': ('term',)}}."
+    terms = list(chain(*guides.values()))
+    for term in terms:
+        if terms.count(term) > 1:
+            return f"guides has the term '{term}' twice, got {guides!r}. Its gradient can belong to one guide only."
+    return None
+
+
+def of_update(what: str, update: Any, params: list[Tensor]) -> str | None:
+    """`update` is what an optimizer or `combine` makes of gradients."""
+    if not isinstance(update, list | tuple) or len(update) != len(params):
+        got = f"{len(update)} entries" if isinstance(update, list | tuple) else shown(update)
+        return f"{what} must be a list of {len(params)} tensors, one for each parameter, got {got}."
+    for part, param in zip(update, params, strict=True):
+        if not isinstance(part, Tensor) or part.shape != param.shape:
+            return f"{what} must have the shapes of the parameters, {tuple(param.shape)} here, got {shown(part)}."
+    return None
 
 
 def not_a_loss(thing: Any) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models._checks import mistake, not_a_loss, of_loss
+from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
+from utils.errors import mistake
 from utils.optim._driver import frozen_statistics
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
@@ -145,6 +146,7 @@ class Objective:
         self.loss: Loss | None = None
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
+        self.handed: list[tuple[Grads, list[tuple[Tensor, int]]]] | None = None  # see `watch`
         self.passes: list[tuple[Loss, Grads]] = []
         self.tally = Tally([False] * len(params))
         self.skipped = False  # set by an optimizer that did not take the step
@@ -193,6 +195,8 @@ class Objective:
         clean, self._is_clean = self._is_clean, False
         weighted = loss if self.weights is None else self._weighted(loss)
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
+        if self.handed is not None:
+            self._hand_out(gradient, climbed, *self.guides.values())
         self.tally.totals.append(weighted.total.detach())
         if clean:
             self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
@@ -206,18 +210,59 @@ class Objective:
         if not self.apart:
             return
         rows = sum(len(block) for block in self.apart)
-        references = iter(self.method.references(*self.apart))
+        references = self.method.references(*self.apart)
+        if not hasattr(references, "__next__"):
+            raise mistake(self.method, f"references() must yield (name, loss), it returns {shown(references)}.")
         while True:
             with self._precision():
-                name, reference = next(references, (None, None))
-            if name is None:
+                found = next(references, None)
+            if found is None:
                 break
+            name, reference = self._named(found)
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
 
+    def _named(self, found: Any) -> tuple[str, Tensor]:
+        """What `references` has yielded, if it is a name and a loss ()."""
+        is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)
+        if not is_pair or found[1].ndim or not found[1].requires_grad:
+            got = ", ".join(map(shown, found)) if isinstance(found, tuple) else shown(found)
+            raise mistake(self.method, f"references() must yield (name, loss), the loss one number, got {got}.")
+        if found[0] in self.method.guides:
+            raise mistake(self.method, f"'{found[0]}' is a guide and a reference. Rename one of them.")
+        return found
+
+    def watch(self) -> None:
+        """From now on it is noticed when somebody changes a gradient in place that this step hands out."""
+        self.handed = []
+
+    def _hand_out(self, *gradients: Grads) -> None:
+        self.handed += [(gradient, [(part, part._version) for part in gradient]) for gradient in gradients]
+
+    def check_update(self, optimizer: Any, update: Any) -> None:
+        """Refuses, in a step that is watched, an update that is none, and gradients changed in place."""
+        self._refuse(optimizer, of_update("its update", update, self.params), "a gradient of the objective's")
+
     def combine(self, update: Grads) -> Grads:
-        return self.method.combine(update, self.guides)
+        if self.handed is None:
+            return self.method.combine(update, self.guides)
+        self.handed = []
+        self._hand_out(update, *self.guides.values())
+        combined = self.method.combine(update, self.guides)
+        self._refuse(self.method, of_update("what combine() returns", combined, self.params), "the update or a guide")
+        return combined
+
+    def _refuse(self, part: Any, problem: str | None, what: str) -> None:
+        changed = (
+            now is not part or part._version != version
+            for gradient, parts in self.handed
+            for now, (part, version) in zip(gradient, parts, strict=True)
+        )
+        if any(changed):
+            problem = f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does."
+        if problem:
+            raise mistake(part, problem)
 
     def has(self, climb: str) -> bool:
         """Whether there are rows to climb."""
@@ -248,7 +293,7 @@ class Objective:
         """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
         pass is a clean one."""
         other = Objective(self.method, blocks, self.params)
-        other.tally = self.tally
+        other.tally, other.handed = self.tally, self.handed
         if noise is not None:
             other.noise, other._has_drawn, other._is_clean = noise, True, False
         return other
@@ -293,14 +338,15 @@ class Objective:
         """Refuses a loss that is not one of these blocks, once for each make of a step: terms and sizes of blocks."""
         make = None
         if isinstance(loss, Loss) and isinstance(loss.rows, dict) and isinstance(loss.penalties, dict):
-            make = (tuple(loss.rows), tuple(loss.penalties), *map(len, self.blocks))
-            if make in self.method.checked:
+            make = ((*loss.rows, *loss.penalties), tuple(map(len, self.blocks)))
+            if make in self.method.checked_losses:
                 return
         is_loss = isinstance(loss, Loss)
         problem = of_loss(loss, self.blocks, self.method.loss) if is_loss else not_a_loss(loss)
         if problem:
             raise mistake(self.method, problem)
-        self.method.checked.add(make)
+        if make is not None:
+            self.method.checked_losses.add(make)
 
     @contextmanager
     def _same_noise(self) -> Iterator[None]:
@@ -353,6 +399,8 @@ class Objective:
         name, term = self.extra
         names = [name] if len(self.blocks) == 1 else [f"{name}_{index}" for index in range(len(self.blocks))]
         own = dict(zip(names, zip(self.blocks, term(logits), strict=True), strict=True))
+        for name in own.keys() & {*loss.rows, *loss.penalties}:
+            raise mistake(self.method, f"'{name}' is a term of the optimizer's. Rename the method's.")
         return Loss({**loss.rows, **own}, loss.logits, loss.penalties, loss.outputs)
 
     def _weighted(self, loss: Loss) -> Loss:

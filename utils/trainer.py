@@ -2,6 +2,7 @@
 
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import cos, pi
@@ -365,6 +366,9 @@ class Trainer:
         for setting, values in row.items():
             self.progress.accuracy.setdefault(setting, []).append(values)
         self.progress.tasks.append(task.index)
+        if len(self.progress.tasks) == (2 if self.has_boundaries else 1):
+            for doubt in self.method.doubts():
+                warnings.warn(doubt, stacklevel=2)
         self.progress.epoch = 0
         averages = {setting: self._average(setting) for setting in row}
         self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages, self.joint)
