@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models._checks import not_steps, of_blocks, of_call, of_guides, shown
 from models._objective import Block, Grads, Loss, Objective
+from utils.errors import mistake
 from utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
@@ -87,6 +89,19 @@ class Method(nn.Module):
         super().__init__()
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
+        self.checked_blocks: set[tuple] = set()  # (shape, memory, apart) of each block of a step, once looked at
+        self.checked_losses: set[tuple] = set()  # (terms, sizes of the blocks) of a loss, once looked at
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.observe is not Method.observe:
+            raise mistake(
+                cls,
+                "observe() belongs to the engine and cannot be overridden. Write draw() for what is random, loss() for "
+                "the loss, and remember() for what is kept.",
+            )
+        if isinstance(cls.settings, str) or not {*cls.settings} <= {*SETTINGS}:
+            raise mistake(cls, f"settings must be a tuple of some of {', '.join(SETTINGS)}, got {cls.settings!r}.")
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
@@ -131,17 +146,20 @@ class Method(nn.Module):
 
     def loss(self, *blocks: Block) -> Loss:
         """The loss of these blocks at the present weights. Pure: no randomness, no side effect."""
-        raise NotImplementedError
+        raise mistake(self, "it has no loss(). Write: def loss(self, stream): ..., which returns a Loss.")
 
     def references(self, *blocks: Block) -> Iterator[tuple[str, Tensor]]:
         """(name, loss ()) of the blocks that are `apart`, whose gradients `combine` gets among its guides.
 
         Taken once a step, with the clean pass, and each gradient before the next loss is asked for.
         """
-        raise NotImplementedError
+        raise mistake(self, "it draws blocks that are apart, but has no references() that gives their losses.")
 
     def combine(self, update: Grads, guides: Mapping[str, Grads]) -> Grads:
-        """Gradient surgery, after the optimizer has found its direction. `guides` is empty while there is no memory."""
+        """Gradient surgery, after the optimizer has found its direction. `guides` is empty while there is no memory.
+
+        Returns a list like `update`; neither that nor the guides may be changed in place.
+        """
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
@@ -170,13 +188,51 @@ class Method(nn.Module):
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
         """Everything that is learned from one batch: an objective and its update for each optimizer step."""
-        done = []
-        for blocks in self.steps(batch):
+        done, steps = [], self.steps(batch)
+        if not hasattr(steps, "__next__"):
+            raise mistake(self, not_steps(steps))
+        for blocks in steps:
+            self._check(blocks, optimizer.params)
             objective = Objective(self, blocks, optimizer.params, trace)
             done.append((objective, optimizer.step(objective)))
+        loss = done[0][0].loss if done else None
+        if loss is not None and loss.logits is not None and len(loss.logits) != len(batch.y):
+            problem = f"Loss(logits=...) must have the stream's {len(batch.y)} rows alone, got {shown(loss.logits)}."
+            raise mistake(self, problem)
         if not done or not all(objective.skipped for objective, _ in done):
-            self.remember(batch, done[0][0].loss if done else None)
+            self.remember(batch, loss)
         return done
+
+    def _check(self, blocks: Any, params: list[nn.Parameter]) -> None:
+        """Refuses blocks that are none, once for each make of a step."""
+        make = None
+        if isinstance(blocks, tuple | list) and all(isinstance(block, Block) for block in blocks):
+            make = tuple((getattr(block.x, "shape", None), block.memory, block.apart) for block in blocks)
+            if make in self.checked_blocks:
+                return
+        device = params[0].device if params else self.context.device
+        problem = of_blocks(blocks, Block, device) or of_guides(self.guides)
+        problem = problem or of_call(self.loss, sum(not block.apart for block in blocks))
+        if problem:
+            raise mistake(self, problem)
+        self.checked_blocks.add(make)
+
+    def doubts(self) -> list[str]:
+        """What looks like a mistake when two tasks are over (on a general-continual stream: one), one line each."""
+        terms = {name for names, _ in self.checked_losses for name in names}
+        found = [
+            f"{self.name}: the guide '{guide}' is of the term '{term}', which its loss has not had so far. "
+            f"It had {', '.join(sorted(terms))}."
+            for guide, members in self.guides.items()
+            for term in members
+            if terms and term not in terms
+        ]
+        if self.has_memory and terms and not any(memory for make in self.checked_blocks for _, memory, _ in make):
+            found.append(
+                f"{self.name}: no block has had rows of the memory so far, though `has_memory` says so: "
+                "optimizers take all rows for the stream's. Write: Block(x, memory=number of rows, ...)."
+            )
+        return found
 
 
 def published(source: str, table: Mapping[tuple, dict]) -> Published:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
+from utils.errors import mistake
 from utils.optim._driver import frozen_statistics
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
@@ -55,56 +57,60 @@ class Block:
         return Block(self.x, self.memory, True, **self.columns)
 
 
+Of = tuple[Block, Tensor] | Tensor  # a tensor (n, ...) of a block's rows, and which block; alone where there is one
+
+
+def _changed(of: Of, change: Callable[[Tensor], Tensor]) -> Of:
+    return (of[0], change(of[1])) if isinstance(of, tuple) else change(of)
+
+
+def _place(of: Of, blocks: tuple[Block, ...]) -> int:
+    """The position of the block that a term is about; `_checks.of_loss` makes sure that there is one."""
+    return next(i for i, block in enumerate(blocks) if block is of[0]) if isinstance(of, tuple) else 0
+
+
 class Loss:
     """What a method minimises, term by term.
 
-    `rows[name]` (n,) holds a term's cost for each row of a block, weight included; the term is their mean. A term that
-    speaks of k of the n rows has n / k times their cost there, and zeros elsewhere. `penalties[name]` () are terms that
-    belong to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[i]` (n, ...) are what `remember` needs
-    of the i-th block. The i-th term is about the i-th block, or all are about the only one, unless `blocks[name]` says
-    which.
+    `rows[name]` is a term, `(block, cost)`: one of the blocks that `loss` was given, and the cost (n,) of each of its
+    rows, weight included; where there is only one block, the cost alone will do. The term is the mean. One that speaks
+    of k of the n rows has n / k times their cost there, and zeros elsewhere. `penalties[name]` () are terms that belong
+    to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[name]`, written as the terms are, with tensors
+    (n, ...), are what else `remember` needs.
     """
 
     def __init__(
         self,
-        rows: Mapping[str, Tensor],
+        rows: Mapping[str, Of],
         logits: Tensor | None = None,
         penalties: Mapping[str, Tensor] = {},
-        blocks: Mapping[str, int] = {},
-        outputs: Mapping[int, Tensor] = {},
+        outputs: Mapping[str, Of] = {},
+        **unknown: Any,
     ):
-        self.rows, self.logits, self.penalties, self.blocks = rows, logits, penalties, blocks
-        self.outputs = outputs
+        self.rows, self.logits, self.penalties, self.outputs = rows, logits, penalties, outputs
+        self.unknown = unknown  # arguments that there are not, for the message that says so
+
+    @cached_property
+    def costs(self) -> dict[str, Tensor]:
+        """{name: (n,)} of the terms in `rows`."""
+        return {name: cost[1] if isinstance(cost, tuple) else cost for name, cost in self.rows.items()}
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
         """{name: ()}; they sum to `total`."""
-        return {**{name: rows.mean() for name, rows in self.rows.items()}, **self.penalties}
+        return {**{name: cost.mean() for name, cost in self.costs.items()}, **self.penalties}
 
     @cached_property
     def total(self) -> Tensor:
         return reduce(operator.add, self.terms.values())
 
-    def block_of(self, name: str, blocks: tuple[Block, ...]) -> int:
-        """Which of the blocks a term of `rows` is about. Raises ValueError where that is not to be seen."""
-        position = 0 if len(blocks) == 1 else list(self.rows).index(name)
-        index = self.blocks.get(name, position)
-        if index >= len(blocks) or len(self.rows[name]) != len(blocks[index]):
-            sizes = ", ".join(str(len(block)) for block in blocks)
-            raise ValueError(
-                f"the loss term '{name}' has {len(self.rows[name])} rows, the blocks have {sizes}. "
-                f"Say which block it is about: Loss(..., blocks={{'{name}': 0}})."
-            )
-        return index
-
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Loss":
-        """Rows, logits, penalties and outputs, each changed by the same function."""
+        """Costs, logits, penalties and outputs, each changed by the same function."""
         return Loss(
-            {name: change(rows) for name, rows in self.rows.items()},
+            {name: _changed(cost, change) for name, cost in self.rows.items()},
             None if self.logits is None else change(self.logits),
             {name: change(term) for name, term in self.penalties.items()},
-            self.blocks,
-            {index: change(outputs) for index, outputs in self.outputs.items()},
+            {name: _changed(output, change) for name, output in self.outputs.items()},
         )
 
     def detach(self) -> "Loss":
@@ -140,6 +146,7 @@ class Objective:
         self.loss: Loss | None = None
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
+        self.handed: list[tuple[Grads, list[tuple[Tensor, int]]]] | None = None  # see `watch`
         self.passes: list[tuple[Loss, Grads]] = []
         self.tally = Tally([False] * len(params))
         self.skipped = False  # set by an optimizer that did not take the step
@@ -168,6 +175,7 @@ class Objective:
         """The loss at the present weights, with its graph."""
         with self._same_noise(), self._precision(), self._logits() as logits:
             loss = self.method.loss(*self.blocks)
+            self._check(loss)
             self.tally.forward_rows += self.num_rows
             if self.extra is not None:
                 loss = self._with_extra(loss, logits)
@@ -187,6 +195,8 @@ class Objective:
         clean, self._is_clean = self._is_clean, False
         weighted = loss if self.weights is None else self._weighted(loss)
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
+        if self.handed is not None:
+            self._hand_out(gradient, climbed, *self.guides.values())
         self.tally.totals.append(weighted.total.detach())
         if clean:
             self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
@@ -200,18 +210,59 @@ class Objective:
         if not self.apart:
             return
         rows = sum(len(block) for block in self.apart)
-        references = iter(self.method.references(*self.apart))
+        references = self.method.references(*self.apart)
+        if not hasattr(references, "__next__"):
+            raise mistake(self.method, f"references() must yield (name, loss), it returns {shown(references)}.")
         while True:
             with self._precision():
-                name, reference = next(references, (None, None))
-            if name is None:
+                found = next(references, None)
+            if found is None:
                 break
+            name, reference = self._named(found)
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
 
+    def _named(self, found: Any) -> tuple[str, Tensor]:
+        """What `references` has yielded, if it is a name and a loss ()."""
+        is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)
+        if not is_pair or found[1].ndim or not found[1].requires_grad:
+            got = ", ".join(map(shown, found)) if isinstance(found, tuple) else shown(found)
+            raise mistake(self.method, f"references() must yield (name, loss), the loss one number, got {got}.")
+        if found[0] in self.method.guides:
+            raise mistake(self.method, f"'{found[0]}' is a guide and a reference. Rename one of them.")
+        return found
+
+    def watch(self) -> None:
+        """From now on it is noticed when somebody changes a gradient in place that this step hands out."""
+        self.handed = []
+
+    def _hand_out(self, *gradients: Grads) -> None:
+        self.handed += [(gradient, [(part, part._version) for part in gradient]) for gradient in gradients]
+
+    def check_update(self, optimizer: Any, update: Any) -> None:
+        """Refuses, in a step that is watched, an update that is none, and gradients changed in place."""
+        self._refuse(optimizer, of_update("its update", update, self.params), "a gradient of the objective's")
+
     def combine(self, update: Grads) -> Grads:
-        return self.method.combine(update, self.guides)
+        if self.handed is None:
+            return self.method.combine(update, self.guides)
+        self.handed = []
+        self._hand_out(update, *self.guides.values())
+        combined = self.method.combine(update, self.guides)
+        self._refuse(self.method, of_update("what combine() returns", combined, self.params), "the update or a guide")
+        return combined
+
+    def _refuse(self, part: Any, problem: str | None, what: str) -> None:
+        changed = (
+            now is not part or part._version != version
+            for gradient, parts in self.handed
+            for now, (part, version) in zip(gradient, parts, strict=True)
+        )
+        if any(changed):
+            problem = f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does."
+        if problem:
+            raise mistake(part, problem)
 
     def has(self, climb: str) -> bool:
         """Whether there are rows to climb."""
@@ -242,7 +293,7 @@ class Objective:
         """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
         pass is a clean one."""
         other = Objective(self.method, blocks, self.params)
-        other.tally = self.tally
+        other.tally, other.handed = self.tally, self.handed
         if noise is not None:
             other.noise, other._has_drawn, other._is_clean = noise, True, False
         return other
@@ -276,12 +327,26 @@ class Objective:
         A network that draws (dropout) draws for them from the start of the step's noise, not what each row had.
         """
         growth: list[Tensor | None] = [None] * len(self.blocks)
-        for name, rows in after.rows.items():
-            index = after.block_of(name, self.blocks)
-            rise = rows.detach() - before.rows[name].detach()
+        for name, cost in after.costs.items():
+            index = _place(after.rows[name], self.blocks)
+            rise = cost.detach() - before.costs[name].detach()
             growth[index] = rise if growth[index] is None else growth[index] + rise
         worst = tuple(_worst(block, rise, fraction, least) for block, rise in zip(self.blocks, growth, strict=True))
         return self._on(worst, self.noise)
+
+    def _check(self, loss: Any) -> None:
+        """Refuses a loss that is not one of these blocks, once for each make of a step: terms and sizes of blocks."""
+        make = None
+        if isinstance(loss, Loss) and isinstance(loss.rows, dict) and isinstance(loss.penalties, dict):
+            make = ((*loss.rows, *loss.penalties), tuple(map(len, self.blocks)))
+            if make in self.method.checked_losses:
+                return
+        is_loss = isinstance(loss, Loss)
+        problem = of_loss(loss, self.blocks, self.method.loss) if is_loss else not_a_loss(loss)
+        if problem:
+            raise mistake(self.method, problem)
+        if make is not None:
+            self.method.checked_losses.add(make)
 
     @contextmanager
     def _same_noise(self) -> Iterator[None]:
@@ -333,14 +398,18 @@ class Objective:
             logits.append(seen[index].float() if self.method.amp else seen[index])
         name, term = self.extra
         names = [name] if len(self.blocks) == 1 else [f"{name}_{index}" for index in range(len(self.blocks))]
-        blocks = {name: loss.block_of(name, self.blocks) for name in loss.rows}
-        blocks |= {name: index for index, name in enumerate(names)}
-        rows = {**loss.rows, **dict(zip(names, term(logits), strict=True))}
-        return Loss(rows, loss.logits, loss.penalties, blocks, loss.outputs)
+        own = dict(zip(names, zip(self.blocks, term(logits), strict=True), strict=True))
+        for name in own.keys() & {*loss.rows, *loss.penalties}:
+            raise mistake(self.method, f"'{name}' is a term of the optimizer's. Rename the method's.")
+        return Loss({**loss.rows, **own}, loss.logits, loss.penalties, loss.outputs)
 
     def _weighted(self, loss: Loss) -> Loss:
-        rows = {name: self.weights[loss.block_of(name, self.blocks)] * rows for name, rows in loss.rows.items()}
-        return Loss(rows, loss.logits, loss.penalties, loss.blocks, loss.outputs)
+        def weighted(of: Of) -> Of:
+            weight = self.weights[_place(of, self.blocks)]
+            return _changed(of, lambda cost: weight * cost)
+
+        rows = {name: weighted(of) for name, of in loss.rows.items()}
+        return Loss(rows, loss.logits, loss.penalties, loss.outputs)
 
     def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[tuple[str | None, bool], tuple[Tensor, int]]:
         """{(guide, climbed): (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
@@ -366,13 +435,13 @@ class Objective:
         """(piece of a term, whether it is climbed, its block)."""
         if name in loss.penalties:
             return [(loss.penalties[name], climb != "current", None)]
-        index, term = loss.block_of(name, self.blocks), loss.terms[name]
+        index, term = _place(loss.rows[name], self.blocks), loss.terms[name]
         if climb == "all":
             return [(term, True, index)]
         block, climbs_memory = self.blocks[index], climb == "memory"
         if block.memory in (0, len(block)):
             return [(term, climbs_memory == (block.memory > 0), index)]
-        stream, memory = loss.rows[name].split((len(block) - block.memory, block.memory))
+        stream, memory = loss.costs[name].split((len(block) - block.memory, block.memory))
         return [
             (stream.sum() / len(block), not climbs_memory, index),
             (memory.sum() / len(block), climbs_memory, index),
@@ -410,20 +479,20 @@ class Objective:
         """Clean loss and guides of all rows, from those of the shards."""
         first = done[0][1].loss
 
-        def whole(index: int, column: Callable[[Loss], Tensor]) -> Tensor:
+        def whole(column: Callable[[Loss], Of]) -> Of:
             """Puts a column's pieces in the order of the block's rows: all of the stream's, then the memory's."""
-            pieces = [
-                column(shard.loss).split([len(rows) for rows in shard.blocks[index].sources]) for _, shard in done
-            ]
-            return torch.cat([piece for source in zip(*pieces, strict=True) for piece in source])
+            index, pieces = _place(column(first), done[0][1].blocks), []
+            for _, shard in done:
+                of = column(shard.loss)
+                part = of[1] if isinstance(of, tuple) else of
+                pieces.append(part.split([len(rows) for rows in shard.blocks[index].sources]))
+            joined = torch.cat([piece for source in zip(*pieces, strict=True) for piece in source])
+            return (self.blocks[index], joined) if isinstance(column(first), tuple) else joined
 
-        rows = {
-            name: whole(first.block_of(name, done[0][1].blocks), lambda loss, name=name: loss.rows[name])
-            for name in first.rows
-        }
+        rows = {name: whole(lambda loss, name=name: loss.rows[name]) for name in first.rows}
         logits = None if first.logits is None else torch.cat([shard.loss.logits for _, shard in done])
-        outputs = {i: whole(i, lambda loss, i=i: loss.outputs[i]) for i in first.outputs}
-        self.loss = Loss(rows, logits, first.penalties, first.blocks, outputs)
+        outputs = {name: whole(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
+        self.loss = Loss(rows, logits, first.penalties, outputs)
         for share, shard in done:
             for guide, grads in shard.guides.items():
                 self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))

@@ -101,10 +101,10 @@ class ClsEr(ReplayMethod):
 
     def loss(self, joint: Block, memory: Block | None = None) -> Loss:
         logits = self.net(joint.x)
-        rows = {"replay": cross_entropy(logits, joint.y, reduction="none")}
+        rows = {"replay": (joint, cross_entropy(logits, joint.y, reduction="none"))}
         if memory is not None:
             distance = logit_distance(self.net(memory.x), memory.targets)
-            rows["consistency"] = self.args.reg_weight * distance
+            rows["consistency"] = (memory, self.args.reg_weight * distance)
         return Loss(rows, logits[: len(joint) - joint.memory])
 
     def remember(self, batch: Batch, loss: Loss) -> None:

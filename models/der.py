@@ -53,9 +53,9 @@ class Der(ReplayMethod):
 
     def loss(self, stream: Block, memory: Block | None = None) -> Loss:
         logits = self.net(stream.x)
-        rows = {"current": cross_entropy(logits, stream.y, reduction="none")}
+        rows = {"current": (stream, cross_entropy(logits, stream.y, reduction="none"))}
         if memory is not None:
-            rows["logits"] = self.args.alpha * logit_distance(self.net(memory.x), memory.logits)
+            rows["logits"] = (memory, self.args.alpha * logit_distance(self.net(memory.x), memory.logits))
         return Loss(rows, logits)
 
     def remember(self, batch: Batch, loss: Loss) -> None:

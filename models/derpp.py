@@ -55,8 +55,10 @@ class DerPP(Der):
 
     def loss(self, stream: Block, for_logits: Block | None = None, for_labels: Block | None = None) -> Loss:
         logits = self.net(stream.x)
-        rows = {"current": cross_entropy(logits, stream.y, reduction="none")}
+        rows = {"current": (stream, cross_entropy(logits, stream.y, reduction="none"))}
         if for_logits is not None:
-            rows["logits"] = self.args.alpha * logit_distance(self.net(for_logits.x), for_logits.logits)
-            rows["labels"] = self.args.beta * cross_entropy(self.net(for_labels.x), for_labels.y, reduction="none")
+            distance = logit_distance(self.net(for_logits.x), for_logits.logits)
+            rows["logits"] = (for_logits, self.args.alpha * distance)
+            costs = cross_entropy(self.net(for_labels.x), for_labels.y, reduction="none")
+            rows["labels"] = (for_labels, self.args.beta * costs)
         return Loss(rows, logits)

@@ -57,9 +57,9 @@ class ErAce(ReplayMethod):
     def loss(self, stream: Block, memory: Block | None = None) -> Loss:
         logits = self.net(stream.x)
         masked = logits.masked_fill(~stream.competing, float("-inf"))
-        rows = {"current": cross_entropy(masked, stream.y, reduction="none")}
+        rows = {"current": (stream, cross_entropy(masked, stream.y, reduction="none"))}
         if memory is not None:
-            rows["replay"] = cross_entropy(self.net(memory.x), memory.y, reduction="none")
+            rows["replay"] = (memory, cross_entropy(self.net(memory.x), memory.y, reduction="none"))
         return Loss(rows, logits)
 
     def remember(self, batch: Batch, loss: Loss) -> None:

@@ -108,9 +108,10 @@ class HAL(ReplayMethod):
             return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-self.lr), strict=True))
 
     def loss(self, joint: Block, anchors: Block | None = None) -> Loss:
-        rows = {"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")}
+        rows = {"replay": (joint, cross_entropy(self.net(joint.x), joint.y, reduction="none"))}
         if anchors is not None:
-            rows["anchors"] = self.args.hal_lambda * logit_distance(self.net(anchors.x), anchors.targets)
+            distance = logit_distance(self.net(anchors.x), anchors.targets)
+            rows["anchors"] = (anchors, self.args.hal_lambda * distance)
         return Loss(rows)
 
     @torch.no_grad()

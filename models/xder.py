@@ -83,7 +83,6 @@ class XDer(ReplayMethod):
     def __init__(self, net, args, context: Context):
         super().__init__(net, args, context)
         self.classes: range = context.benchmark.classes_of(0)  # of the present task
-        self.replayed: tuple[Block, ...] = ()  # D1 and D2 of the present step
 
     def begin_task(self, task: Any) -> None:
         self.classes = task.classes
@@ -91,15 +90,15 @@ class XDer(ReplayMethod):
     # the rooms
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
-        self.replayed = self.replay(draws=2)
+        replayed = self.replay(draws=2)  # D1 and D2
         again = torch.zeros(0, dtype=torch.int64, device=batch.y.device)
-        for block in self.replayed:
+        for block in replayed:
             fresh = (block.slot[:, None] != again).all(1)  # `isin` would wait for the device
             due = torch.rand(len(block), device=fresh.device) * (block.drawn + 1) < 1
             block.columns.update(fresh=fresh, due=due & fresh)
             again = block.slot
         views = (self._views(batch),) if self.classes.stop < self.context.benchmark.num_classes else ()
-        return (batch.block, *self.replayed, *views)
+        return (batch.block, *replayed, *views)
 
     def _views(self, batch: Batch) -> Block:
         """Strong views of the stream's images and of the memory's, those of one image side by side."""
@@ -120,23 +119,24 @@ class XDer(ReplayMethod):
         args, past, seen = self.args, self.classes.start, self.classes.stop
         blocks = [stream, *replayed]
         f = [self.net(block.x) for block in blocks]
-        rows = {"current": cross_entropy(f[0][:, past:seen], stream.y - past, reduction="none")}
-        about = {"current": 0}
+        rows = {"current": (stream, cross_entropy(f[0][:, past:seen], stream.y - past, reduction="none"))}
         if replayed:
-            rows["logits"] = args.alpha * logit_distance(f[1], replayed[0].logits)
-            rows["labels"] = args.beta * cross_entropy(f[2][:, :past], replayed[1].y, reduction="none")
-            about |= {"logits": 1, "labels": 2}
+            for_logits, for_labels = replayed
+            rows["logits"] = (for_logits, args.alpha * logit_distance(f[1], for_logits.logits))
+            costs = cross_entropy(f[2][:, :past], for_labels.y, reduction="none")
+            rows["labels"] = (for_labels, args.beta * costs)
         if past:
             p = f[0][:, :seen].softmax(1)
-            rows["past"] = args.eta * _violation([p[:, :past].amax(1).detach() + args.m - p[:, past:].amax(1)])[0]
-            about["past"] = 0
+            (costs,) = _violation([p[:, :past].amax(1).detach() + args.m - p[:, past:].amax(1)])
+            rows["past"] = (stream, args.eta * costs)
         if views:
             gaps = [self._gap(logits, block) for logits, block in zip(f, blocks, strict=True)]
-            for index, cost in enumerate(_violation(gaps)):
-                name = ("future", "future_logits", "future_labels")[index]
-                rows[name], about[name] = args.eta * cost, index
-            rows["views"], about["views"] = args.lambd * self._consistency(views[0]), len(blocks)
-        return Loss(rows, f[0], blocks=about, outputs=dict(enumerate(f[1:], start=1)))
+            names = ("future", "future_logits", "future_labels")
+            for name, block, costs in zip(names, blocks, _violation(gaps), strict=False):
+                rows[name] = (block, args.eta * costs)
+            rows["views"] = (views[0], args.lambd * self._consistency(views[0]))
+        outputs = {"logits": (replayed[0], f[1]), "labels": (replayed[1], f[2])} if replayed else {}
+        return Loss(rows, f[0], outputs=outputs)
 
     def _gap(self, logits: Tensor, block: Block) -> Tensor:
         """(n,): max f[future] + m - max f[own head]; -1 for a row that is there twice."""
@@ -155,9 +155,9 @@ class XDer(ReplayMethod):
 
     def remember(self, batch: Batch, loss: Loss) -> None:
         columns, heads = self.buffer.columns, slice(self.classes.start, None)
-        for index, block in enumerate(self.replayed, start=1):
+        for block, output in loss.outputs.values():
             old = columns["logits"].index_select(0, block.slot)
-            new = transplanted(old, loss.outputs[index], block.y, heads, self.args.gamma)
+            new = transplanted(old, output, block.y, heads, self.args.gamma)
             due = block.due & new.isfinite().all(1)
             columns["logits"].index_copy_(0, block.slot, torch.where(due[:, None], new, old))
             columns["drawn"].index_add_(0, block.slot, block.fresh.long())

@@ -240,7 +240,7 @@ def test_gdumbs_cutmix_is_a_box_of_other_images_and_their_share_of_the_loss(star
     wanted = [
         (1 - share) * cost(z[i], block.y[i].item()) + share * cost(z[i], block.other[i].item()) for i in range(16)
     ]
-    assert rows_of(loss.rows["memory"]) == pytest.approx(wanted, rel=1e-5)
+    assert rows_of(loss.costs["memory"]) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_pnns_step_learns_every_adapter_and_counts_the_frozen_columns(start):
     with frozen_statistics(method):
         loss = method.loss(block)
         assert torch.equal(loss.logits, method.net(batch.inputs))
-    assert rows_of(loss.rows["current"]) == pytest.approx(
+    assert rows_of(loss.costs["current"]) == pytest.approx(
         [cost(z, y) for z, y in zip(rows_of(loss.logits), batch.y.tolist(), strict=True)], rel=1e-5
     )
     learnt = {name: p for name, p in method.named_parameters() if p.requires_grad}

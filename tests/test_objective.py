@@ -21,7 +21,7 @@ class Replay(Method):
         for weight, name, block in zip((1.0, 0.5), ("current", "memory"), blocks, strict=False):
             logits = self.net(block.x)
             first = logits[: len(block) - block.memory] if first is None else first
-            rows[name] = weight * cross_entropy(logits, block.y, reduction="none")
+            rows[name] = (block, weight * cross_entropy(logits, block.y, reduction="none"))
         return Loss(rows, first, {"size": 0.01 * sum(p.square().sum() for p in self.parameters())})
 
 
@@ -91,8 +91,9 @@ def test_shards_together_are_the_whole(layout, number):
         assert max(part) - min(part) <= 1 and min(part) > 0
     assert near(total, gradient)
     assert one.loss.rows.keys() == whole.loss.rows.keys()
-    for name, rows in whole.loss.rows.items():
-        assert (one.loss.rows[name] - rows).abs().max() < 1e-13
+    for name, (about, _) in whole.loss.rows.items():
+        assert (one.loss.costs[name] - whole.loss.costs[name]).abs().max() < 1e-13
+        assert one.loss.rows[name][0] is one.blocks[whole.blocks.index(about)]
     assert (one.loss.logits - whole.loss.logits).abs().max() < 1e-13
     assert one.loss.total.item() == pytest.approx(whole.loss.total.item(), abs=1e-13)
     assert one.forward_rows == one.backward_rows == one.num_rows
@@ -110,7 +111,7 @@ def test_the_hardest_rows_are_those_that_have_grown_most_in_each_source(layout):
         worst = one.hardest(fraction, before, after)
         for position, (full, chosen) in enumerate(zip(one.blocks, worst.blocks, strict=True)):
             name = list(after.rows)[position]
-            growth = (after.rows[name] - before.rows[name]).detach().numpy()
+            growth = (after.costs[name] - before.costs[name]).detach().numpy()
             expected = []
             for rows in full.sources:
                 q = max(1, int(np.floor(fraction * len(rows) + 1e-9)))
@@ -122,30 +123,57 @@ def test_the_hardest_rows_are_those_that_have_grown_most_in_each_source(layout):
 
 
 class Several(Method):
-    """Two terms about the second block, said so or not."""
-
-    told = True
+    """Two terms about each block, one of them between those of the other, and an output of each."""
 
     def loss(self, first, second):
+        z, z2 = self.net(first.x), self.net(second.x)
         rows = {
-            "a": self.net(first.x).square().mean(1),
-            "b": self.net(second.x).square().mean(1),
-            "c": self.net(second.x).abs().mean(1),
+            "a": (first, z.square().mean(1)),
+            "b": (second, z2.square().mean(1)),
+            "c": (first, z.abs().mean(1)),
+            "d": (second, z2.abs().mean(1)),
         }
-        return Loss(rows, blocks={"c": 1} if self.told else {})
+        return Loss(rows, z, outputs={"second": (second, z2), "first": (first, z)})
 
 
-def test_a_term_says_which_block_it_is_about():
+@pytest.mark.parametrize("sizes", ((7, 5), (6, 6)), ids=["unequal", "equal"])
+def test_terms_say_which_block_they_are_about_in_any_order(sizes):
+    """Also where the sizes of the blocks would not give it away."""
+    method = Several(plain(), None, None)
+    one = Objective(method, (block(sizes[0], 0, 1), block(sizes[1], sizes[1], 2)), list(method.parameters()))
+    loss = method.loss(*one.blocks)
+    for climb, names in (("current", "ac"), ("memory", "bd")):
+        own = sum(loss.terms[name] for name in names)
+        climbed = Objective(method, one.blocks, one.params).gradients(climb)[1]
+        assert near(climbed, torch.autograd.grad(own, one.params, retain_graph=True))
+
+
+def test_what_several_terms_and_outputs_are_about_is_kept_in_shards():
+    method = Several(plain(), None, None)
+    blocks = (block(7, 0, 1), block(5, 5, 2))
+    whole, one = (Objective(method, blocks, list(method.parameters())) for _ in range(2))
+    whole.gradient()
+    for _, shard in one.shards(3):
+        shard.gradient()
+    for given in ("rows", "outputs"):
+        for name, (about, tensor) in getattr(whole.loss, given).items():
+            found, joined = getattr(one.loss, given)[name]
+            assert found is about and (joined - tensor).abs().max() < 1e-13
+
+
+def test_the_hardest_rows_of_a_block_are_those_of_the_sum_of_its_terms():
     method = Several(plain(), None, None)
     one = Objective(method, (block(7, 0, 1), block(5, 5, 2)), list(method.parameters()))
-    _, memory = one.gradients("memory")
-    loss = method.loss(*one.blocks)
-    assert near(memory, torch.autograd.grad(loss.terms["b"] + loss.terms["c"], one.params))
-    method.told = False
-    other = Objective(method, one.blocks, one.params)
-    other.gradient()  # nobody has to know
-    with pytest.raises(ValueError, match=r"term 'c' has 5 rows, the blocks have 7, 5.*blocks=\{'c': 0\}"):
-        Objective(method, one.blocks, one.params).gradients("memory")
+    before = one()
+    with torch.no_grad():
+        for p in one.params:
+            p.mul_(2.0)
+    after = one()
+    worst = one.hardest(0.5, before, after)
+    for full, chosen, names in zip(one.blocks, worst.blocks, ("ac", "bd"), strict=True):
+        growth = sum(after.costs[name] - before.costs[name] for name in names)
+        rows = growth.topk(len(full) // 2).indices.sort().values
+        assert torch.equal(chosen.ids, full.ids[rows])
 
 
 def test_parameters_that_are_not_wanted_have_no_gradient_but_count_as_used_later():
@@ -213,7 +241,7 @@ def test_under_autocast_the_network_is_in_bfloat16_and_what_is_kept_in_float32()
     one.gradient()
     assert inside == [torch.bfloat16]
     assert one.loss.logits.dtype == one.loss.total.dtype == torch.float32
-    assert {rows.dtype for rows in one.loss.rows.values()} == {torch.float32}
+    assert {costs.dtype for costs in one.loss.costs.values()} == {torch.float32}
 
 
 class Featured(Method):

@@ -37,7 +37,7 @@ class Sources(Watched):
             logits = self.net(block.x)
             stream = logits if stream is None else stream
             self.watch(None, logits)
-            rows[name] = weight * nn.functional.cross_entropy(logits, block.y, reduction="none")
+            rows[name] = (block, weight * nn.functional.cross_entropy(logits, block.y, reduction="none"))
         if self.penalty:
             return Loss(rows, stream, {"size": self.penalty * sum(p.square().sum() for p in self.net.parameters())})
         return Loss(rows, stream)

@@ -16,12 +16,12 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from utils.errors import UsageError
+from utils.errors import UsageError, mistake
 from utils.identity import PROTOCOL, code_of, named
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
 from utils.saved import Saved, check_plugin, read_saved
@@ -166,10 +166,21 @@ class Flag:
         if self.many != isinstance(value, list):
             raise ValueError(f"expects {'a list' if self.many else 'one value'}, got {json.dumps(value)}")
         for item in value if self.many else [value]:
-            right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
-            if not right or (isinstance(item, bool) and self.kind is not bool):
+            if not self._is_one(item):
                 raise ValueError(f"expects {self.kind.__name__}, got {json.dumps(item)}")
         return tuple(value) if self.many else self.kind(value)
+
+    def _is_one(self, item: Any) -> bool:
+        right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
+        return right and not (isinstance(item, bool) and self.kind is not bool)
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value that a part of the program gives (a default, a published one) has the flag's type."""
+        if value is None:
+            return self.optional or self.default is None
+        if self.many:
+            return isinstance(value, tuple | list) and all(map(self._is_one, value))
+        return self._is_one(value)
 
     def check(self, value: Any) -> str | None:
         """What is wrong with a value, or None."""
@@ -191,18 +202,34 @@ class Flag:
 
 
 def flags_of(args_type: type, owner: str) -> dict[str, Flag]:
-    """The flags that a dataclass declares."""
+    """The flags that a dataclass declares. Raises `UsageError` where they are not declared as flags are."""
+    if "__dataclass_fields__" not in vars(args_type):
+        raise mistake(args_type, f"the flags of {owner} must be a dataclass. Write @dataclass(frozen=True) above it.")
     hints = typing.get_type_hints(args_type)
     found = {}
     for field in dataclasses.fields(args_type):
         kind, optional, many = hints[field.name], False, False
-        if isinstance(kind, types.UnionType):
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
             optional = True
             kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
         if typing.get_origin(kind) is tuple:
             many, kind = True, typing.get_args(kind)[0]
-        assert field.metadata, f"{owner}: '{field.name}' must be made by flag(default, help)"
-        found[field.name] = Flag(field.name, kind, field.default, optional, many, owner, **field.metadata)
+        if "bounds" not in field.metadata:
+            raise mistake(
+                args_type, f"'{field.name}' of {owner} is no flag. Write: {field.name}: ... = flag(default, help)."
+            )
+        if kind not in (int, float, str, bool):
+            raise mistake(
+                args_type,
+                f"the flag '{field.name}' of {owner} cannot be of the type {hints[field.name]}. Use int, float, str or "
+                "bool, tuple[...] of one of them, or one of them | None.",
+            )
+        found[field.name] = new = Flag(field.name, kind, field.default, optional, many, owner, **field.metadata)
+        if not new.fits(new.default):
+            raise mistake(
+                args_type,
+                f"the flag '{new.name}' of {owner} must have a default of {kind.__name__}, got {new.default!r}.",
+            )
     return found
 
 
@@ -369,7 +396,7 @@ def resolve_request(request: Request) -> Config:
     given, problems = _given(request, flags)
 
     layers = _Layers(flags)
-    _put_defaults(layers, chosen, known={**file_values, **given})
+    problems += _put_defaults(layers, chosen, known={**file_values, **given})
     problems += _put_file(layers, chosen, file_values, file)
     layers.put({name: value for name, value in given.items() if name not in SELECTORS}, "argv")
     for name in SELECTORS:
@@ -423,9 +450,13 @@ class _Layers:
             self.values[name], self.origins[name] = layer[name], origin
 
 
-def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any]) -> None:
-    """Everything below the command line. `known` are the values that the user has given so far."""
+def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any]) -> list[str]:
+    """Everything below the command line; returns problems with it. `known`: the values that the user has given."""
     dataset, model, optimizer = chosen["dataset"], chosen["model"], chosen["optimizer"]
+    problems = _check_layer(dataset, "defaults", dataset.defaults, layers.flags)
+    problems += _check_layer(optimizer, "defaults", optimizer.defaults, layers.flags)
+    if problems:
+        return problems
     layers.put(dataset.defaults, f"dataset {dataset.name}")
     layers.put({name: cls.name for name, cls in chosen.items()}, "argv")
     layers.origins |= {"backbone": f"dataset {dataset.name}", "optimizer": f"model {model.name}"}
@@ -433,9 +464,22 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
         layers.put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
-        for name, (value, origin) in _published(chosen, buffer_size, layers.flags).items():
+        row, problems = _published(chosen, buffer_size, layers.flags)
+        for name, (value, origin) in row.items():
             layers.put({name: value}, origin)
     layers.put(optimizer.defaults, f"optimizer {optimizer.name}")
+    return problems
+
+
+def _check_layer(owner: type, what: str, layer: Mapping[str, Any], flags: dict[str, Flag]) -> list[str]:
+    """Values that a class gives to flags: of the right types, and to flags that this run has or another one could."""
+    problems = []
+    for name, value in layer.items():
+        if name in flags and not flags[name].fits(value):
+            problems.append(f"its {what} must give {name} a value of {flags[name].kind.__name__}, got {value!r}.")
+        elif name not in flags and next(_owners(name), None) is None:
+            problems.append(f"its {what} name '{name}', which is no flag. {nearest(name, sorted(flags))}")
+    return [line for problem in problems for line in mistake(owner, problem).problems]
 
 
 def _put_file(layers: _Layers, chosen: dict[str, type], values: dict[str, Any], file: str) -> list[str]:
@@ -522,12 +566,7 @@ def _given(request: Request, flags: dict[str, Flag], only_known: bool = False) -
 
 
 def _near_flag(name: str, flags: dict[str, Flag]) -> str:
-    owners = [
-        f"{kind} {other}"
-        for kind, registry in SELECTORS.items()
-        for other in registry.names()
-        if name in _own_flags(registry.load(other))
-    ]
+    owners = list(_owners(name))
     if owners:
         shown = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if owners[3:] else "")
         return f"It belongs to {shown}, which this run does not use."
@@ -535,6 +574,14 @@ def _near_flag(name: str, flags: dict[str, Flag]) -> str:
     if hint.startswith("Did"):
         return hint
     return "See --model M --dataset D --help for the flags of a pair."
+
+
+def _owners(name: str) -> Iterator[str]:
+    """The parts, chosen or not, that have this flag."""
+    for kind, registry in reversed(SELECTORS.items()):  # the models, which take longest to import, last
+        for other in registry.names():
+            if name in _own_flags(registry.load(other)):
+                yield f"{kind} {other}"
 
 
 def _own_flags(cls: type) -> set[str]:
@@ -548,8 +595,10 @@ def _remedy(flag_: Flag) -> str:
     return f"It is: {flag_.help.replace('%%', '%')}."
 
 
-def _published(chosen: dict[str, type], buffer_size: int | None, flags: dict[str, Flag]) -> dict[str, tuple[Any, str]]:
-    """{flag: (value, origin)} published for exactly this method, dataset and buffer size.
+def _published(
+    chosen: dict[str, type], buffer_size: int | None, flags: dict[str, Flag]
+) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """({flag: (value, origin)} published for exactly this method, dataset and buffer size, problems with it).
 
     The optimizer's own flags (rho) were chosen for the method's default optimizer; another one keeps its defaults.
     """
@@ -557,13 +606,18 @@ def _published(chosen: dict[str, type], buffer_size: int | None, flags: dict[str
     keys = [(name, size) for name in (dataset.name, dataset.published_as) for size in (buffer_size, None)]
     key = next((key for key in keys if key in method.published), None)
     if key is None:
-        return {}
-    row = {name: entry for name, entry in method.published[key].items() if name in flags}
+        return {}, []
+    what = f"published values for {key[0]}"
+    row = method.published[key]
+    if not all(isinstance(entry, tuple) and len(entry) == 2 for entry in row.values()):
+        return {}, [*mistake(method, f"its {what} must be (value, source). Use published(source, table).").problems]
+    problems = _check_layer(method, what, {name: value for name, (value, _) in row.items()}, flags)
+    row = {} if problems else {name: entry for name, entry in row.items() if name in flags}
     if canonical(optimizer.name) != canonical(method.default_optimizer):
         row = {name: entry for name, entry in row.items() if not flags[name].owner.startswith("optimizer ")}
     if key[0] != dataset.name:
         row = {name: (value, f"ours: as on {key[0]} ({origin})") for name, (value, origin) in row.items()}
-    return row
+    return row, problems
 
 
 def _check_together(config: Config) -> list[str]:

@@ -1,5 +1,8 @@
 """The errors that a user is meant to read: one message that says what, got, and what to do."""
 
+import sys
+from typing import Any
+
 
 class UsageError(ValueError):
     """The user asked for something that cannot be done. The command line prints it and exits with 2.
@@ -18,3 +21,10 @@ class DataError(UsageError):
 
 class RunFailed(RuntimeError):
     """Training cannot go on (a loss that is not finite). What was finished is kept; exit code 1."""
+
+
+def mistake(part: Any, problem: str) -> UsageError:
+    """The error that names a method, an optimizer, ... (or its class), its file, and what is wrong with it."""
+    kind = part if isinstance(part, type) else type(part)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
+    return UsageError(f"{vars(kind).get('name', kind.__name__)} ({file}): {problem}")

@@ -2,6 +2,7 @@
 
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
@@ -389,6 +390,9 @@ class Trainer:
             measured = [float("nan") if value is None else value for value in values]
             self._rows.setdefault(setting, []).append(torch.tensor(measured, dtype=torch.float64))
         self.progress.tasks.append(task.index)
+        if len(self.progress.tasks) == (2 if self.has_boundaries else 1):
+            for doubt in self.method.doubts():
+                warnings.warn(doubt, stacklevel=2)
         self.progress.epoch = 0
         averages = {setting: self._average(setting) for setting in row}
         if self.folder is not None:

@@ -22,6 +22,8 @@ from utils import seeding
 from utils.arguments import flag
 from utils.optim._base import SGD, Base, Grads
 
+WATCHED = 3  # first steps of a task in which it is checked what is made of the gradients
+
 
 def norm(vector: Grads) -> Tensor:
     """Global L2 norm () of a list of tensors."""
@@ -91,6 +93,7 @@ class Driver:
         self.device = self.params[0].device if self.params else torch.device("cpu")
         self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
         self._batchnorms = batchnorms(method)
+        self._to_watch = WATCHED
 
     @classmethod
     def check(cls, config: Any, method: type) -> list[str]:
@@ -118,7 +121,13 @@ class Driver:
         statistics = self._statistics()
         before = torch._foreach_mul(statistics, 1) if statistics else []
         try:
-            update = objective.combine(self.update(objective))
+            if self._to_watch:
+                objective.watch()
+            update = self.update(objective)
+            if self._to_watch:
+                objective.check_update(self, update)
+                self._to_watch -= 1
+            update = objective.combine(update)
         except BaseException:
             self._restore_statistics(before)
             raise
@@ -164,6 +173,7 @@ class Driver:
         """What a variant forgets at a task boundary. The base optimizer goes on."""
         self.follow()
         self._batchnorms = batchnorms(self.method)
+        self._to_watch = WATCHED
         self.clock["task"] = task.index
 
     def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
