@@ -14,7 +14,7 @@ from torch import nn
 from models._method import Batch, Block, Context, Loss, Method, Objective
 from utils.augment import Augment
 from utils.optim._sharpness import dot, frozen_statistics
-from utils.registry import METHODS, OPTIMIZERS
+from utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
 CLASSES, LR, MOMENTUM, DECAY, RHO, ETA = 3, 0.1, 0.9, 5e-4, 0.2, 0.01
 SIZES = (12, 12, 9, 12, 12, 5, 12)  # rows of the seven batches
@@ -162,25 +162,58 @@ def test_the_equations_tell_the_variants_apart():
 
 
 class ByHand(nn.Module):
-    """A linear layer whose parameters are not called weight or bias."""
+    """A linear layer, a scale and biases, most of them not called so."""
 
     def __init__(self):
         super().__init__()
-        self.matrix = nn.Parameter(torch.full((72, CLASSES), 0.01))
+        torch.manual_seed(5)
+        self.matrix = nn.Parameter(0.1 * torch.randn(72, CLASSES))
+        self.heads = nn.ParameterList([0.1 * torch.randn(CLASSES, CLASSES)])
+        self.weight_g, self.sigma = nn.Parameter(torch.full((CLASSES,), 2.0)), nn.Parameter(torch.tensor(0.7))
+        self.bias, self.bias_map = nn.Parameter(torch.ones(CLASSES)), nn.Parameter(torch.ones(1, CLASSES))
 
     def forward(self, x):
-        return x.flatten(1) @ self.matrix
+        hidden = x.flatten(1) @ self.matrix * self.weight_g + self.bias
+        return self.sigma * (hidden @ self.heads[0] + self.bias_map)
 
 
-def test_asam_without_any_parameter_called_weight_is_sam():
+def test_asam_scales_weights_whatever_they_are_called_and_no_bias():
+    net = ByHand()
+    method, optimizer = make("asam", net, rho=RHO, asam_eta=ETA)
+    x, y = next(batches(torch.float32, (6,)))
+    g = Objective(method, (Block(x, y=y),), optimizer.params).gradient()
+    weights = {"net.matrix", "net.heads.0", "net.weight_g"}
+    t = [p.detach().abs() + ETA if name in weights else torch.ones_like(p) for name, p in method.named_parameters()]
+    length = sum((a * b).square().sum() for a, b in zip(t, g, strict=True)).sqrt()  # |T g|
+    assert optimizer.names == [name for name, _ in method.named_parameters()]
+    for found, scale, part in zip(optimizer.ascent(g, None), t, g, strict=True):
+        assert torch.allclose(found, RHO * scale**2 * part / length, rtol=1e-4, atol=1e-8)
+
+
+def test_asam_that_trains_nothing_but_biases_is_sam():
     results = []
     for name in ("sam", "asam"):
         net = ByHand()
+        for parameter in (net.matrix, net.heads[0], net.weight_g):
+            parameter.requires_grad_(False)
         method, optimizer = make(name, net, rho=RHO)
         for x, y in batches(torch.float32, (6, 6)):
             step(method, optimizer, x, y)
         results.append(flat(net))
     assert torch.allclose(*results, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", BACKBONES.names())
+def test_asam_scales_what_the_backbones_call_weights(start, name):
+    """As the authors' code, which goes by the names alone: kernels, matrices and BatchNorm's scales."""
+    trainer = start("sgd", backbone=name, optimizer="asam", rho=RHO, asam_eta=ETA)
+    g = [torch.ones_like(p) for p in trainer.optimizer.params]
+    offset, by_name = trainer.optimizer.ascent(g, None), []
+    for key, p in trainer.method.named_parameters():
+        by_name.append((p.detach().abs() + ETA) ** 2 if "weight" in key else torch.ones_like(p))
+    length = sum(t.sum() for t in by_name) ** 0.5  # |T g|
+    for found, t2 in zip(offset, by_name, strict=True):
+        assert torch.allclose(found, RHO * t2 / length, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

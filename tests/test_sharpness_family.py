@@ -143,7 +143,7 @@ class Family(Oracle):
         self.flags = Flags(DEFAULTS | flags)
         self.lr, self.task, self.epoch = LR, 0, 0
         self.memory = SimpleNamespace(h=None, previous=None, m=None, t=0, g_v=None, first=True)
-        self.mask = None  # of sparse_sam; the comparison reads it from the optimizer
+        self.mask = None  # of sparse_sam; the comparison reads it from the optimizer, but for the first random one
         self.past = defaultdict(list)  # id -> the logits of all its visits
         self.reset_teacher()
         self.forward_rows = self.backward_rows = 0
@@ -553,7 +553,11 @@ class Comparison:
         objective, update = step(self.method, self.optimizer, blocks)
         if sparse:
             new = state(self.optimizer, "mask")
-            o.mask = old if o.flags.sparse_mask == "dynamic" and old is not None else new
+            if o.flags.sparse_mask == "dynamic" and old is None:
+                ones = len(o.w) - math.ceil(o.flags.sparsity * len(o.w))
+                old = torch.zeros_like(o.w)
+                old[np.argsort(-o.rng.random(len(o.w)))[:ones].copy()] = 1
+            o.mask = old if o.flags.sparse_mask == "dynamic" else new
         u = o.step(blocks)
         if sparse:
             assert_mask(o, old, new, due, fisher)
@@ -627,14 +631,15 @@ def assert_mask(o, old, new, due, fisher):
             for row, row_score in zip(part, score, strict=True):
                 for group, values in zip(row.split(f.sparse_m), row_score.split(f.sparse_m), strict=True):
                     assert_top(group, values, min(f.sparse_n, len(group)))
-    elif f.sparse_mask == "dynamic" and old is None:
-        assert new.sum() == n - math.ceil(f.sparsity * n)
-    elif f.sparse_mask == "dynamic" and due and o.epoch > 0:
+    elif f.sparse_mask == "dynamic" and due:
         budget = n - f.sparsity * n
         rate = f.drop_rate * (1 + math.cos(math.pi * o.epoch / EPOCHS)) / 2
-        stay, grown = math.floor(budget * (1 - rate)), math.floor(min(budget * rate, f.sparsity * n))
-        assert_top((new * old)[old == 1], o.clean_gradient.abs()[old == 1], stay)
-        assert (new * (1 - old)).sum() == grown > 0
+        grown = math.floor(min(budget * rate, f.sparsity * n))
+        stay = math.floor(budget - min(budget * rate, f.sparsity * n))
+        free = int((1 - old).sum())  # fewer, where the head has grown: what was dropped comes back then
+        if grown <= free:
+            assert_top((new * old)[old == 1], o.clean_gradient.abs()[old == 1], stay)
+        assert new.sum() == stay + grown and (new * (1 - old)).sum() == min(grown, free) > 0
     else:
         assert torch.equal(new, old)
 
@@ -657,6 +662,7 @@ CASES = [
     ("sparse_sam", dict(sparse_mask="fisher", sparsity=0.8, sparse_every=2)),
     ("sparse_sam", dict(sparse_mask="dynamic")),
     ("sparse_sam", dict(sparse_mask="dynamic", sparsity=0.8, sparse_every=2, drop_rate=0.9)),
+    ("sparse_sam", dict(sparse_mask="dynamic", sparsity=0.2)),  # less to grow than to drop
     ("sparse_sam", dict(sparse_mask="nm")),
     ("sparse_sam", dict(sparse_mask="nm", sparse_m=3, sparse_every=3)),
     ("msam", dict(msam_shards=1)),
@@ -808,6 +814,26 @@ def test_fisher_counts_the_rows_that_it_took():
         counts.append((objective.forward_rows, objective.backward_rows))
     assert counts == [(29, 29), (24, 24)]
     assert state(optimizer, "mask").sum() == math.floor(279 * (1 - 0.3))
+
+
+def test_a_dynamic_mask_changes_in_a_task_of_one_epoch(start):
+    """Once a task, by drop_rate; it is as large as it was."""
+    masks = []
+    trainer = start("er", optimizer="sparse_sam", sparse_mask="dynamic", drop_rate=0.4, stop_after=2)
+    update = trainer.optimizer.step
+
+    def watched(objective):
+        result = update(objective)
+        masks.append(state(trainer.optimizer, "mask").clone())
+        return result
+
+    trainer.optimizer.step = watched
+    assert trainer.config.n_epochs == 1
+    trainer.run()
+    changes = [(number, (a > b).sum().item()) for number, (a, b) in enumerate(zip(masks, masks[1:], strict=False))]
+    moved = masks[0].sum().item()
+    assert [change for change in changes if change[1]] == [(7, int(0.4 * moved))] and len(masks) == 16
+    assert all(mask.sum() == moved for mask in masks)
 
 
 def test_the_random_mask_depends_on_the_generator_alone():

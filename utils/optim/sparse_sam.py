@@ -11,8 +11,9 @@ stream and memory, before it is taken, sample by sample in eval mode: the author
 first mask of zeros, and lets it move BatchNorm's statistics. In a convolution, consecutive are the output channels, and
 the mask lies on the weights whose f it was made from. A dynamic mask is renewed after that step's ascent, by its g, as
 in the authors' code: in epoch t of T of a task (from 0) the share drop_rate * (1 + cos(pi t / T)) / 2 of it, so that in
-tasks of one epoch it changes once, by drop_rate, which is the share throughout where --budget_rows leaves T open. It is
-kept from task to task and its schedule restarts; new weights are moved. No time is saved by any of these masks: dense
+tasks of one epoch it changes once, by drop_rate, which is the share throughout where --budget_rows leaves T open. That
+code drops so many even where fewer can grow, and moves too few then; here as many are dropped as grow. The mask is kept
+from task to task and its schedule restarts; new weights are moved. No time is saved by any of these masks: dense
 products stay dense.
 
 Passes: 2 forward, 2 backward
@@ -133,8 +134,10 @@ class SparseSAM(SharpnessAware):
         rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
         still = self.args.sparsity * self._size
         moved, m = self._size - still, flat(mask)
-        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved * (1 - rate) + 1e-9))
-        grown = self._top((self._random() + 1e-7) * (1 - m), math.floor(min(moved * rate, still) + 1e-9))
+        new = min(moved * rate, still)
+        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved - new + 1e-9))
+        # where there is room; where a mask of parameters that have grown has less, what was dropped comes back
+        grown = self._top((self._random() + 1e-7 + (1 - m)) * (1 - kept), math.floor(new + 1e-9))
         return self._unflatten(kept + grown)
 
     @property
