@@ -570,6 +570,35 @@ def test_dropout_is_the_same_in_all_passes_over_the_same_rows_and_new_in_the_nex
     assert all(not torch.equal(a, b) for i, a in enumerate(whole) for b in whole[:i])
 
 
+class Referring(Watched):
+    """Its second block is a reference, that passes first."""
+
+    references_first = True
+
+    def references(self, memory):
+        yield "memory", nn.functional.cross_entropy(self.net(memory.x), memory.y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_references_that_pass_first_have_noise_of_their_own(name):
+    """The clean pass draws after them, and the passes at moved weights what the clean one drew."""
+    net, kind = Noisy("module"), OPTIMIZERS.load(name)
+    method = Referring(net, None, None).train()
+    optimizer = kind(method, LR, DECAY, kind.Args(**({"msam_shards": 1} if name == "msam" else {})))
+    optimizer.begin_task(TASK)
+    optimizer.begin_epoch(0)
+    batch = list(batches(torch.float32, (12,) * 6))
+    for (x, y), (old_x, old_y) in zip(batch[:3], batch[3:], strict=True):
+        blocks = (Block(x, y=y, ids=torch.arange(12)), Block(old_x, 12, apart=True, y=old_y))
+        objective = Objective(method, blocks, optimizer.params)
+        before = len(net.passes)
+        optimizer.step(objective)
+        (first, noise), *others = net.passes[before:]
+        assert first is old_x and list(objective.guides) == ["memory"]
+        clean = [mask for inputs, mask in others if inputs.shape == x.shape and torch.equal(inputs, x)]
+        assert clean and all(torch.equal(mask, clean[0]) for mask in clean) and not torch.equal(noise, clean[0])
+
+
 @pytest.mark.parametrize("name", ("sam", "asam"))
 def test_with_rho_zero_both_passes_have_the_same_loss_under_dropout(name):
     method, optimizer = make(name, Noisy("module"), lr=0.0, rho=0.0)
@@ -589,6 +618,37 @@ def test_a_step_without_dropout_draws_nothing(name):
     before = torch.get_rng_state()
     step(method, optimizer, *next(batches()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wanted", (True, False))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_method_may_want_a_new_optimizer_with_each_task(name, wanted, assert_same):
+    """Then its next task is that of an optimizer which has just been made; else momentum goes on."""
+    kind = OPTIMIZERS.load(name)
+    flags = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
+    second = SimpleNamespace(index=1, classes=range(CLASSES), train=SimpleNamespace(ids=torch.arange(100, 200)))
+    stream = list(batches(torch.float32))
+    method, optimizer = make(name, conv_bn_linear(dtype=torch.float32), **flags)
+    method.new_optimizer = wanted
+    for x, y in stream[:3]:
+        step(method, optimizer, x, y)
+    other, fresh = make(name, conv_bn_linear(dtype=torch.float32), **flags)
+    other.load_state_dict(method.state_dict())
+    fresh.rng.bit_generator.state = optimizer.rng.bit_generator.state
+    assert any(entry is not None for entries in optimizer.base.state.values() for entry in entries) == bool(
+        optimizer.base.state
+    )
+    for each in (optimizer, fresh):
+        each.begin_task(second)
+        each.begin_epoch(0)
+    for x, y in stream[3:]:
+        for side in ((method, optimizer), (other, fresh)):
+            step(*side, x, y)
+    if wanted or not optimizer.base.state:
+        assert_same(method.state_dict(), other.state_dict())
+        assert_same(optimizer.state_dict(), fresh.state_dict())
+    else:
+        assert not torch.equal(flat(method.net), flat(other.net))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())

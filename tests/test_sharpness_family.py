@@ -1,5 +1,6 @@
 """The sharpness-aware family against float64 formulas of our own over one flat vector, after every step."""
 
+import dataclasses
 import io
 import math
 from collections import defaultdict
@@ -849,6 +850,23 @@ def test_the_random_mask_depends_on_the_generator_alone():
     assert torch.equal(masks[0], masks[1])
     assert (masks[0] != masks[2]).float().mean((1,)).min() > 0.2
     assert (masks[0][0] != masks[0][1]).sum() > 20 and (masks[0][1] != masks[0][2]).sum() > 20
+
+
+@pytest.mark.parametrize("start", (0, 2))
+def test_saf_and_mesa_begin_when_their_help_says(start):
+    (blocks,) = stream((12,))
+    shown = {"saf": "once a row has had more visits than this", "mesa": "epoch of a task, from 0, in which it begins"}
+    for name, flags in (("saf", dict(saf_lag=1)), ("mesa", {})):
+        field = next(f for f in dataclasses.fields(OPTIMIZERS.load(name).Args) if f.name == f"{name}_start")
+        assert shown[name] in field.metadata["help"]
+        method, optimizer = build(name, conv_bn_linear(), **{f"{name}_start": start}, **flags)
+        active = []
+        for epoch in range(5):  # one step each: as many visits before it
+            optimizer.begin_epoch(epoch, 5)
+            objective, _ = step(method, optimizer, blocks)
+            active.append(bool(objective.loss.terms.get(name, torch.zeros(())).abs() > 1e-9))
+        begins = start + 1 if name == "saf" else start
+        assert active == [epoch >= begins for epoch in range(5)], name
 
 
 def test_rows_without_ids_take_no_part_in_the_trajectory_loss():
