@@ -35,7 +35,7 @@ from utils.optim._base import SGD
 from utils.optim._driver import frozen_statistics
 from utils.registry import METHODS
 
-FULL_RATE = 10  # steps of the fit after a task, before its rate is divided by 10
+FULL_RATE_STEPS = 10  # of the fit after a task, before its rate is divided by 10
 
 
 class CosineNet(nn.Module):
@@ -158,7 +158,7 @@ class Lucir(WithExemplars):
         optimizer, steps = SGD(params, self.args.lr_finetune, momentum=0.9), 0
         for _ in range(self.args.fitting_epochs):
             for images, labels, _ in shuffled(self, split, config.batch_size):
-                optimizer.lr = self.args.lr_finetune / (1 if steps < FULL_RATE else 10)
+                optimizer.lr = self.args.lr_finetune / (1 if steps < FULL_RATE_STEPS else 10)
                 self.count(forward=len(labels))
                 with torch.no_grad():
                     features = normalize(self.net.features(self.context.augment(images)))
