@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from models._method import Context, Method
 from models._passes import WithTeacher
@@ -96,9 +95,9 @@ class WithExemplars(WithTeacher, Incremental):
             ids=torch.cat((split.ids, old["ids"])),
         )
 
-    def herd_exemplars(self, task: Any, normalised: bool = False) -> None:
+    def herd_exemplars(self, task: Any) -> None:
         """buffer_size // seen exemplars of each class: an old one keeps its first, a new one's are chosen by herding
-        from all its rows, by features that are L2-normalised or not."""
+        from all its rows, by features that are not normalised."""
         number, new = self.buffer.capacity // self.seen, task.train
         parts: dict[str, list[Tensor]] = {"x": [], "y": [], "ids": []}
 
@@ -112,7 +111,7 @@ class WithExemplars(WithTeacher, Incremental):
         for label in task.classes:
             rows = (new.labels == label).nonzero().squeeze(1)
             features = self.outputs_of(self.net.features, new.images.index_select(0, rows))
-            chosen = herd(normalize(features) if normalised else features, number)
+            chosen = herd(features, number)
             keep(rows[chosen.to(rows.device)], x=new.images, y=new.labels, ids=new.ids)
         self.buffer.replace(**{name: torch.cat(columns) for name, columns in parts.items()})
         self._rows = None

@@ -81,6 +81,8 @@ class Method(nn.Module):
     revisits = False  # passes over some rows of the stream more often than --n_epochs
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
+    new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
+    references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
@@ -151,7 +153,8 @@ class Method(nn.Module):
     def references(self, *blocks: Block) -> Iterator[tuple[str, Tensor]]:
         """(name, loss ()) of the blocks that are `apart`, whose gradients `combine` gets among its guides.
 
-        Taken once a step, with the clean pass, and each gradient before the next loss is asked for.
+        Taken once a step, after the clean pass or, with `references_first`, before it, and each gradient before the
+        next loss is asked for.
         """
         raise mistake(self, "it draws blocks that are apart, but has no references() that gives their losses.")
 

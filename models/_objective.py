@@ -191,8 +191,10 @@ class Objective:
         `climb` is 'all', 'current' (the stream's rows) or 'memory' (the memory's rows, and the penalties, which speak
         of the past). Parameters that are not `wanted` have zeros and cost no weight gradient, except in guides.
         """
-        loss = self()
         clean, self._is_clean = self._is_clean, False
+        if clean and self.method.references_first:
+            self._refer()
+        loss = self()
         weighted = loss if self.weights is None else self._weighted(loss)
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
         if self.handed is not None:
@@ -200,7 +202,8 @@ class Objective:
         self.tally.totals.append(weighted.total.detach())
         if clean:
             self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
-            self._refer()
+            if not self.method.references_first:
+                self._refer()
         if self.trace:
             self.passes.append((loss.detach(), gradient))
         return gradient, climbed
@@ -222,6 +225,8 @@ class Objective:
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
+        if not self._has_drawn:
+            self.noise = seeding.global_state()  # what the clean pass draws
 
     def _named(self, found: Any) -> tuple[str, Tensor]:
         """What `references` has yielded, if it is a name and a loss ()."""
@@ -310,6 +315,8 @@ class Objective:
         weighted with them to the whole loss. After the last one, `loss` and `guides` are those of all.
         """
         done = []
+        if self.method.references_first:
+            self._refer()
         for index in range(number):
             pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.blocks]
             shard = self._on(tuple(map(_take_pieces, self.blocks, pieces)))
@@ -496,7 +503,8 @@ class Objective:
         for share, shard in done:
             for guide, grads in shard.guides.items():
                 self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))
-        self._refer()
+        if not self.method.references_first:
+            self._refer()
 
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:

@@ -9,8 +9,10 @@ two numbers fitted on the rows held out by Adam: `bic_epochs` passes, learning r
 seen. Past classes are as they were: the correction of a task ends with the next one, but for the teacher.
 
 With t tasks learned before, lam is 1 / (t + 1) in X-DER's code, which made the published figures, and the share of old
-classes in the paper. The memory has buffer_size // (t + 1) images of each task, drawn at random. Held out rows pass the
-network once, un-augmented.
+classes in the paper. The memory has buffer_size // (t + 1) images of each task, drawn at random from those that the
+network was trained on, not from those held out: X-DER's code fills its memories from the training rows, but what we
+know of it does not say so for this method. Exemplars that were held out stay in the memory; the next task draws anew
+which are held out. Held out rows pass the network once, un-augmented.
 """
 
 from dataclasses import dataclass
@@ -101,9 +103,9 @@ class BiC(WithExemplars):
     def end_task(self, task: Any) -> None:
         if len(self.held):
             self._fit_correction(self._parted(task.train, held=True))
-        self.held = self.held[:0]
         self.keep_teacher()
         self._keep_exemplars(task)
+        self.held = self.held[:0]
 
     def _fit_correction(self, held: Any) -> None:
         device = self.context.device
@@ -124,7 +126,8 @@ class BiC(WithExemplars):
         """As many of each task: an old one keeps its first, which are in random order."""
         number = self.buffer.capacity // (task.index - self.context.config.start_from + 1)
         new, old = task.train, self.buffer.all()
-        rows = torch.from_numpy(self.context.rng.permutation(len(new))[:number]).to(new.labels.device)
+        trained = (~torch.isin(new.ids, self.held.to(new.ids.device))).nonzero().squeeze(1)
+        rows = self._some(trained, number)
         parts = [dict(x=new.images[rows], y=new.labels[rows], ids=new.ids[rows], task=rows * 0 + task.index)]
         for index in range(self.context.config.start_from, task.index):
             kept = (old["task"] == index).nonzero().squeeze(1)[:number]

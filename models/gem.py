@@ -5,7 +5,8 @@
 The rows of G are the gradients on the memories of the past tasks, all of them in each step; u is taken only where some
 g_k . g < 0. The update that the optimizer found is what is projected. The memory has buffer_size / number of tasks
 images of each task, drawn at random at its end, and the ridge is 1e-3, as in the code behind the DER paper (the paper's
-own memory is filled while the stream passes). The programme is solved exactly, as non-negative least squares, in
+own memory is filled while the stream passes). As in that code, the memories pass the network before the stream does,
+which matters to BatchNorm's running averages. The programme is solved exactly, as non-negative least squares, in
 float64 on the host, which is the one wait for the device in a step.
 """
 
@@ -43,6 +44,8 @@ def solve_dual(gram: np.ndarray, products: np.ndarray, margin: float) -> np.ndar
 
 @METHODS.register("gem")
 class Gem(AGem):
+    references_first = True
+
     @dataclass(frozen=True)
     class Args:
         buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)

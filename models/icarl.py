@@ -8,7 +8,8 @@ As in the code behind the DER paper's figures: features are not normalised (the 
 exemplars, un-augmented and not flipped. Other than there, exemplars go back among the training rows as they were: that
 code distorted those of CIFAR and Tiny ImageNet (wrong pixel values, height and width swapped), for which its figures
 are lower; on MNIST they do not depend on the size of the memory, as with `--replay_exemplars 0` here. There is no
-replay minibatch, since exemplars are a part of the stream.
+replay minibatch, since exemplars are a part of the stream. On CIFAR-100, X-DER's code has no |theta|^2 in the loss, but
+the weight decay of SGD.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class ICaRL(WithExemplars, LwfMc):
             ("seq-cifar10", 5120): dict(lr=0.03, batch_size=32, n_epochs=50, wd_reg=0.00001),
             ("seq-tinyimg", 200, 500, 5120): dict(lr=0.03, batch_size=32, n_epochs=100, wd_reg=0.00001),
         },
-    ) | published(XDER, {("seq-cifar100", 500, 2000): dict(lr=0.3, batch_size=32, n_epochs=50, wd_reg=0.00001)})
+    ) | published(
+        XDER,
+        {("seq-cifar100", 500, 2000): dict(lr=0.3, batch_size=32, n_epochs=50, optim_wd=0.00001, wd_reg=0.0)},
+    )
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)

@@ -2,14 +2,20 @@
 
     z = sigma * cos(features, weights)    one weight matrix per task; sigma is learned
     L = CE(z, y) + lam * mean of (1 - cos(features, old features))
-      + lamda_mr * mean over rows of old classes of sum_k max(0, mr_margin - cos_y + cos_k)
+      + lamda_mr * mean over rows of old classes, and over k, of max(0, mr_margin - cos_y + cos_k)
 
 over the k_mr new classes k with the largest cosines (at most as many as there are); lam = lamda_base * sqrt(old classes
-/ new classes), which for equal tasks is the root of the number of past tasks, as in X-DER's code. A task's weights
-begin as the mean L2-normalised features of its classes, un-augmented, scaled to the mean norm of the old weights, which
-are frozen. When a task ends, exemplars are chosen by herding on normalised features, and the classifier alone (weights
-of all classes seen, and sigma) is trained on them: fitting_epochs passes of SGD with cross entropy, momentum 0.9, the
-rate lr_finetune divided by 10 after 10 passes, the network in eval mode.
+/ new classes), which for equal tasks is the root of the number of past tasks. A task's weights begin as the mean
+L2-normalised features of its classes, of augmented images in eval mode, scaled to the mean norm of the old weights,
+which are frozen; its optimizer is a new one. When a task ends, exemplars are chosen by herding, and the task's weights
+and sigma alone are trained on them: fitting_epochs passes of SGD with the whole loss (the features' term does not
+depend on them), momentum 0.9, the rate lr_finetune divided by 10 after 10 steps, and batch statistics, which leave
+BatchNorm's running averages as they are.
+
+All of this as in X-DER's code, which made the published figures. There it differs from the paper: the margin is a mean
+over k, where the paper has a sum; the softmax is over all heads, those of classes that have not come too, whose weights
+are still as they were drawn; features are not normalised for herding; the weights of old classes are not trained on the
+exemplars. Of the momentum of these passes we know only that there is one; 0.9 is that of the published run.
 """
 
 from collections.abc import Iterable
@@ -26,14 +32,14 @@ from models._passes import shuffled
 from models.sgd import XDER
 from utils.arguments import flag
 from utils.optim._base import SGD
-from utils.passes import eval_mode
+from utils.optim._driver import frozen_statistics
 from utils.registry import METHODS
 
-NOT_YET = -1e4  # logit of a class that has not come; its probability is exactly 0
+FULL_RATE_STEPS = 10  # of the fit after a task, before its rate is divided by 10
 
 
 class CosineNet(nn.Module):
-    """A backbone with cosines in place of its classifier. Classes that have not come cannot win and get no gradient."""
+    """A backbone with cosines in place of its classifier."""
 
     def __init__(self, body: nn.Module, tasks: Iterable[range]):
         super().__init__()
@@ -45,7 +51,6 @@ class CosineNet(nn.Module):
             torch.empty(len(classes), self.num_features).uniform_(-bound, bound) for classes in self.tasks
         )
         self.sigma = nn.Parameter(torch.ones(()))
-        self.register_buffer("come", torch.ones(self.tasks[-1].stop, dtype=torch.bool))
 
     def learn(self, classes: range) -> None:
         """The weights of these classes are trained, those of all others are not."""
@@ -60,18 +65,15 @@ class CosineNet(nn.Module):
         """(N, num_features) -> (N, K)."""
         return linear(normalize(features.float()), torch.cat([normalize(weights) for weights in self.weights]))
 
-    def scaled(self, cosines: Tensor) -> Tensor:
-        """Cosines (N, K) -> logits (N, K)."""
-        return torch.where(self.come, self.sigma * cosines, NOT_YET)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, K)."""
-        return self.scaled(self.cosines(self.features(x)))
+        return self.sigma * self.cosines(self.features(x))
 
 
 @METHODS.register("lucir")
 class Lucir(WithExemplars):
     needs_features = True
+    new_optimizer = True
 
     @dataclass(frozen=True)
     class Args(WithExemplars.Args):
@@ -98,7 +100,6 @@ class Lucir(WithExemplars):
 
     def begin_task(self, task: Any) -> None:
         super().begin_task(task)
-        self.net.come.copy_(torch.arange(len(self.net.come)) < self.seen)
         self.net.learn(task.classes)
         if not self.is_first(task):
             self._imprint(task)
@@ -108,7 +109,7 @@ class Lucir(WithExemplars):
         norm = torch.cat([*self.net.weights[: task.index]]).norm(dim=1).mean()
         for row, label in enumerate(task.classes):
             images = task.train.images[task.train.labels == label]
-            mean = normalize(self.outputs_of(self.net.features, images)).mean(0)
+            mean = normalize(self.outputs_of(self.net.features, images, self.context.augment)).mean(0)
             self.net.weights[task.index][row] = norm * normalize(mean, dim=0)
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
@@ -121,45 +122,50 @@ class Lucir(WithExemplars):
 
     def loss(self, stream: Block) -> Loss:
         features = normalize(self.net.features(stream.x).float())
-        cosines = self.net.cosines(features)
-        logits = self.net.scaled(cosines)
-        rows = {"current": cross_entropy(logits, stream.y, reduction="none")}
+        rows, logits = self._costs_of(features, stream.y)
         if "old" in stream.columns:
             lam = self.args.lamda_base * (self.past / (self.seen - self.past)) ** 0.5
             rows["features"] = lam * (1 - (features * stream.old).sum(1))
-            rows["margin"] = self.args.lamda_mr * self._margins(cosines.float(), stream.y)
         return Loss(rows, logits)
+
+    def _costs_of(self, features: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Features (n, num_features) of unit length -> the terms (n,) that depend on the classifier, logits (n, K)."""
+        cosines = self.net.cosines(features)
+        logits = self.net.sigma * cosines
+        rows = {"current": cross_entropy(logits, y, reduction="none")}
+        if self.teacher is not None:
+            rows["margin"] = self.args.lamda_mr * self._margins(cosines.float(), y)
+        return rows, logits
 
     def _margins(self, cosines: Tensor, y: Tensor) -> Tensor:
         """(n, K), (n,) -> (n,): the mean over all is the mean over the rows of old classes."""
         new = cosines[:, self.past : self.seen]
         hardest = new.topk(min(self.args.k_mr, new.shape[1]), 1).values
-        costs = relu(self.args.mr_margin - cosines.gather(1, y[:, None]) + hardest).sum(1)
+        costs = relu(self.args.mr_margin - cosines.gather(1, y[:, None]) + hardest).mean(1)
         is_old = y < self.past
         return costs * is_old * (len(y) / is_old.sum().clamp(min=1))
 
     def end_task(self, task: Any) -> None:
-        self.keep_teacher()
-        self.herd_exemplars(task, normalised=True)
-        self.net.learn(range(self.seen))
-        with eval_mode(self.net):
+        self.herd_exemplars(task)
+        with frozen_statistics(self.net):
             self._fit_classifier(task)
-        self.net.learn(task.classes)
+        self.keep_teacher()
 
     def _fit_classifier(self, task: Any) -> None:
         exemplars, config = self.buffer.all(), self.context.config
         split = replace(task.train, images=exemplars["x"], labels=exemplars["y"], ids=exemplars["ids"])
         params = [self.net.sigma, *(weights for weights in self.net.weights if weights.requires_grad)]
-        optimizer = SGD(params, self.args.lr_finetune, momentum=0.9)
-        for epoch in range(self.args.fitting_epochs):
-            if epoch == 10:
-                optimizer.lr /= 10
+        optimizer, steps = SGD(params, self.args.lr_finetune, momentum=0.9), 0
+        for _ in range(self.args.fitting_epochs):
             for images, labels, _ in shuffled(self, split, config.batch_size):
+                optimizer.lr = self.args.lr_finetune / (1 if steps < FULL_RATE_STEPS else 10)
                 self.count(forward=len(labels))
                 with torch.no_grad():
-                    features = self.net.features(self.context.augment(images))
-                cost = cross_entropy(self.net.scaled(self.net.cosines(features)), labels)
+                    features = normalize(self.net.features(self.context.augment(images)))
+                rows, _ = self._costs_of(features, labels)
+                cost = sum(costs.mean() for costs in rows.values())
                 optimizer.step(torch.autograd.grad(cost, params), [True] * len(params))
+                steps += 1
 
     def set_extra_state(self, state: dict) -> None:
         super().set_extra_state(state)

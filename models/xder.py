@@ -4,7 +4,8 @@ P classes are past, those up to S are seen, the K - S after them have heads that
 logits, D1 and D2 two draws from the memory (z: their stored logits) and views of a third one and of the stream:
 
     CE(f(x)[P:S], y) + alpha * mean (f(D1) - z)^2 + beta * CE(f(D2)[:P], y)
-    + lambd * SupCon(views), averaged over the future heads, on each head's normalised logits     (not in the last task)
+    + lambd * SupCon(views), a mean over the future heads and over images, of an image over its views, on each head's
+      normalised logits                                                                           (not in the last task)
     + eta * mean over violators of max f[future] + m - max f[own task's head], on x, D1 and D2       (future)
     + eta * mean over violators of max p[past] (constant) + m - max p[current], p = softmax of f(x)[:S]      (past)
 
@@ -146,12 +147,11 @@ class XDer(ReplayMethod):
         return torch.where(block.fresh, gap, -1.0) if block.memory else gap
 
     def _consistency(self, views: Block) -> Tensor:
-        """(n,): of each view, averaged over the future heads. The published sum is over images, not views."""
+        """(n,): of each view, averaged over the future heads; their mean is that over images of the views' means."""
         with frozen_statistics(self.net):
             logits = self.net(views.x).float()
         heads = logits[:, self.classes.stop :].unflatten(1, (-1, len(self.classes))).transpose(0, 1)
-        costs = supcon(normalize(heads, dim=2), views.y, self.args.simclr_temp)
-        return self.args.simclr_num_aug * costs.mean(0)
+        return supcon(normalize(heads, dim=2), views.y, self.args.simclr_temp).mean(0)
 
     def remember(self, batch: Batch, loss: Loss) -> None:
         columns, heads = self.buffer.columns, slice(self.classes.start, None)

@@ -575,6 +575,28 @@ def test_gem_solves_for_all_past_tasks(begin, backbone):
     assert len(outcomes) == 3, outcomes
 
 
+@pytest.mark.parametrize("optimizer", ("sgd", "sam", "esam", "msam", "sampa"))
+@pytest.mark.parametrize("name", ("agem", "gem"))
+def test_gems_memories_pass_before_the_stream_and_agems_after_it(begin, name, optimizer):
+    """BatchNorm's running averages are those of passes in that order."""
+    flags = dict(buffer_size=30, optimizer=optimizer, **({} if name == "gem" else {"minibatch_size": 50}))
+    trainer = begin(name, "tiny-bn", **flags, **({"msam_shards": 1} if optimizer == "msam" else {}))
+    for task in (0, 1):
+        enter(trainer, task)
+        leave(trainer, task)
+    enter(trainer, 2)
+    method, batch = trainer.method, rows_of(trainer, 2, range(0, 128, 11))
+    net, memory = copy.deepcopy(method.net), method.buffer.all()
+    parts = [slice(0, 6), slice(6, 12)] if name == "gem" else [slice(None)]
+    passes = [trainer.augment(memory["x"][part]) for part in parts]
+    passes.insert(len(passes) if name == "gem" else 0, batch.inputs)
+    for x in passes:
+        net(x)
+    observe(trainer, batch)
+    for ours, theirs in zip(method.net[1].buffers(), net[1].buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5)  # A-GEM draws its rows in another order
+
+
 @pytest.mark.parametrize("margin", (0.0, 0.5))
 @pytest.mark.parametrize("scale", (1.0, 1e3, 1e6))
 def test_gem_bears_large_gradients_that_are_nearly_the_same(begin, scale, margin):

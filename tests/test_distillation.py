@@ -120,8 +120,9 @@ def test_herding_follows_its_definition():
         assert herd(torch.from_numpy(features).float(), number).tolist() == chosen
 
 
-def test_exemplars_of_icarl_are_herded_and_those_of_old_classes_cut(start):
-    trainer = after_one_task(start, "icarl", buffer_size=43)
+@pytest.mark.parametrize("name", ("icarl", "lucir"))
+def test_exemplars_are_herded_and_those_of_old_classes_cut(start, name):
+    trainer = after_one_task(start, name, buffer_size=43)
     method, benchmark = trainer.method, trainer.benchmark
     first = method.buffer.all()
     assert torch.bincount(first["y"], minlength=10).tolist() == [21, 21] + [0] * 8
@@ -192,8 +193,6 @@ def test_the_teacher_is_the_network_at_the_end_of_the_last_task_and_costs_a_forw
     assert method.rows == [len(batch.y), 0] and objective.forward_rows == len(batch.y)
     for _ in range(3):
         method.observe(batch, trainer.optimizer)
-    if name == "lucir":  # its classifier is trained once more, after the copy
-        kept = {key: value for key, value in kept.items() if key.startswith("body.")}
     teacher = method.teacher.net.state_dict()
     assert_same({key: teacher[key] for key in kept}, kept)  # BatchNorm's statistics too
     assert not method.teacher.net.training and not any(p.requires_grad for p in method.teacher.parameters())
@@ -355,6 +354,20 @@ def test_the_correction_of_bic_lowers_the_cost_of_held_out_rows(start):
     assert torch.nn.functional.cross_entropy(method.eval()(x)[:, :4], y) < before
 
 
+def test_new_exemplars_of_bic_are_rows_that_it_was_trained_on(start):
+    """Half of the task is held out; of the exemplars held out, those of its share stay."""
+    trainer = after_one_task(start, "bic", buffer_size=100, valset_split=0.64)
+    old, task = trainer.method.buffer.all()["ids"], trainer.benchmark[1]
+    learn(trainer, 1)
+    again = after_one_task(start, "bic", buffer_size=100, valset_split=0.64)
+    enter(again)
+    held = again.method.held  # the same draw
+    memory = trainer.method.buffer.all()["ids"]
+    assert torch.isin(held, task.train.ids).sum() == 64 and len(memory) == 100
+    assert torch.equal(memory[:50], old[:50]) and torch.isin(memory[:50], held).any()
+    assert torch.isin(memory[50:], task.train.ids).all() and not torch.isin(memory[50:], held).any()
+
+
 def test_bic_shares_its_memory_among_the_tasks(start):
     trainer = after_one_task(start, "bic", buffer_size=50)
     for index, share in ((1, 25), (2, 16)):
@@ -375,12 +388,12 @@ def lucir_by_hand(net, teacher, block, past, lam, margin, number):
     cosines = (f @ w.T) / (f.norm(dim=1, keepdim=True) * w.norm(dim=1))
     labels, features, margins, seen = [], [], [], past + 2
     for row, y in enumerate(block.y.tolist()):
-        z = net.sigma * cosines[row, :seen]
+        z = net.sigma * cosines[row]  # of all classes, those that have not come too
         labels.append(z.logsumexp(0) - z[y])
         features.append(lam * (1 - f[row] @ f_old[row] / (f[row].norm() * f_old[row].norm())))
         if y < past:
             hardest = sorted(cosines[row, past:seen].tolist())[-number:]
-            margins.append(sum(max(0.0, margin - cosines[row, y].item() + cosine) for cosine in hardest))
+            margins += [max(0.0, margin - cosines[row, y].item() + cosine) for cosine in hardest]
     return sum(labels) / len(labels), sum(features) / len(features), sum(margins) / len(margins)
 
 
@@ -404,15 +417,25 @@ def test_lucir_imprints_the_weights_of_new_classes(start):
     trainer = after_one_task(start, "lucir")
     method, task = trainer.method, trainer.benchmark[1]
     net = double(method.net).eval()
+    torch.manual_seed(5)
     enter(trainer)
     norm = sum(w.double().norm() for w in method.net.weights[0]) / 2
+    torch.manual_seed(5)
     for row, label in enumerate((2, 3)):
         images = task.train.images[task.train.labels == label]
-        features = net.features(plain64(trainer, images))
-        mean = (features / features.norm(dim=1, keepdim=True)).mean(0)
-        assert near(method.net.weights[1][row], norm * mean / mean.norm())
+        weights = []
+        for x in (trainer.augment(images).double(), plain64(trainer, images)):
+            features = net.features(x)
+            mean = (features / features.norm(dim=1, keepdim=True)).mean(0)
+            weights.append(norm * mean / mean.norm())
+        assert near(method.net.weights[1][row], weights[0]) and not near(*weights, 1e-3)
+
+
+def test_lucir_knows_new_classes_before_its_first_step(start):
+    trainer = after_one_task(start, "lucir", augmentation=0)
+    method, task = trainer.method, enter(trainer)
     accuracy = (method.eval()(trainer.augment.plain(task.test.images)).argmax(1) == task.test.labels).float().mean()
-    assert accuracy > 0.5  # of four classes, before a single step
+    assert accuracy > 0.5  # of ten classes
 
 
 @pytest.mark.parametrize("optimizer", ("sgd", "sam"))
@@ -428,51 +451,72 @@ def test_old_weights_of_lucir_are_frozen_and_coming_ones_untouched(start, optimi
     body = copy.deepcopy(method.net.body.state_dict())
     method.end_task(task)
     assert all(torch.equal(body[key], value) for key, value in method.net.body.state_dict().items())
-    same = [torch.equal(a, b) for a, b in zip(before, method.net.weights, strict=True)]
-    assert same == [False, False, True, True, True]  # balanced training has all classes seen
+    fitted = [torch.equal(a, b) for a, b in zip(before, method.net.weights, strict=True)]
+    assert fitted == same  # nor does the fit after the task train others
     assert [w.requires_grad for w in method.net.weights] == [False, True, False, False, False]
 
 
-def test_classes_that_have_not_come_cannot_win_in_lucir(start):
+def test_classes_that_have_not_come_take_part_in_lucirs_softmax(start):
     trainer = after_one_task(start, "lucir")
     method, task = trainer.method, enter(trainer)
-    with torch.no_grad():
-        for w in method.net.weights[2:]:
-            w.copy_(method.net.weights[1])  # as close as the right ones
-    x = trainer.augment.plain(task.test.images)
-    method.eval()
-    assert method(x).shape == (len(x), 10) and (method(x).argmax(1) < 4).all()
     (block,) = method.draw(mixed_batch(trainer, task))
-    loss = method.loss(block)
     logits = method.net(block.x)
-    expected = logits[:, :4].logsumexp(1) - logits[torch.arange(len(block)), block.y]
-    assert near(loss.terms["current"], expected.mean())
-    assert torch.autograd.grad(loss.total, [method.net.sigma])[0].abs() > 0
+    expected = logits.logsumexp(1) - logits[torch.arange(len(block)), block.y]
+    assert near(method.loss(block).terms["current"], expected.mean())
+    with torch.no_grad():
+        method.net.weights[3].copy_(10 * method.net.weights[1])  # as close as the right ones
+    x = trainer.augment.plain(task.test.images)
+    scores = method.eval()(x)
+    assert scores.shape == (len(x), 10) and near(scores[:, 6:8], scores[:, 2:4])
 
 
-def test_lucir_fits_its_classifier_on_the_exemplars(start):
-    """SGD with momentum on the cosine classifier, the rate divided by 10 after 10 passes."""
-    trainer = start("lucir", stop_after=1, seed=4, augmentation=0, fitting_epochs=12, lr_finetune=0.5)
-    method, task = trainer.method, enter(trainer, 0)
+@pytest.mark.parametrize("optimizer", ("sgd", "friendly_sam"))
+def test_momentum_of_lucir_ends_with_its_task(start, optimizer, assert_same):
+    """A task's first step is that of an optimizer which has just been made."""
+    trainer = after_one_task(start, "lucir", optimizer=optimizer, optim_mom=0.9)
+    assert all(buffer.any() for buffer in trainer.optimizer.base.state["momentum"])
+    other = start("lucir", optimizer=optimizer, optim_mom=0.9)
+    task = enter(trainer)
+    batch = mixed_batch(trainer, task)
+    other.method.load_state_dict(trainer.method.state_dict())
+    other.optimizer.begin_task(task)
+    for each in (trainer, other):
+        each.method.observe(batch, each.optimizer)
+    assert_same(trainer.method.state_dict(), other.method.state_dict())
+    assert_same(trainer.optimizer.base.state_dict(), other.optimizer.base.state_dict())
+
+
+def test_lucir_fits_its_newest_weights_on_the_exemplars(start):
+    """SGD with momentum on them and sigma, by labels and margins, at batch statistics; the rate divided by 10 after 10
+    steps."""
+    trainer = after_one_task(start, "lucir", augmentation=0, fitting_epochs=3, lr_finetune=0.5, lamda_mr=0.7)
+    method, task = trainer.method, enter(trainer)
     for batch in trainer.stream.epoch(method.train_split(task, 0)):
         method.observe(batch, trainer.optimizer)
-    net, order = double(method.net).eval(), copy.deepcopy(method.context.rng)
+    net, order = double(method.net).train(), copy.deepcopy(method.context.rng)
+    kept = copy.deepcopy(method.net.body.state_dict())
     method.end_task(task)
     memory = method.buffer.all()
-    params = [net.sigma, net.weights[0]]
-    sgd, seen = torch.optim.SGD(params, lr=0.5, momentum=0.9), 0
-    for epoch in range(12):
-        sgd.param_groups[0]["lr"] = 0.5 if epoch < 10 else 0.05
-        for rows in torch.from_numpy(order.permutation(len(memory["y"]))).split(16):
-            f, w = net.features(plain64(trainer, memory["x"][rows])).detach(), net.weights[0]
-            z = net.sigma * (f @ w.T) / (f.norm(dim=1, keepdim=True) * w.norm(dim=1))
-            cost = -log_softmax(z)[torch.arange(len(rows)), memory["y"][rows]].mean()
+    params = [net.sigma, net.weights[1]]
+    sgd, steps, costs = torch.optim.SGD(params, lr=0.5, momentum=0.9), 0, []
+    for _ in range(3):
+        for rows in torch.from_numpy(order.permutation(100)).split(16):
+            sgd.param_groups[0]["lr"] = 0.5 if steps < 10 else 0.05
+            f, w, y = net.features(plain64(trainer, memory["x"][rows])).detach(), torch.cat([*net.weights]), memory["y"]
+            cosines = (f @ w.T) / (f.norm(dim=1, keepdim=True) * w.norm(dim=1))
+            cost, margins = -log_softmax(net.sigma * cosines)[torch.arange(len(rows)), y[rows]].mean(), []
+            for row, label in enumerate(y[rows].tolist()):
+                if label < 2:  # two new classes are the two hardest
+                    margins += [(0.5 - cosines[row, label] + cosines[row, new]).clamp(min=0) for new in (2, 3)]
+            cost = cost + 0.7 * sum(margins) / len(margins)
             sgd.zero_grad()
             cost.backward()
             sgd.step()
-            seen += len(rows)
-    assert seen == 12 * 100
-    assert near(method.net.sigma, net.sigma, 1e-4) and near(method.net.weights[0], net.weights[0], 1e-4)
+            steps += 1
+            costs.append(cost.item())
+    assert steps == 21 and costs[-1] < costs[0]
+    assert near(method.net.sigma, net.sigma, 1e-4) and near(method.net.weights[1], net.weights[1], 1e-4)
+    assert all(torch.equal(kept[key], value) for key, value in method.net.body.state_dict().items())
 
 
 # all

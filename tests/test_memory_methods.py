@@ -436,7 +436,7 @@ def test_xders_loss_is_that_of_the_paper_term_by_term(xder):
             others = [j for j in range(len(f)) if j != i]
             norm = math.log(sum(math.exp(f[i] @ f[j] / 2.0) for j in others))
             same = [j for j in others if labels[j] == labels[i]]
-            total += np.mean([norm - f[i] @ f[j] / 2.0 for j in same])
+            total += np.mean([norm - f[i] @ f[j] / 2.0 for j in same]) / 3  # of an image, the mean over its views
     want["views"] = 0.3 * total / (2 * images)
 
     found = {name: term.item() for name, term in loss.terms.items()}

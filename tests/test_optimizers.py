@@ -14,7 +14,7 @@ from torch import nn
 from models._method import Batch, Block, Context, Loss, Method, Objective
 from utils.augment import Augment
 from utils.optim._sharpness import dot, frozen_statistics
-from utils.registry import METHODS, OPTIMIZERS
+from utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
 CLASSES, LR, MOMENTUM, DECAY, RHO, ETA = 3, 0.1, 0.9, 5e-4, 0.2, 0.01
 SIZES = (12, 12, 9, 12, 12, 5, 12)  # rows of the seven batches
@@ -162,25 +162,58 @@ def test_the_equations_tell_the_variants_apart():
 
 
 class ByHand(nn.Module):
-    """A linear layer whose parameters are not called weight or bias."""
+    """A linear layer, a scale and biases, most of them not called so."""
 
     def __init__(self):
         super().__init__()
-        self.matrix = nn.Parameter(torch.full((72, CLASSES), 0.01))
+        torch.manual_seed(5)
+        self.matrix = nn.Parameter(0.1 * torch.randn(72, CLASSES))
+        self.heads = nn.ParameterList([0.1 * torch.randn(CLASSES, CLASSES)])
+        self.weight_g, self.sigma = nn.Parameter(torch.full((CLASSES,), 2.0)), nn.Parameter(torch.tensor(0.7))
+        self.bias, self.bias_map = nn.Parameter(torch.ones(CLASSES)), nn.Parameter(torch.ones(1, CLASSES))
 
     def forward(self, x):
-        return x.flatten(1) @ self.matrix
+        hidden = x.flatten(1) @ self.matrix * self.weight_g + self.bias
+        return self.sigma * (hidden @ self.heads[0] + self.bias_map)
 
 
-def test_asam_without_any_parameter_called_weight_is_sam():
+def test_asam_scales_weights_whatever_they_are_called_and_no_bias():
+    net = ByHand()
+    method, optimizer = make("asam", net, rho=RHO, asam_eta=ETA)
+    x, y = next(batches(torch.float32, (6,)))
+    g = Objective(method, (Block(x, y=y),), optimizer.params).gradient()
+    weights = {"net.matrix", "net.heads.0", "net.weight_g"}
+    t = [p.detach().abs() + ETA if name in weights else torch.ones_like(p) for name, p in method.named_parameters()]
+    length = sum((a * b).square().sum() for a, b in zip(t, g, strict=True)).sqrt()  # |T g|
+    assert optimizer.names == [name for name, _ in method.named_parameters()]
+    for found, scale, part in zip(optimizer.ascent(g, None), t, g, strict=True):
+        assert torch.allclose(found, RHO * scale**2 * part / length, rtol=1e-4, atol=1e-8)
+
+
+def test_asam_that_trains_nothing_but_biases_is_sam():
     results = []
     for name in ("sam", "asam"):
         net = ByHand()
+        for parameter in (net.matrix, net.heads[0], net.weight_g):
+            parameter.requires_grad_(False)
         method, optimizer = make(name, net, rho=RHO)
         for x, y in batches(torch.float32, (6, 6)):
             step(method, optimizer, x, y)
         results.append(flat(net))
     assert torch.allclose(*results, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", BACKBONES.names())
+def test_asam_scales_what_the_backbones_call_weights(start, name):
+    """As the authors' code, which goes by the names alone: kernels, matrices and BatchNorm's scales."""
+    trainer = start("sgd", backbone=name, optimizer="asam", rho=RHO, asam_eta=ETA)
+    g = [torch.ones_like(p) for p in trainer.optimizer.params]
+    offset, by_name = trainer.optimizer.ascent(g, None), []
+    for key, p in trainer.method.named_parameters():
+        by_name.append((p.detach().abs() + ETA) ** 2 if "weight" in key else torch.ones_like(p))
+    length = sum(t.sum() for t in by_name) ** 0.5  # |T g|
+    for found, t2 in zip(offset, by_name, strict=True):
+        assert torch.allclose(found, RHO * t2 / length, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -537,6 +570,35 @@ def test_dropout_is_the_same_in_all_passes_over_the_same_rows_and_new_in_the_nex
     assert all(not torch.equal(a, b) for i, a in enumerate(whole) for b in whole[:i])
 
 
+class Referring(Watched):
+    """Its second block is a reference, that passes first."""
+
+    references_first = True
+
+    def references(self, memory):
+        yield "memory", nn.functional.cross_entropy(self.net(memory.x), memory.y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_references_that_pass_first_have_noise_of_their_own(name):
+    """The clean pass draws after them, and the passes at moved weights what the clean one drew."""
+    net, kind = Noisy("module"), OPTIMIZERS.load(name)
+    method = Referring(net, None, None).train()
+    optimizer = kind(method, LR, DECAY, kind.Args(**({"msam_shards": 1} if name == "msam" else {})))
+    optimizer.begin_task(TASK)
+    optimizer.begin_epoch(0)
+    batch = list(batches(torch.float32, (12,) * 6))
+    for (x, y), (old_x, old_y) in zip(batch[:3], batch[3:], strict=True):
+        blocks = (Block(x, y=y, ids=torch.arange(12)), Block(old_x, 12, apart=True, y=old_y))
+        objective = Objective(method, blocks, optimizer.params)
+        before = len(net.passes)
+        optimizer.step(objective)
+        (first, noise), *others = net.passes[before:]
+        assert first is old_x and list(objective.guides) == ["memory"]
+        clean = [mask for inputs, mask in others if inputs.shape == x.shape and torch.equal(inputs, x)]
+        assert clean and all(torch.equal(mask, clean[0]) for mask in clean) and not torch.equal(noise, clean[0])
+
+
 @pytest.mark.parametrize("name", ("sam", "asam"))
 def test_with_rho_zero_both_passes_have_the_same_loss_under_dropout(name):
     method, optimizer = make(name, Noisy("module"), lr=0.0, rho=0.0)
@@ -556,6 +618,37 @@ def test_a_step_without_dropout_draws_nothing(name):
     before = torch.get_rng_state()
     step(method, optimizer, *next(batches()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wanted", (True, False))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_method_may_want_a_new_optimizer_with_each_task(name, wanted, assert_same):
+    """Then its next task is that of an optimizer which has just been made; else momentum goes on."""
+    kind = OPTIMIZERS.load(name)
+    flags = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
+    second = SimpleNamespace(index=1, classes=range(CLASSES), train=SimpleNamespace(ids=torch.arange(100, 200)))
+    stream = list(batches(torch.float32))
+    method, optimizer = make(name, conv_bn_linear(dtype=torch.float32), **flags)
+    method.new_optimizer = wanted
+    for x, y in stream[:3]:
+        step(method, optimizer, x, y)
+    other, fresh = make(name, conv_bn_linear(dtype=torch.float32), **flags)
+    other.load_state_dict(method.state_dict())
+    fresh.rng.bit_generator.state = optimizer.rng.bit_generator.state
+    assert any(entry is not None for entries in optimizer.base.state.values() for entry in entries) == bool(
+        optimizer.base.state
+    )
+    for each in (optimizer, fresh):
+        each.begin_task(second)
+        each.begin_epoch(0)
+    for x, y in stream[3:]:
+        for side in ((method, optimizer), (other, fresh)):
+            step(*side, x, y)
+    if wanted or not optimizer.base.state:
+        assert_same(method.state_dict(), other.state_dict())
+        assert_same(optimizer.state_dict(), fresh.state_dict())
+    else:
+        assert not torch.equal(flat(method.net), flat(other.net))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())

@@ -521,6 +521,9 @@ CASES = [
     pytest.param("bic", TWO_EPOCHS, 29, id="bic"),
     pytest.param("lucir", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="lucir"),
     pytest.param("lucir", (*TWO_EPOCHS, "--optimizer", "sam"), 36, id="lucir-task-3"),
+    pytest.param(
+        "lucir", (*TWO_EPOCHS, "--optimizer", "msam", "--optim_mom", "0.9"), 32, id="lucir-last-step-of-a-task",
+    ),
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The sharpness-aware family against float64 formulas of our own over one flat vector, after every step."""
 
+import dataclasses
 import io
 import math
 from collections import defaultdict
@@ -143,7 +144,7 @@ class Family(Oracle):
         self.flags = Flags(DEFAULTS | flags)
         self.lr, self.task, self.epoch = LR, 0, 0
         self.memory = SimpleNamespace(h=None, previous=None, m=None, t=0, g_v=None, first=True)
-        self.mask = None  # of sparse_sam; the comparison reads it from the optimizer
+        self.mask = None  # of sparse_sam; the comparison reads it from the optimizer, but for the first random one
         self.past = defaultdict(list)  # id -> the logits of all its visits
         self.reset_teacher()
         self.forward_rows = self.backward_rows = 0
@@ -553,7 +554,11 @@ class Comparison:
         objective, update = step(self.method, self.optimizer, blocks)
         if sparse:
             new = state(self.optimizer, "mask")
-            o.mask = old if o.flags.sparse_mask == "dynamic" and old is not None else new
+            if o.flags.sparse_mask == "dynamic" and old is None:
+                ones = len(o.w) - math.ceil(o.flags.sparsity * len(o.w))
+                old = torch.zeros_like(o.w)
+                old[np.argsort(-o.rng.random(len(o.w)))[:ones].copy()] = 1
+            o.mask = old if o.flags.sparse_mask == "dynamic" else new
         u = o.step(blocks)
         if sparse:
             assert_mask(o, old, new, due, fisher)
@@ -627,14 +632,15 @@ def assert_mask(o, old, new, due, fisher):
             for row, row_score in zip(part, score, strict=True):
                 for group, values in zip(row.split(f.sparse_m), row_score.split(f.sparse_m), strict=True):
                     assert_top(group, values, min(f.sparse_n, len(group)))
-    elif f.sparse_mask == "dynamic" and old is None:
-        assert new.sum() == n - math.ceil(f.sparsity * n)
-    elif f.sparse_mask == "dynamic" and due and o.epoch > 0:
+    elif f.sparse_mask == "dynamic" and due:
         budget = n - f.sparsity * n
         rate = f.drop_rate * (1 + math.cos(math.pi * o.epoch / EPOCHS)) / 2
-        stay, grown = math.floor(budget * (1 - rate)), math.floor(min(budget * rate, f.sparsity * n))
-        assert_top((new * old)[old == 1], o.clean_gradient.abs()[old == 1], stay)
-        assert (new * (1 - old)).sum() == grown > 0
+        grown = math.floor(min(budget * rate, f.sparsity * n))
+        stay = math.floor(budget - min(budget * rate, f.sparsity * n))
+        free = int((1 - old).sum())  # fewer, where the head has grown: what was dropped comes back then
+        if grown <= free:
+            assert_top((new * old)[old == 1], o.clean_gradient.abs()[old == 1], stay)
+        assert new.sum() == stay + grown and (new * (1 - old)).sum() == min(grown, free) > 0
     else:
         assert torch.equal(new, old)
 
@@ -657,6 +663,7 @@ CASES = [
     ("sparse_sam", dict(sparse_mask="fisher", sparsity=0.8, sparse_every=2)),
     ("sparse_sam", dict(sparse_mask="dynamic")),
     ("sparse_sam", dict(sparse_mask="dynamic", sparsity=0.8, sparse_every=2, drop_rate=0.9)),
+    ("sparse_sam", dict(sparse_mask="dynamic", sparsity=0.2)),  # less to grow than to drop
     ("sparse_sam", dict(sparse_mask="nm")),
     ("sparse_sam", dict(sparse_mask="nm", sparse_m=3, sparse_every=3)),
     ("msam", dict(msam_shards=1)),
@@ -810,6 +817,26 @@ def test_fisher_counts_the_rows_that_it_took():
     assert state(optimizer, "mask").sum() == math.floor(279 * (1 - 0.3))
 
 
+def test_a_dynamic_mask_changes_in_a_task_of_one_epoch(start):
+    """Once a task, by drop_rate; it is as large as it was."""
+    masks = []
+    trainer = start("er", optimizer="sparse_sam", sparse_mask="dynamic", drop_rate=0.4, stop_after=2)
+    update = trainer.optimizer.step
+
+    def watched(objective):
+        result = update(objective)
+        masks.append(state(trainer.optimizer, "mask").clone())
+        return result
+
+    trainer.optimizer.step = watched
+    assert trainer.config.n_epochs == 1
+    trainer.run()
+    changes = [(number, (a > b).sum().item()) for number, (a, b) in enumerate(zip(masks, masks[1:], strict=False))]
+    moved = masks[0].sum().item()
+    assert [change for change in changes if change[1]] == [(7, int(0.4 * moved))] and len(masks) == 16
+    assert all(mask.sum() == moved for mask in masks)
+
+
 def test_the_random_mask_depends_on_the_generator_alone():
     masks = []
     for seed in (1, 1, 2):
@@ -823,6 +850,23 @@ def test_the_random_mask_depends_on_the_generator_alone():
     assert torch.equal(masks[0], masks[1])
     assert (masks[0] != masks[2]).float().mean((1,)).min() > 0.2
     assert (masks[0][0] != masks[0][1]).sum() > 20 and (masks[0][1] != masks[0][2]).sum() > 20
+
+
+@pytest.mark.parametrize("start", (0, 2))
+def test_saf_and_mesa_begin_when_their_help_says(start):
+    (blocks,) = stream((12,))
+    shown = {"saf": "once a row has had more visits than this", "mesa": "epoch of a task, from 0, in which it begins"}
+    for name, flags in (("saf", dict(saf_lag=1)), ("mesa", {})):
+        field = next(f for f in dataclasses.fields(OPTIMIZERS.load(name).Args) if f.name == f"{name}_start")
+        assert shown[name] in field.metadata["help"]
+        method, optimizer = build(name, conv_bn_linear(), **{f"{name}_start": start}, **flags)
+        active = []
+        for epoch in range(5):  # one step each: as many visits before it
+            optimizer.begin_epoch(epoch, 5)
+            objective, _ = step(method, optimizer, blocks)
+            active.append(bool(objective.loss.terms.get(name, torch.zeros(())).abs() > 1e-9))
+        begins = start + 1 if name == "saf" else start
+        assert active == [epoch >= begins for epoch in range(5)], name
 
 
 def test_rows_without_ids_take_no_part_in_the_trajectory_loss():

@@ -29,6 +29,10 @@ class Base:
         """Steps these parameters, which are `rows` of all."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """As before the first step."""
+        self.state = {name: [None] * len(self.params) for name in self.state}
+
     def state_dict(self) -> dict[str, list[Any]]:
         return {name: list(entries) for name, entries in self.state.items()}
 

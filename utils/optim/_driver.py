@@ -170,11 +170,13 @@ class Driver:
         self.base.lr = lr
 
     def begin_task(self, task: Any) -> None:
-        """What a variant forgets at a task boundary. The base optimizer goes on."""
+        """What a variant forgets at a task boundary. The base optimizer goes on, unless the method wants a new one."""
         self.follow()
         self._batchnorms = batchnorms(self.method)
         self._to_watch = WATCHED
         self.clock["task"] = task.index
+        if self.method.new_optimizer:
+            self.base.forget()
 
     def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
         """Clock of variants that count epochs: from 0 in each task, up to `n_epochs` if that is known."""

@@ -2,9 +2,9 @@
 
     e = rho * T^2 g / (|T g| + 1e-16)    T = |w| + asam_eta on weights, 1 on biases
 
-As the authors' code: parameters called `weight...` (BatchNorm's included) are scaled, the others are not;
-asam_eta is the paper's 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move
-in the clean pass only.
+Weights are the parameters that a module calls `weight...` (BatchNorm's included), as in the authors' code, and all
+others of two or more dimensions but biases: that code would leave out a matrix for its name. asam_eta is the paper's
+0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move in the clean pass only.
 
 Passes: 2 forward, 2 backward
 Memory: 2 P (saved weights, clean gradient)
@@ -28,7 +28,7 @@ class ASAM(SharpnessAware):
 
     @torch.no_grad()
     def ascent(self, g: Grads, objective) -> Grads:
-        scaled = [i for i, name in enumerate(self.names) if "weight" in name.rsplit(".", 1)[-1]]
+        scaled = [i for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)) if _is_weight(name, p)]
         if not scaled:
             return torch._foreach_mul(g, self.args.rho / (norm(g) + 1e-16))
         scale = torch._foreach_add(torch._foreach_abs([self.params[i] for i in scaled]), self.args.asam_eta)
@@ -38,3 +38,8 @@ class ASAM(SharpnessAware):
         offset = torch._foreach_mul(t_g, self.args.rho / (norm(t_g) + 1e-16))
         torch._foreach_mul_([offset[i] for i in scaled], scale)
         return offset
+
+
+def _is_weight(name: str, parameter: torch.Tensor) -> bool:
+    own_name = name.rsplit(".", 1)[-1]  # an index, in a ParameterList
+    return "weight" in own_name or (parameter.ndim > 1 and "bias" not in own_name)

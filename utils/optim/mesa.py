@@ -4,8 +4,9 @@
     v = mesa_decay * v + (1 - mesa_decay) * w after each step, BatchNorm's statistics included; z_v in eval mode
 
 The factor tau^2 is the authors' code's, not the paper's. The mean is over all rows of a step, those of the memory too.
-v starts from w in each task, or is carried over (`--mesa_carry 1`), a slow teacher then. The code waits 5 epochs before
-it begins; mesa_start is 0, since tasks of one epoch would never see it. w is what is evaluated.
+v starts from w in each task, or is carried over (`--mesa_carry 1`), a slow teacher then. The authors' code begins once
+the epoch, from 0, is more than 5; here it begins in the epoch mesa_start, which is 0, since tasks of one epoch would
+never see it. w is what is evaluated.
 
 Passes: 2 forward, 1 backward
 Memory: 1 P (averaged weights)
@@ -30,7 +31,7 @@ class MESA(Driver):
     class Args(Driver.Args):
         mesa_lambda: float = flag(0.8, "weight of the distance to the averaged weights' outputs", low=0)
         mesa_tau: float = flag(5.0, "temperature of both outputs", above=0)
-        mesa_start: int = flag(0, "epochs of a task before it begins", low=0)
+        mesa_start: int = flag(0, "epoch of a task, from 0, in which it begins", low=0)
         mesa_decay: float = flag(0.9998, "decay of the averaged weights", low=0, high=1)
         mesa_carry: bool = flag(False, "keep the averaged weights from task to task")
 

@@ -5,9 +5,10 @@
 
 The factor tau^2 is the authors' code's, not the paper's. Its clock is the epoch; here it is the row's own visits, which
 for a stream is the same: rows are known by their id over the whole benchmark, and rows in the memory, which are seen
-more often, go on where the stream has left them. It begins after saf_start visits. In tasks of one epoch only replayed
-rows get so far. The mean is over all rows of a step. A task keeps the records of its own rows and of those remembered;
-a row from before the head has grown is compared on the classes that it knew.
+more often, go on where the stream has left them. It begins once a row has had more than saf_start visits, as it does
+there once the epoch, from 0, is more than that. In tasks of one epoch only replayed rows get so far. The mean is over
+all rows of a step. A task keeps the records of its own rows and of those remembered; a row from before the head has
+grown is compared on the classes that it knew.
 
 Passes: 1 forward, 1 backward
 Memory: saf_lag + 1 logits for each row of task and memory
@@ -33,7 +34,7 @@ class SAF(Driver):
     class Args(Driver.Args):
         saf_lambda: float = flag(0.3, "weight of the distance to past outputs", low=0)
         saf_tau: float = flag(5.0, "temperature of both outputs", above=0)
-        saf_start: int = flag(5, "visits of a row before it begins", low=0)
+        saf_start: int = flag(5, "it begins once a row has had more visits than this", low=0)
         saf_lag: int = flag(3, "how many visits ago the past is", low=1, high=1000)
 
     def __init__(self, *args: Any, **kwargs: Any):

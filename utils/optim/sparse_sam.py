@@ -4,13 +4,17 @@
 
     fisher   M: the largest of f = sum_i (gradient of CE(x_i, y_i))^2
     nm       M: in every `sparse_m` consecutive weights, the `sparse_n` with the largest f; biases and norms all
-    dynamic  M: random at first, then the smallest |g| * M are dropped, and as many grown elsewhere at random
+    dynamic  M: random at first; then the smallest |g| * M are dropped, and as many grown elsewhere at random
 
 The mask is renewed at the first step of a task and of every `sparse_every`-th epoch. f comes from rows of that step,
 stream and memory, before it is taken, sample by sample in eval mode: the authors' code takes it afterwards, with a
 first mask of zeros, and lets it move BatchNorm's statistics. In a convolution, consecutive are the output channels, and
-the mask lies on the weights whose f it was made from. A dynamic mask is kept from task to task and its schedule
-restarts; new weights are moved. No time is saved by any of these masks: dense products stay dense.
+the mask lies on the weights whose f it was made from. A dynamic mask is renewed after that step's ascent, by its g, as
+in the authors' code: in epoch t of T of a task (from 0) the share drop_rate * (1 + cos(pi t / T)) / 2 of it, so that in
+tasks of one epoch it changes once, by drop_rate, which is the share throughout where --budget_rows leaves T open. That
+code drops so many even where fewer can grow, and moves too few then; here as many are dropped as grow. The mask is kept
+from task to task and its schedule restarts; new weights are moved. No time is saved by any of these masks: dense
+products stay dense.
 
 Passes: 2 forward, 2 backward
 Memory: 3 P (saved weights, clean gradient, mask)
@@ -46,7 +50,7 @@ class SparseSAM(SharpnessAware):
         sparsity: float = flag(0.5, "share of the weights that is not moved", low=0, below=1)
         sparse_every: int = flag(1, "epochs from one mask to the next", low=1)
         fisher_rows: int = flag(16, "rows of a step that the Fisher information is taken from", low=1)
-        drop_rate: float = flag(0.5, "share of a dynamic mask that is renewed, at first", low=0, high=1)
+        drop_rate: float = flag(0.5, "share of a dynamic mask that is renewed when a task begins", low=0, high=1)
         sparse_n: int = flag(2, "weights moved ...", low=1)
         sparse_m: int = flag(4, "... of so many consecutive ones", low=2)
 
@@ -58,10 +62,6 @@ class SparseSAM(SharpnessAware):
                 problems.append(
                     f"--{name} has no effect with --sparse_mask {config.sparse_mask}. Use {' or '.join(masks)}."
                 )
-        epochs = 1 if config.debug_mode else config.n_epochs
-        dropped = config.sparse_mask == "dynamic" and config.origins["drop_rate"] == "argv"
-        if dropped and epochs == 1 and config.budget_rows is None:
-            problems.append("--drop_rate has no effect in 1 epoch: a dynamic mask changes after it. Drop it.")
         if config.sparse_mask == "nm" and config.sparse_n >= config.sparse_m:
             problems.append(
                 f"--sparse_n must be less than --sparse_m {config.sparse_m}, got {config.sparse_n}. Give less."
@@ -76,7 +76,7 @@ class SparseSAM(SharpnessAware):
         torch._foreach_mul_(offset, mask)
         with self.at(offset):
             g_adv = objective.gradient()
-        if self._is_due and self.args.sparse_mask == "dynamic" and self.clock["epoch"] > 0:
+        if self._is_due and self.args.sparse_mask == "dynamic":
             self.pending["mask"] = self._regrown(mask, g)
         return g_adv
 
@@ -134,8 +134,10 @@ class SparseSAM(SharpnessAware):
         rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
         still = self.args.sparsity * self._size
         moved, m = self._size - still, flat(mask)
-        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved * (1 - rate) + 1e-9))
-        grown = self._top((self._random() + 1e-7) * (1 - m), math.floor(min(moved * rate, still) + 1e-9))
+        new = min(moved * rate, still)
+        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved - new + 1e-9))
+        # where there is room; where a mask of parameters that have grown has less, what was dropped comes back
+        grown = self._top((self._random() + 1e-7 + (1 - m)) * (1 - kept), math.floor(new + 1e-9))
         return self._unflatten(kept + grown)
 
     @property
