@@ -106,6 +106,7 @@ def build(config: Config, device, folder):
     from utils.trainer import Trainer
 
     benchmark = config.benchmark(config, "cpu")
+    benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
     augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
@@ -118,6 +119,11 @@ def build(config: Config, device, folder):
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
     )
+    if not optimizer.params:
+        raise UsageError(
+            f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
+            "requires_grad False. Leave some of them to be trained."
+        )
     if folder is not None:
         folder.write("environment.json", results.environment(str(device)))
     return Trainer(config, benchmark, method, optimizer, augment, folder)
