@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import seeding
+from utils.errors import DataError, UsageError
 
 Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
@@ -67,6 +68,11 @@ class Benchmark(Sequence[Task]):
 
     Labels are positions in the class order, so that a label is the output that stands for it. Building a benchmark
     loads its data to `device`; indexing it never advances anything.
+
+    Tasks of unequal sizes: `task_sizes = (50, 10, 10, 10, 10, 10)` has so many classes in each task (and six tasks; it
+    needs no `n_tasks` among the defaults). Where the sizes depend on flags, override `classes_of` and read
+    `self.num_tasks`, which is --n_tasks. Either way each task has at least one class, and the tasks' classes follow one
+    another from 0 to num_classes - 1: all classes before a task's are old ones.
     """
 
     name: str
@@ -77,7 +83,13 @@ class Benchmark(Sequence[Task]):
     std: tuple[float, ...] | None = None
     default_backbone = "mnistmlp"
     defaults: dict[str, Any] = {}  # flags of the protocol: n_tasks, batch_size, n_epochs, lr ...
+    task_sizes: tuple[int, ...] | None = None  # classes of each task, where they are not equal
     published_as: str | None = None  # benchmark whose published values serve for this one too, marked as ours
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if cls.task_sizes:
+            cls.defaults = {**cls.defaults, "n_tasks": len(cls.task_sizes)}
 
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
@@ -129,7 +141,13 @@ class Benchmark(Sequence[Task]):
     @classmethod
     def check_classes(cls, config: Any) -> list[str]:
         problems = []
-        if cls.num_classes % config.n_tasks:
+        if cls.task_sizes:
+            if config.n_tasks != len(cls.task_sizes):
+                problems.append(
+                    f"--n_tasks must be {len(cls.task_sizes)} on {cls.name}, whose tasks have "
+                    f"{', '.join(map(str, cls.task_sizes))} classes, got {config.n_tasks}. Drop it."
+                )
+        elif cls.classes_of is Benchmark.classes_of and cls.num_classes % config.n_tasks:
             problems.append(
                 f"--n_tasks must divide the {cls.num_classes} classes of {cls.name}, got {config.n_tasks}. "
                 f"Choose from: {', '.join(str(n) for n in range(1, cls.num_classes + 1) if cls.num_classes % n == 0)}."
@@ -163,8 +181,44 @@ class Benchmark(Sequence[Task]):
         return JointTask(self)
 
     def classes_of(self, index: int) -> range:
+        """The outputs that a task uses; those of later tasks lie behind them."""
+        if self.task_sizes:
+            start = sum(self.task_sizes[:index])
+            return range(start, start + self.task_sizes[index])
         size = self.num_classes // self.num_tasks
         return range(index * size, (index + 1) * size)
+
+    def check_tasks(self) -> None:
+        """Called once, before any work: the tasks' classes must be as the class says, and none without images.
+
+        Raises `UsageError`, `DataError`.
+        """
+        end = 0
+        for index in range(self.num_tasks if self.setting == "class-il" else 0):
+            classes = self.classes_of(index)
+            if classes.start != end or len(classes) != classes.stop - end or not len(classes):
+                raise UsageError(
+                    f"{self.name}: the classes of task {index + 1} must begin with {end} and be at least one, got "
+                    f"{classes}. Mend its `task_sizes` or `classes_of`."
+                )
+            end = classes.stop
+        if end not in (0, self.num_classes):
+            raise UsageError(
+                f"{self.name}: its tasks must have all {self.num_classes} classes, they have {end}. Mend its "
+                "`task_sizes` or `classes_of`."
+            )
+        empty = next((index for index in range(self.num_tasks) if self.num_rows(index) == 0), None)
+        if empty is not None:
+            raise DataError(
+                f"{self.name}: task {empty + 1} has no training images. Use larger data, fewer tasks, or no "
+                "--validation."
+            )
+
+    def num_rows(self, index: int) -> int:
+        """Training images of a task, counted without a copy of them unless `train_split` has been overridden."""
+        if type(self).train_split is not Benchmark.train_split:
+            return len(self.train_split(index))
+        return int(self._is_of(self._train, self.classes_of(index)).sum())
 
     def train_split(self, index: int) -> Split:
         return self._of_classes(self._train, self.classes_of(index))
@@ -189,8 +243,12 @@ class Benchmark(Sequence[Task]):
         return self._train
 
     @staticmethod
-    def _of_classes(split: Split, classes: range) -> Split:
-        rows = ((split.labels >= classes.start) & (split.labels < classes.stop)).nonzero().squeeze(1)
+    def _is_of(split: Split, classes: range) -> Tensor:
+        return (split.labels >= classes.start) & (split.labels < classes.stop)
+
+    @classmethod
+    def _of_classes(cls, split: Split, classes: range) -> Split:
+        rows = cls._is_of(split, classes).nonzero().squeeze(1)
         return Split(split.images[rows], split.labels[rows], split.ids[rows])
 
     def _base(self, arrays: Arrays, order: list[int], device: torch.device | str) -> Split:
@@ -238,6 +296,11 @@ class DomainBenchmark(Benchmark):
 
     def classes_of(self, index: int) -> range:
         return range(self.num_classes)
+
+    def num_rows(self, index: int) -> int:
+        if type(self).train_split is not DomainBenchmark.train_split:
+            return super().num_rows(index)
+        return len(self._train)
 
     def train_split(self, index: int) -> Split:
         return self._transformed(self._train, index)

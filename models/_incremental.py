@@ -16,6 +16,7 @@ from models._passes import WithTeacher
 from utils.arguments import flag
 from utils.buffer import Buffer
 from utils.evaluator import rows_per_pass
+from utils.optim._driver import trainable
 from utils.passes import eval_mode
 
 
@@ -110,6 +111,8 @@ class WithExemplars(WithTeacher, Incremental):
             keep((old["y"] == label).nonzero().squeeze(1)[:number], **old)
         for label in task.classes:
             rows = (new.labels == label).nonzero().squeeze(1)
+            if len(rows) == 0:  # --validation holds out all its images
+                continue
             features = self.outputs_of(self.net.features, new.images.index_select(0, rows))
             chosen = herd(features, number)
             keep(rows[chosen.to(rows.device)], x=new.images, y=new.labels, ids=new.ids)
@@ -154,4 +157,4 @@ def decay(net: nn.Module, weight: float) -> dict[str, Tensor]:
     """The penalty weight * |theta|^2 over what is trained; its gradient is 2 * weight * theta. None for weight 0."""
     if not weight:
         return {}
-    return {"decay": weight * sum(p.square().sum() for p in net.parameters() if p.requires_grad)}
+    return {"decay": weight * sum(p.square().sum() for p in trainable(net))}

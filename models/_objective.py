@@ -475,8 +475,12 @@ class Objective:
 
     def _backward(self, part: Tensor, wanted: list[bool] | None, keep_graph: bool) -> Grads:
         rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
-        found = torch.autograd.grad(part, [self.params[i] for i in rows], retain_graph=keep_graph, allow_unused=True)
         grads: list[Tensor | None] = [None] * len(self.params)
+        if not part.requires_grad:  # a reference that no weight has a say in
+            rows, found = (), ()
+        else:
+            inputs = [self.params[i] for i in rows]
+            found = torch.autograd.grad(part, inputs, retain_graph=keep_graph, allow_unused=True)
         for i, grad in zip(rows, found, strict=True):
             grads[i] = grad
             self.tally.used[i] |= grad is not None

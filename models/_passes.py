@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from models._method import Method
 from models._replay import ReplayMethod
 from utils.arguments import DEBUG_BATCHES, Config
-from utils.registry import BACKBONES
 from utils.seeding import generator_state, set_generator_state
 
 
@@ -76,22 +75,6 @@ def check_shares(config: Any) -> list[str]:
         f"--buffer_size must be at least the number of tasks {config.n_tasks}, which share it, "
         f"got {config.buffer_size}. Give more."
     ]
-
-
-def check_single_images(config: Any) -> list[str]:
-    """A problem where the backbone's BatchNorm cannot normalise a single image of the benchmark in train mode."""
-    backbone, shape = BACKBONES.load(config.backbone), config.benchmark.shape
-    with torch.device("meta"):
-        net = backbone(shape, config.benchmark.num_classes, config.view(backbone))
-        try:
-            net(torch.empty(1, *shape))
-        except ValueError:  # torch's way of saying that there is one value per channel
-            return [
-                f"--model {config.model} passes images one by one, and {config.backbone} shrinks those of "
-                f"{config.dataset} ({shape[1]} x {shape[2]}) to one value, which BatchNorm cannot normalise. "
-                "Choose another backbone."
-            ]
-    return []
 
 
 class Drawing:

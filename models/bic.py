@@ -52,15 +52,22 @@ class BiC(WithExemplars):
             self.register_buffer(f"{owner}scale", torch.ones(num_classes))
             self.register_buffer(f"{owner}shift", torch.zeros(num_classes))
         self.held = torch.empty(0, dtype=torch.int64, device=context.device)  # ids
+        self.tasks_seen = self._count_tasks()
 
     def begin_task(self, task: Any) -> None:
         super().begin_task(task)
+        self.tasks_seen = self._count_tasks()
         self.old_scale.copy_(self.scale), self.old_shift.copy_(self.shift)
         self.scale.fill_(1.0), self.shift.zero_()
         if not self.is_first(task):
             number = max(1, int(self.args.valset_split * len(self.buffer)))
             held = (self._some(self.buffer.all()["ids"], number), self._some(task.train.ids, number))
             self.held = torch.cat([ids.to(self.context.device) for ids in held])
+
+    def _count_tasks(self) -> int:
+        """Those whose classes have been seen, the present one included."""
+        benchmark = self.context.benchmark
+        return sum(benchmark.classes_of(index).start < self.seen for index in range(len(benchmark)))
 
     def _some(self, column: Tensor, number: int) -> Tensor:
         """So many of its entries, drawn at random."""
@@ -80,9 +87,10 @@ class BiC(WithExemplars):
 
     @property
     def lam(self) -> float:
-        """Of equal tasks, the present one is this share."""
-        share = (self.seen - self.past) / self.seen
-        return share if self.args.distill_weight == "one_task" else 1 - share
+        """One of the tasks seen, or the share of the old classes."""
+        if self.args.distill_weight == "one_task":
+            return 1 / self.tasks_seen
+        return 1 - (self.seen - self.past) / self.seen
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         if self.teacher is None:
@@ -145,4 +153,5 @@ class BiC(WithExemplars):
 
     def set_extra_state(self, state: dict) -> None:
         super().set_extra_state(state)
+        self.tasks_seen = self._count_tasks()
         self.held = state["held"].to(self.context.device).clone()

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Block, Loss, Method, published
-from models._passes import Drawing, check_single_images, shuffled
+from models._passes import Drawing, shuffled
 from models.sgd import DER
 from utils.arguments import flag
-from utils.optim._driver import batchnorms, flat, frozen_statistics
+from utils.optim._driver import batchnorms, flat, frozen_statistics, trainable
 from utils.passes import square_sums
 from utils.registry import METHODS
 
@@ -52,19 +52,15 @@ class EwcOn(Drawing, Method):
         },
     )
 
-    @classmethod
-    def check(cls, config, benchmark) -> list[str]:
-        return super().check(config, benchmark) or check_single_images(config)
-
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
-        size = sum(p.numel() for p in net.parameters())
+        size = sum(p.numel() for p in trainable(net))
         self.register_buffer("fisher", torch.zeros(size))
         self.register_buffer("anchor", torch.zeros(size))  # theta*
 
     def theta(self) -> Tensor:
-        """(P,): all weights."""
-        return flat(self.net.parameters())
+        """(P,): all weights that are trained."""
+        return flat(trainable(self.net))
 
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)

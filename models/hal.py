@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models._method import Batch, Block, Loss, published
-from models._passes import check_shares, check_single_images
+from models._passes import check_shares
 from models._replay import ReplayMethod
 from models.der import logit_distance
 from models.sgd import DER
@@ -74,7 +74,7 @@ class HAL(ReplayMethod):
         problems = super().check(config, benchmark)
         if config.hal_memory == "ring":
             problems += check_shares(config)
-        return problems or check_single_images(config)
+        return problems
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
@@ -102,8 +102,9 @@ class HAL(ReplayMethod):
 
     def _ahead(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """The weights, by name, after one SGD step on these rows."""
-        params = dict(self.net.named_parameters())
-        grads = torch.autograd.grad(cross_entropy(self.net(x), y), list(params.values()))
+        params = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        cost = cross_entropy(self.net(x), y)
+        grads = torch.autograd.grad(cost, list(params.values()), allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-self.lr), strict=True))
 

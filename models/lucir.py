@@ -109,6 +109,8 @@ class Lucir(WithExemplars):
         norm = torch.cat([*self.net.weights[: task.index]]).norm(dim=1).mean()
         for row, label in enumerate(task.classes):
             images = task.train.images[task.train.labels == label]
+            if len(images) == 0:  # --validation holds out all of them: the weights stay as they were drawn
+                continue
             mean = normalize(self.outputs_of(self.net.features, images, self.context.augment)).mean(0)
             self.net.weights[task.index][row] = norm * normalize(mean, dim=0)
 

@@ -22,6 +22,7 @@ from models._passes import shuffled
 from models.sgd import DER
 from utils.arguments import flag
 from utils.optim._base import SGD
+from utils.optim._driver import trainable
 from utils.passes import eval_mode
 from utils.registry import METHODS
 from utils.seeding import generator_state, set_generator_state
@@ -75,7 +76,9 @@ class LwF(Incremental):
     def _warm_up(self, task: Any) -> None:
         config = self.context.config
         _, classifier = classifier_of(self.net)
-        weights = [*classifier.parameters()]
+        weights = trainable(classifier)
+        if not weights:
+            return
         optimizer = SGD(weights, config.lr)
         for _ in range(1 if config.debug_mode else config.n_epochs):
             for images, labels, _ in shuffled(self, task.train, config.batch_size):

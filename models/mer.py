@@ -17,6 +17,7 @@ from models._method import Batch, Block, published
 from models.er import ER
 from models.sgd import DER
 from utils.arguments import flag
+from utils.optim._driver import trainable
 from utils.registry import METHODS
 
 
@@ -56,9 +57,9 @@ class MER(ER):
         self._go_back(before, self.args.gamma)
 
     def _weights(self, share: float) -> list[Tensor] | None:
-        return None if share == 1 else [p.detach().clone() for p in self.net.parameters()]
+        return None if share == 1 else [p.detach().clone() for p in trainable(self.net)]
 
     @torch.no_grad()
     def _go_back(self, to: list[Tensor] | None, share: float) -> None:
         if to is not None:
-            torch._foreach_lerp_(list(self.net.parameters()), to, 1 - share)
+            torch._foreach_lerp_(trainable(self.net), to, 1 - share)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from models._method import Batch, Block, Grads, Loss, Method, published
 from models.sgd import DER
 from utils.arguments import flag
-from utils.optim._driver import flat
+from utils.optim._driver import flat, trainable
 from utils.registry import METHODS
 
 
@@ -43,7 +43,7 @@ class SI(Method):
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
-        self.params = list(net.parameters())
+        self.params = trainable(net)
         for name in ("importance", "path", "anchor"):  # Omega, omega, theta*
             self.register_buffer(name, torch.zeros(sum(p.numel() for p in self.params)))
         if args.si_gradient == "task":

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 
 from models._method import Batch, Block, Context, Loss, published
 from models._passes import shuffled
@@ -83,7 +83,10 @@ class XDer(ReplayMethod):
 
     def __init__(self, net, args, context: Context):
         super().__init__(net, args, context)
-        self.classes: range = context.benchmark.classes_of(0)  # of the present task
+        self.heads = [context.benchmark.classes_of(index) for index in range(len(context.benchmark))]
+        sizes = torch.tensor([len(head) for head in self.heads])
+        self.head_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(context.device)  # (K,): of each class
+        self.classes = self.heads[0]  # of the present task
 
     def begin_task(self, task: Any) -> None:
         self.classes = task.classes
@@ -141,8 +144,8 @@ class XDer(ReplayMethod):
 
     def _gap(self, logits: Tensor, block: Block) -> Tensor:
         """(n,): max f[future] + m - max f[own head]; -1 for a row that is there twice."""
-        size = len(self.classes)
-        own = logits.unflatten(1, (-1, size)).amax(2).gather(1, block.y[:, None] // size)[:, 0]
+        is_other = self.head_of != self.head_of[block.y][:, None]
+        own = logits.masked_fill(is_other, -torch.inf).amax(1)
         gap = logits[:, self.classes.stop :].amax(1) + self.args.m - own
         return torch.where(block.fresh, gap, -1.0) if block.memory else gap
 
@@ -150,7 +153,9 @@ class XDer(ReplayMethod):
         """(n,): of each view, averaged over the future heads; their mean is that over images of the views' means."""
         with frozen_statistics(self.net):
             logits = self.net(views.x).float()
-        heads = logits[:, self.classes.stop :].unflatten(1, (-1, len(self.classes))).transpose(0, 1)
+        future = [logits[:, head.start : head.stop] for head in self.heads if head.start >= self.classes.stop]
+        widest = max(part.shape[1] for part in future)
+        heads = torch.stack([pad(part, (0, widest - part.shape[1])) for part in future])  # zeros change no product
         return supcon(normalize(heads, dim=2), views.y, self.args.simclr_temp).mean(0)
 
     def remember(self, batch: Batch, loss: Loss) -> None:

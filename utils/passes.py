@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, cross_entropy, instance_norm, unfold
 from torch.nn.grad import conv2d_weight
 
+from utils.optim._driver import batchnorms, trainable
+
 GRADIENT_FLOATS = 2**26  # of gradients of single rows at a time
 ROWS = 64  # whose activations are kept at a time where only sums are asked for
 
@@ -33,7 +35,8 @@ def square_sums(net: nn.Module, x: Tensor, y: Tensor, weigh: Callable[[Tensor], 
     """Sum over rows of weight * (gradient of their cross entropy)^2, one tensor for each trainable parameter.
 
     x (N, C, H, W), y (N,) int64; `weigh` maps the costs (N,) to the weights (N,). Each row is a batch of its own for
-    BatchNorm in train mode, whose running averages must be frozen.
+    BatchNorm in train mode, whose running averages must be frozen; a single value per channel is normalised with them
+    (`normalise_single_values`).
     """
     total: list[Tensor] | None = None
     for part in _parts(net, x, y):
@@ -41,7 +44,7 @@ def square_sums(net: nn.Module, x: Tensor, y: Tensor, weigh: Callable[[Tensor], 
         if found is not None:
             layers, weights = found[0], weigh(found[1])
             sums = {p: s for layer in layers for p, s in _square_sums(*layer, weights)}
-            pieces = [[sums[p] for p in net.parameters()]]
+            pieces = [[sums[p] for p in trainable(net)]]
         else:
             pieces = (
                 [torch.tensordot(weigh(costs), g.square(), 1) for g in gradients]
@@ -77,17 +80,16 @@ def _layers(net: nn.Module, x: Tensor, y: Tensor) -> tuple[list[tuple[nn.Module,
     None where gradients of single rows do not follow from these: layers of other kinds, weights that two layers share
     or one layer uses twice, activations that are overwritten. Nothing but BatchNorm may mix rows.
     """
-    layers = [part for part in net.modules() if any(True for _ in part.parameters(recurse=False))]
-    norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    layers = [part for part in net.modules() if any(p.requires_grad for p in part.parameters(recurse=False))]
+    norms = batchnorms(net)
     params = [p for layer in layers for p in layer.parameters(recurse=False)]
-    is_plain = all(p.requires_grad for p in params) and len(set(params)) == len(params)
-    if not is_plain or not all(_is_known(part) for part in (*layers, *norms)):
+    if len(set(params)) != len(params) or not all(_is_known(part) for part in (*layers, *norms)):
         return None
     seen: list[tuple[nn.Module, Tensor, Tensor, int, int]] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if layer in norms and _takes_statistics(layer):
-            output = instance_norm(inputs[0], weight=layer.weight, bias=layer.bias, eps=layer.eps)  # each row alone
+        if layer in norms and _takes_statistics(layer):  # each row alone
+            output = _normalised(layer, inputs[0], layer.weight, layer.bias)
         if layer in layers:
             seen.append((layer, inputs[0], output, inputs[0]._version, output._version))
         return output
@@ -121,11 +123,14 @@ def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _normalised(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """(N, C, H, W): by the statistics of each row alone, where BatchNorm would take those of its batch."""
-    if _takes_statistics(norm):
-        return instance_norm(x, eps=norm.eps)
-    return batch_norm(x, norm.running_mean, norm.running_var, eps=norm.eps)
+def _normalised(
+    norm: nn.BatchNorm2d, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """(N, C, H, W): by the statistics of each row alone, where BatchNorm would take those of its batch and there is
+    more than one value."""
+    if _takes_statistics(norm) and x[0, 0].numel() > 1:
+        return instance_norm(x, weight=weight, bias=bias, eps=norm.eps)
+    return batch_norm(x, norm.running_mean, norm.running_var, weight, bias, eps=norm.eps)
 
 
 def _square_sums(
@@ -134,8 +139,9 @@ def _square_sums(
     """(parameter, sum over rows of weight * gradient^2) for the layer's parameters."""
     if type(layer) is nn.Linear:
         squares = deltas.square() * weights[:, None]
-        yield layer.weight, squares.T @ inputs.square()
-        if layer.bias is not None:
+        if _is_trained(layer.weight):
+            yield layer.weight, squares.T @ inputs.square()
+        if _is_trained(layer.bias):
             yield layer.bias, squares.sum(0)
         return
     for parameter, pieces in _gradients(layer, inputs, deltas):
@@ -145,19 +151,25 @@ def _square_sums(
 def _products(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> Tensor:
     """(N, N): inner products of the rows' gradients, over the layer's parameters."""
     if type(layer) is nn.Linear:
-        return (inputs @ inputs.T + (layer.bias is not None)) * (deltas @ deltas.T)
+        of_weight = inputs @ inputs.T if _is_trained(layer.weight) else 0.0
+        return (of_weight + _is_trained(layer.bias)) * (deltas @ deltas.T)
     pieces = (g.flatten(1) for _, pieces in _gradients(layer, inputs, deltas) for g in pieces)
     return sum(g @ g.T for g in pieces)
 
 
 def _gradients(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> Iterator[tuple[nn.Parameter, Iterator[Tensor]]]:
     """(parameter, the rows' gradients (N, channels, ...), some output channels at a time) of a map's layer."""
-    if type(layer) is nn.Conv2d:
-        yield layer.weight, _kernel_gradients(layer, inputs, deltas)
-    else:
-        yield layer.weight, iter([(deltas * _normalised(layer, inputs)).sum((2, 3))])
-    if layer.bias is not None:
+    if _is_trained(layer.weight):
+        if type(layer) is nn.Conv2d:
+            yield layer.weight, _kernel_gradients(layer, inputs, deltas)
+        else:
+            yield layer.weight, iter([(deltas * _normalised(layer, inputs)).sum((2, 3))])
+    if _is_trained(layer.bias):
         yield layer.bias, iter([deltas.sum((2, 3))])
+
+
+def _is_trained(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _kernel_gradients(conv: nn.Conv2d, inputs: Tensor, deltas: Tensor) -> Iterator[Tensor]:

@@ -138,6 +138,7 @@ def build(config: Config, device, folder):
     from utils.trainer import Trainer
 
     benchmark = config.benchmark(config, "cpu")
+    benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
     augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
@@ -150,6 +151,11 @@ def build(config: Config, device, folder):
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
     )
+    if not optimizer.params:
+        raise UsageError(
+            f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
+            "requires_grad False. Leave some of them to be trained."
+        )
     return Trainer(config, benchmark, method, optimizer, augment, folder)
 
 

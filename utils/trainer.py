@@ -278,7 +278,10 @@ class Trainer:
             if not self._mid_epoch:
                 self.method.begin_epoch(task, epoch)
                 self.optimizer.begin_epoch(epoch, None if self.config.budget_rows else n_epochs)
-            self._train_epoch(self.method.train_split(task, epoch))
+            split = self.method.train_split(task, epoch)
+            self._train_epoch(split)
+            if self.config.budget_rows is not None and len(split) == 0:
+                break  # such epochs never spend it
         self.logs.close_bar()
         if self.has_boundaries:
             start = time.monotonic()
@@ -339,7 +342,8 @@ class Trainer:
                     raise Interrupted(self._stop_signal)
         self._mid_epoch = False
         self._check_weights()
-        self._check_skips(limit=most * self.stream.num_batches(split))
+        if len(split) > 0:  # an epoch without rows takes no step, and none has failed
+            self._check_skips(limit=most * self.stream.num_batches(split))
         self.cost.train_s += time.monotonic() - start
 
     def _check_weights(self) -> None:

@@ -12,6 +12,7 @@ that the host counts go on, and images of a bad step are remembered, with zeros 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,36 @@ def batchnorms(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+def normalise_single_values(module: nn.Module) -> list[nn.Module]:
+    """From now on, BatchNorm layers in train mode that get a single value per channel (one image whose map has one
+    place) normalise it with their running averages and leave these as they are: for that call they are in eval mode.
+
+    Others of the same pass, which have several values, are not touched. This is the one rule for a last batch of one
+    image, `--minibatch_size 1`, and methods that pass images one by one; torch raises there. Copies of a layer keep it,
+    and nothing of it is in the state_dict. Returns the layers.
+    """
+    layers = batchnorms(module)
+    for layer in layers:
+        if "forward" not in vars(layer):  # of the layer itself, or of the one that it is a copy of
+            layer.forward = partial(_forward_of_batchnorm, layer)
+    return layers
+
+
+def _forward_of_batchnorm(layer: nn.Module, x: Tensor) -> Tensor:
+    if not layer.training or x.numel() > layer.num_features:
+        return type(layer).forward(layer, x)
+    layer.training = False
+    try:
+        return type(layer).forward(layer, x)
+    finally:
+        layer.training = True
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained; those with `requires_grad` False stay as they are."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 class Driver:
     """Steps the parameters of a method by the gradient of its loss. Subclasses override `direction`.
 
@@ -92,7 +123,7 @@ class Driver:
         self.pending: dict[str, Any] = {}
         self.device = self.params[0].device if self.params else torch.device("cpu")
         self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
-        self._batchnorms = batchnorms(method)
+        self._batchnorms = normalise_single_values(method)
         self._to_watch = WATCHED
 
     @classmethod
@@ -172,7 +203,6 @@ class Driver:
     def begin_task(self, task: Any) -> None:
         """What a variant forgets at a task boundary. The base optimizer goes on, unless the method wants a new one."""
         self.follow()
-        self._batchnorms = batchnorms(self.method)
         self._to_watch = WATCHED
         self.clock["task"] = task.index
         if self.method.new_optimizer:
@@ -189,6 +219,7 @@ class Driver:
     def follow(self) -> bool:
         """Takes in what the method has done to its parameters since: added, replaced, enlarged, dropped. Returns
         whether it has. A parameter is known by its name; its state keeps the old entries in their corner."""
+        self._batchnorms = normalise_single_values(self.method)
         names, params = _trainable(self.method)
         if len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True)):
             return False

@@ -69,7 +69,7 @@ class SharpnessAware(Driver):
             )
         if config.perturb == "norm_only" and not _has_norms(config):
             problems.append(
-                f"--perturb norm_only needs normalisation layers, the backbone {config.backbone} has none. "
+                f"--perturb norm_only needs normalisation layers to train, the backbone {config.backbone} has none. "
                 "Choose another backbone, or perturb all."
             )
         return problems
@@ -95,7 +95,7 @@ class SharpnessAware(Driver):
 
     @property
     def fewest_rows(self) -> int:
-        """Of a forward that takes a part of a block: BatchNorm cannot normalise a single one everywhere."""
+        """Of a forward that takes a part of a block: of a single one, BatchNorm may have no statistics."""
         return 2 if self._batchnorms else 1
 
     def is_sharp(self, objective: Any) -> bool:
@@ -136,4 +136,5 @@ def _has_norms(config: Any) -> bool:
     backbone = BACKBONES.load(config.backbone)
     with torch.device("meta"):
         net = backbone(config.benchmark.shape, config.benchmark.num_classes, config.view(backbone))
-    return any(isinstance(module, NORMS) for module in net.modules())
+    norms = (module for module in net.modules() if isinstance(module, NORMS))
+    return any(p.requires_grad for module in norms for p in module.parameters(recurse=False))
