@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
 from utils import seeding
-
-Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
+from utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Benchmark(Sequence[Task]):
     name: str
     setting = "class-il"
     num_classes: int
+    empty_classes: tuple[int, ...] = ()  # classes that have an output but, on purpose, no image
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...] | None = None  # of pixels in 0..1; None: no normalisation
     std: tuple[float, ...] | None = None
@@ -81,8 +82,9 @@ class Benchmark(Sequence[Task]):
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
         self.num_tasks: int = config.n_tasks
-        train, test = self.load(Path(config.base_path).expanduser())
-        self._check_arrays(train, test)
+        loaded = self.load(Path(config.base_path).expanduser())
+        check_declared(self)
+        train, test = checked_arrays(self, loaded)
         order = self.class_order()
         self._train = self._base(train, order, device)
         self._test = self._base(test, order, device)
@@ -97,8 +99,13 @@ class Benchmark(Sequence[Task]):
             setattr(self, name, Split(split.images.to(device), split.labels.to(device), split.ids.to(device)))
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        """(train, test), each images (N, C, H, W) uint8 and labels (N,) int64. Raises `DataError`."""
-        raise NotImplementedError
+        """(train, test), each images (N, C, H, W) uint8 in 0..255 and labels (N,) int64 in 0..num_classes - 1, with at
+        least one row, and one training image of each class that is not in `empty_classes`. Raises `DataError`.
+
+        What can be meant in one way only is converted: NumPy arrays, labels of other integer types. All else is
+        refused with the line to write: other dtypes of images, another order of their axes, labels from 1.
+        """
+        raise UsageError(f"{self.name} has no `load`. Give it a method load(root) that returns its images and labels.")
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
@@ -112,6 +119,11 @@ class Benchmark(Sequence[Task]):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Problems of this benchmark with a configuration, one line each; called before any data is loaded."""
+        undeclared = [name for name in ("num_classes", "shape") if not hasattr(cls, name)]
+        if undeclared:
+            return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
+        if config.n_tasks is None:
+            return [f"{cls.name} does not say how many tasks it has. Set n_tasks in its `defaults`, or give --n_tasks."]
         problems = []
         if config.start_from >= config.n_tasks:
             problems.append(
@@ -147,6 +159,41 @@ class Benchmark(Sequence[Task]):
         if self.config.permute_classes:
             return seeding.generator(self.config.seed, "class order").permutation(self.num_classes).tolist()
         return list(range(self.num_classes))
+
+    def decided(self) -> dict[str, Any]:
+        """What the seed and the flags decided, as JSON can hold it: the content of the run folder's benchmark.json.
+
+        class_order: the class of the data set behind each output. held_out: with --validation, the rows of `load`'s
+        training images that are tested on. tasks: the classes, of the data set, and the rows of each. A benchmark that
+        decides more adds to it: `super().decided() | {"angles": [...]}`.
+        """
+        order, tasks = self.class_order(), []
+        for index in range(self.num_tasks):
+            train_rows, test_rows = self.num_rows(index) or (None, None)
+            classes = [order[output] for output in self.classes_of(index)]
+            tasks.append({"classes": classes, "train_rows": train_rows, "test_rows": test_rows})
+        held_out = {"held_out": self._test.ids.tolist()} if self.config.validation else {}
+        return {"class_order": order, **held_out, "tasks": tasks}
+
+    def num_rows(self, index: int) -> tuple[int, int] | None:
+        """(training rows, test rows) of a task; None where only making its images would tell.
+
+        Counted from the labels where the splits are made here. Where a subclass makes its own and says nothing here,
+        they are made once and counted, which costs no more than a copy of the data set; but not in other settings,
+        where each task may be as large as all of it.
+        """
+        mine, cls = Benchmark, type(self)
+        if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
+            classes = slice(self.classes_of(index).start, self.classes_of(index).stop)
+            return tuple(int(counts[classes].sum()) for counts in self._rows_of_classes)
+        if self.setting != "class-il":
+            return None
+        return len(self.train_split(index)), len(self.test_split(index))
+
+    @cached_property
+    def _rows_of_classes(self) -> tuple[Tensor, ...]:
+        """Training and test rows (num_classes,) of each output."""
+        return tuple(torch.bincount(s.labels, minlength=self.num_classes).cpu() for s in (self._train, self._test))
 
     def __len__(self) -> int:
         return self.num_tasks
@@ -199,11 +246,6 @@ class Benchmark(Sequence[Task]):
         self._train = Split(full.images[kept], full.labels[kept], full.ids[kept])
         self._test = Split(full.images[held], full.labels[held], full.ids[held])
 
-    def _check_arrays(self, train: Arrays, test: Arrays) -> None:
-        for images, labels in (train, test):
-            assert images.dtype == torch.uint8 and tuple(images.shape[1:]) == self.shape, images.shape
-            assert labels.dtype == torch.int64 and len(labels) == len(images)
-
 
 class DomainBenchmark(Benchmark):
     """A domain-incremental benchmark: every task has all classes and all images, transformed in its own way."""
@@ -229,6 +271,12 @@ class DomainBenchmark(Benchmark):
     def classes_of(self, index: int) -> range:
         return range(self.num_classes)
 
+    def num_rows(self, index: int) -> tuple[int, int] | None:
+        mine, cls = DomainBenchmark, type(self)
+        if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
+            return len(self._train), len(self._test)
+        return None
+
     def train_split(self, index: int) -> Split:
         return self._transformed(self._train, index)
 
@@ -241,7 +289,9 @@ class DomainBenchmark(Benchmark):
         return Split(*(torch.cat(column) for column in columns))
 
     def _transformed(self, split: Split, index: int) -> Split:
-        images = gather_pixels(split.images, self.pixel_map(index))
+        pixel_map = self.pixel_map(index)
+        check_pixel_map(self.name, index, pixel_map, self.shape)
+        images = gather_pixels(split.images, pixel_map)
         # ids stay unique over the benchmark: the tasks' copies of an image are images of their own
         return Split(images, split.labels, split.ids + index * 10**7)
 

@@ -20,6 +20,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def write_lines(path: Path, content: dict[str, Any]) -> None:
+    """One line for each key: readable where the values are long lists of numbers."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items())
+    write_text(path, "{\n " + ",\n ".join(lines) + "\n}\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Atomically: a reader sees the old file or the new one."""
     fresh = path.with_name(path.name + ".new")

@@ -120,7 +120,21 @@ def build(config: Config, device, folder):
     )
     if folder is not None:
         folder.write("environment.json", results.environment(str(device)))
+        _write_decided(benchmark, folder)
     return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _write_decided(benchmark, folder) -> None:
+    from utils import results
+
+    decided = benchmark.decided()
+    try:
+        results.write_lines(folder.path / "benchmark.json", decided)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{benchmark.name}: decided must return a dict of what JSON can hold, got one that it cannot ({error}). "
+            "Make plain numbers, lists and texts of it, as by .tolist()."
+        ) from None
 
 
 def _train(trainer) -> int:
