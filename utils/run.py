@@ -102,13 +102,15 @@ def build(config: Config, device, folder):
     from models._method import Context
     from utils import results, seeding
     from utils.augment import Augment
+    from utils.augment_check import look_at, pipeline
     from utils.registry import BACKBONES, OPTIMIZERS
     from utils.trainer import Trainer
 
     benchmark = config.benchmark(config, "cpu")
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
-    augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
+    augment = Augment(pipeline(benchmark) if config.augmentation else [], benchmark.mean, benchmark.std, device)
+    look_at(augment, benchmark)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
