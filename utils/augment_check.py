@@ -63,8 +63,8 @@ def look_at(augment: Augment, benchmark: Any) -> None:
             shape = _Look(benchmark.name, augment, transform, shape).result
     if augment.transforms and shape != tuple(benchmark.shape):
         raise UsageError(
-            f"{benchmark.name}: its augmentations make images of shape {shape} from {tuple(benchmark.shape)}; tests and "
-            "the network expect the latter. End with a crop or kornia's Resize to it."
+            f"{benchmark.name}: its augmentations make images of {shape}, and the network expects "
+            f"{tuple(benchmark.shape)}. End with a crop or kornia's Resize to it."
         )
 
 
@@ -74,6 +74,7 @@ class _Look:
     def __init__(self, benchmark: str, augment: Augment, transform: Transform, shape: tuple[int, ...]):
         self.name = getattr(transform, "__name__", type(transform).__name__)
         self.benchmark, self.is_on_bytes = benchmark, any(transform is other for other in augment.on_bytes)
+        self.is_torchvision = _is_torchvision(transform)
         self.call = transform.on_bytes if self.is_on_bytes else transform
         parts = list(transform.modules())[1:] if isinstance(transform, nn.Module) else []
         self._check_kornia([transform, *parts])
@@ -82,7 +83,7 @@ class _Look:
         self.images = images if self.is_on_bytes else images.float().div_(255)
         self.result = tuple(self._run(self.images[:1]).shape[1:])
         self._check_rows_apart()
-        self._check_draws(transform)
+        self._check_draws()
         for part in filter(_is_torchvision, parts):
             _Look(benchmark, augment, part, shape)
 
@@ -142,24 +143,30 @@ class _Look:
             raise self._refuse("mixes images of a call with each other. Each must depend on its own image alone.")
         raise self._draws_elsewhere()
 
+    def _draws_once(self) -> UsageError:
+        """torchvision's transforms draw once a call, by whatever generator."""
+        return self._refuse(
+            "of torchvision draws once for all images of a call, which has hundreds, of many batches. "
+            f"{_instead(self.name)}"
+        )
+
     def _draws_elsewhere(self) -> UsageError:
+        if self.is_torchvision:
+            return self._draws_once()
         return self._refuse(
             "draws from other generators than torch's global one (Python's, NumPy's, its own), which a resumed run "
             "would not repeat. Draw by torch.rand and the like."
         )
 
-    def _check_draws(self, transform: Any) -> None:
+    def _check_draws(self) -> None:
         copies = self.images[:1].expand(ROWS, -1, -1, -1)
         before, elsewhere = _torch_state(), _other_state()
         first = self._run(copies)
         draws, draws_elsewhere = _torch_state() != before, _other_state() != elsewhere
         if not _is_alike(first) and not draws_elsewhere:
             return
-        if _is_torchvision(transform) and (draws or draws_elsewhere):
-            raise self._refuse(
-                "of torchvision draws once for all images of a call, which has hundreds, of many batches. "
-                + _instead(self.name)
-            )
+        if self.is_torchvision and draws:
+            raise self._draws_once()
         if draws_elsewhere:
             raise self._draws_elsewhere()
         for _ in range(CALLS if draws else 0):
@@ -171,7 +178,7 @@ class _Look:
                     "draws once for all images of a call, which has hundreds, of many batches. Draw for each image, as "
                     "kornia.augmentation does."
                 )
-        if first.shape != copies.shape or not torch.allclose(first.float(), copies.float(), atol=1e-4):
+        if first.shape == copies.shape and not torch.allclose(first.float(), copies.float(), atol=1e-4):
             warnings.warn(
                 f"{self.benchmark}: the augmentation {self.name} changes training images always in the same way, and "
                 "test images not at all. Do it in load, to both; declare mean and std to normalise.",
