@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
 from utils import seeding
 from utils.errors import DataError, UsageError
 
-Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
 
 
@@ -78,6 +78,7 @@ class Benchmark(Sequence[Task]):
     name: str
     setting = "class-il"
     num_classes: int
+    empty_classes: tuple[int, ...] = ()  # classes that have an output but, on purpose, no image
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...] | None = None  # of pixels in 0..1; None: no normalisation
     std: tuple[float, ...] | None = None
@@ -94,8 +95,9 @@ class Benchmark(Sequence[Task]):
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
         self.num_tasks: int = config.n_tasks
-        train, test = self.load(Path(config.base_path).expanduser())
-        self._check_arrays(train, test)
+        loaded = self.load(Path(config.base_path).expanduser())
+        check_declared(self)
+        train, test = checked_arrays(self, loaded)
         order = self.class_order()
         self._train = self._base(train, order, device)
         self._test = self._base(test, order, device)
@@ -111,8 +113,13 @@ class Benchmark(Sequence[Task]):
             setattr(self, name, Split(split.images.to(device), split.labels.to(device), split.ids.to(device)))
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        """(train, test), each images (N, C, H, W) uint8 and labels (N,) int64. Raises `DataError`."""
-        raise NotImplementedError
+        """(train, test), each images (N, C, H, W) uint8 in 0..255 and labels (N,) int64 in 0..num_classes - 1, with at
+        least one row, and one training image of each class that is not in `empty_classes`. Raises `DataError`.
+
+        What can be meant in one way only is converted: NumPy arrays, labels of other integer types. All else is
+        refused with the line to write: other dtypes of images, another order of their axes, labels from 1.
+        """
+        raise UsageError(f"{self.name} has no `load`. Give it a method load(root) that returns its images and labels.")
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
@@ -126,6 +133,11 @@ class Benchmark(Sequence[Task]):
     @classmethod
     def check(cls, config: Any) -> list[str]:
         """Problems of this benchmark with a configuration, one line each; called before any data is loaded."""
+        undeclared = [name for name in ("num_classes", "shape") if not hasattr(cls, name)]
+        if undeclared:
+            return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
+        if config.n_tasks is None:
+            return [f"{cls.name} does not say how many tasks it has. Set n_tasks in its `defaults`, or give --n_tasks."]
         problems = []
         if config.start_from >= config.n_tasks:
             problems.append(
@@ -168,6 +180,41 @@ class Benchmark(Sequence[Task]):
             return seeding.generator(self.config.seed, "class order").permutation(self.num_classes).tolist()
         return list(range(self.num_classes))
 
+    def decided(self) -> dict[str, Any]:
+        """What the seed and the flags decided, as JSON can hold it: the content of the run folder's benchmark.json.
+
+        class_order: the class of the data set behind each output. held_out: with --validation, the rows of `load`'s
+        training images that are tested on. tasks: the classes, of the data set, and the rows of each. A benchmark that
+        decides more adds to it: `super().decided() | {"angles": [...]}`.
+        """
+        order, tasks = self.class_order(), []
+        for index in range(self.num_tasks):
+            train_rows, test_rows = self.num_rows(index) or (None, None)
+            classes = [order[output] for output in self.classes_of(index)]
+            tasks.append({"classes": classes, "train_rows": train_rows, "test_rows": test_rows})
+        held_out = {"held_out": self._test.ids.tolist()} if self.config.validation else {}
+        return {"class_order": order, **held_out, "tasks": tasks}
+
+    def num_rows(self, index: int) -> tuple[int, int] | None:
+        """(training rows, test rows) of a task; None where only making its images would tell.
+
+        Counted from the labels where the splits are made here. Where a subclass makes its own and says nothing here,
+        they are made once and counted, which costs no more than a copy of the data set; but not in other settings,
+        where each task may be as large as all of it.
+        """
+        mine, cls = Benchmark, type(self)
+        if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
+            classes = slice(self.classes_of(index).start, self.classes_of(index).stop)
+            return tuple(int(counts[classes].sum()) for counts in self._rows_of_classes)
+        if self.setting != "class-il":
+            return None
+        return len(self.train_split(index)), len(self.test_split(index))
+
+    @cached_property
+    def _rows_of_classes(self) -> tuple[Tensor, ...]:
+        """Training and test rows (num_classes,) of each output."""
+        return tuple(torch.bincount(s.labels, minlength=self.num_classes).cpu() for s in (self._train, self._test))
+
     def __len__(self) -> int:
         return self.num_tasks
 
@@ -207,18 +254,16 @@ class Benchmark(Sequence[Task]):
                 f"{self.name}: its tasks must have all {self.num_classes} classes, they have {end}. Mend its "
                 "`task_sizes` or `classes_of`."
             )
-        empty = next((index for index in range(self.num_tasks) if self.num_rows(index) == 0), None)
+        empty = next((index for index in range(self.num_tasks) if self._num_train_rows(index) == 0), None)
         if empty is not None:
             raise DataError(
                 f"{self.name}: task {empty + 1} has no training images. Use larger data, fewer tasks, or no "
                 "--validation."
             )
 
-    def num_rows(self, index: int) -> int:
-        """Training images of a task, counted without a copy of them unless `train_split` has been overridden."""
-        if type(self).train_split is not Benchmark.train_split:
-            return len(self.train_split(index))
-        return int(self._is_of(self._train, self.classes_of(index)).sum())
+    def _num_train_rows(self, index: int) -> int:
+        rows = self.num_rows(index)
+        return len(self.train_split(index)) if rows is None else rows[0]
 
     def train_split(self, index: int) -> Split:
         return self._of_classes(self._train, self.classes_of(index))
@@ -234,7 +279,8 @@ class Benchmark(Sequence[Task]):
 
     def test_size(self, index: int) -> int:
         """Images of a task's test set."""
-        return len(self.test_split(index))
+        rows = self.num_rows(index)
+        return len(self.test_split(index)) if rows is None else rows[1]
 
     def make_test(self, index: int) -> Split:
         return self._of_classes(self._test, self.classes_of(index))
@@ -243,12 +289,8 @@ class Benchmark(Sequence[Task]):
         return self._train
 
     @staticmethod
-    def _is_of(split: Split, classes: range) -> Tensor:
-        return (split.labels >= classes.start) & (split.labels < classes.stop)
-
-    @classmethod
-    def _of_classes(cls, split: Split, classes: range) -> Split:
-        rows = cls._is_of(split, classes).nonzero().squeeze(1)
+    def _of_classes(split: Split, classes: range) -> Split:
+        rows = ((split.labels >= classes.start) & (split.labels < classes.stop)).nonzero().squeeze(1)
         return Split(split.images[rows], split.labels[rows], split.ids[rows])
 
     def _base(self, arrays: Arrays, order: list[int], device: torch.device | str) -> Split:
@@ -266,11 +308,6 @@ class Benchmark(Sequence[Task]):
         full = self._train
         self._train = Split(full.images[kept], full.labels[kept], full.ids[kept])
         self._test = Split(full.images[held], full.labels[held], full.ids[held])
-
-    def _check_arrays(self, train: Arrays, test: Arrays) -> None:
-        for images, labels in (train, test):
-            assert images.dtype == torch.uint8 and tuple(images.shape[1:]) == self.shape, images.shape
-            assert labels.dtype == torch.int64 and len(labels) == len(images)
 
 
 class DomainBenchmark(Benchmark):
@@ -297,10 +334,11 @@ class DomainBenchmark(Benchmark):
     def classes_of(self, index: int) -> range:
         return range(self.num_classes)
 
-    def num_rows(self, index: int) -> int:
-        if type(self).train_split is not DomainBenchmark.train_split:
-            return super().num_rows(index)
-        return len(self._train)
+    def num_rows(self, index: int) -> tuple[int, int] | None:
+        mine, cls = DomainBenchmark, type(self)
+        if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
+            return len(self._train), len(self._test)
+        return None
 
     def train_split(self, index: int) -> Split:
         return self._transformed(self._train, index)
@@ -308,16 +346,15 @@ class DomainBenchmark(Benchmark):
     def make_test(self, index: int) -> Split:
         return self._transformed(self._test, index)
 
-    def test_size(self, index: int) -> int:
-        return len(self._test)  # known before a thousand sets are made
-
     def joint_split(self) -> Split:
         parts = [self.train_split(index) for index in range(self.num_tasks)]
         columns = ([getattr(part, name) for part in parts] for name in ("images", "labels", "ids"))
         return Split(*(torch.cat(column) for column in columns))
 
     def _transformed(self, split: Split, index: int) -> Split:
-        images = gather_pixels(split.images, self.pixel_map(index))
+        pixel_map = self.pixel_map(index)
+        check_pixel_map(self.name, index, pixel_map, self.shape)
+        images = gather_pixels(split.images, pixel_map)
         # ids stay unique over the benchmark: the tasks' copies of an image are images of their own
         return Split(images, split.labels, split.ids + index * 10**7)
 

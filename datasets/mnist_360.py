@@ -7,6 +7,8 @@ The test set has each test image once, digit by digit through a full turn (the p
 replacement). As there, the network has 10 outputs; no image has the label 9. The stream depends on the batch size.
 """
 
+import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ DIGITS, CHUNKS, ROUNDS = 9, 6, 3
 class Mnist360(Benchmark):
     setting = "general-continual"
     num_classes = 10
+    empty_classes = (9,)
     shape = (1, 28, 28)
     defaults = dict(n_tasks=1, n_epochs=1, batch_size=16, minibatch_size=16, lr=0.1)
 
@@ -55,8 +58,21 @@ class Mnist360(Benchmark):
             )
         return problems
 
+    def decided(self) -> dict[str, Any]:
+        """With the stream's length and its SHA-256: that of the images' rows, int64, little-endian, as they come.
+
+        The rows themselves are some 50,000 numbers, and follow from the seed, the batch size and the labels.
+        """
+        rows, _, lengths = self._stream
+        digest = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        stream = {"images": len(rows), "distinct": len(np.unique(rows)), "batches": len(lengths), "sha256": digest}
+        return super().decided() | {"stream": stream}
+
+    def num_rows(self, index: int) -> tuple[int, int]:
+        return len(self._stream[0]), len(self._test)
+
     def train_split(self, index: int) -> Split:
-        rows, angles, lengths = self._stream()
+        rows, angles, lengths = self._stream
         split = self._rotated(self._train, rows, angles)
         return Split(split.images, split.labels, split.ids, lengths)
 
@@ -68,6 +84,7 @@ class Mnist360(Benchmark):
         """Each training image once, at the angle that its turn brings; shuffled like any data set."""
         return self._rotated(self._train, *_full_turns(self._train.labels.cpu().numpy(), start=_start))
 
+    @cached_property
     def _stream(self) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         """(rows, angles, batch lengths) of the training stream."""
         rng = seeding.generator(self.config.seed, "stream")

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class PermMnist(DomainBenchmark):
 
     def pixel_map(self, index: int) -> Tensor:
         return self._maps[index]
+
+    def decided(self) -> dict[str, Any]:
+        """With the permutation of each task: pixel p shows pixel permutation[p] of the image, row by row."""
+        return super().decided() | {"permutations": self._maps.tolist()}
 
     @cached_property
     def _maps(self) -> Tensor:

@@ -4,7 +4,9 @@ Nearest neighbour, centre pivot, black outside, as Pillow rotates; the same angl
 """
 
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,14 @@ from utils.registry import DATASETS
 
 @DATASETS.register("rot-mnist")
 class RotMnist(PermMnist):
+    def decided(self) -> dict[str, Any]:
+        """With the angle of each task, in degrees, counter-clockwise."""
+        return super(PermMnist, self).decided() | {"angles": self._angles.tolist()}
+
+    @cached_property
+    def _angles(self) -> np.ndarray:
+        return seeding.generator(self.config.seed, "rotation").uniform(0.0, 180.0, self.num_tasks)
+
     @cached_property
     def _maps(self) -> Tensor:
-        angles = seeding.generator(self.config.seed, "rotation").uniform(0.0, 180.0, self.num_tasks)
-        return torch.from_numpy(rotation_maps(angles, 28))
+        return torch.from_numpy(rotation_maps(self._angles, 28))

@@ -16,7 +16,7 @@ def rng(seed=0):
 def items(first, n):
     """n rows that can be told apart: a (3,) float64 and an int64 column."""
     number = torch.arange(first, first + n)
-    return {"x": number[:, None] * torch.tensor([1.0, 0.5, -2.0]).double(), "y": number}
+    return {"logits": number[:, None] * torch.tensor([1.0, 0.5, -2.0]).double(), "y": number}
 
 
 def filled(capacity, seen, seed=0, batch=64):
@@ -54,7 +54,7 @@ def test_equals_the_textbook_for_any_batches(capacity, sizes):
         first += n
         rows = buffer.all()
         assert rows["y"].tolist() == textbook.rows
-        assert torch.equal(rows["x"], items(0, first)["x"][rows["y"]])  # columns stay together
+        assert torch.equal(rows["logits"], items(0, first)["logits"][rows["y"]])  # columns stay together
         assert buffer.num_seen == first and len(buffer) == min(first, capacity)
         assert buffer.rng.bit_generator.state == textbook.rng.bit_generator.state
 
@@ -90,9 +90,9 @@ def test_draws_distinct_rows_no_more_than_there_are():
     buffer = filled(20, 8)
     for size, expected in ((5, 5), (8, 8), (50, 8)):
         rows = buffer.draw(size)
-        assert rows["y"].shape == (expected,) and rows["x"].shape == (expected, 3)
+        assert rows["y"].shape == (expected,) and rows["logits"].shape == (expected, 3)
         assert rows["y"].unique().numel() == expected
-        assert torch.equal(rows["x"], items(0, 8)["x"][rows["y"]])
+        assert torch.equal(rows["logits"], items(0, 8)["logits"][rows["y"]])
     assert sorted(buffer.draw(50)["y"].tolist()) == list(range(8))
     assert filled(20, 100).draw(50)["y"].unique().numel() == 20
 
@@ -123,8 +123,8 @@ def test_several_draws_in_one_call_are_several_calls():
 
 def test_drawn_rows_are_copies():
     buffer = filled(5, 5)
-    buffer.draw(5)["x"].zero_()
-    assert torch.equal(buffer.all()["x"], items(0, 5)["x"])
+    buffer.draw(5)["logits"].zero_()
+    assert torch.equal(buffer.all()["logits"], items(0, 5)["logits"])
 
 
 @pytest.mark.parametrize("seen", (0, 4, 10, 37))
@@ -142,7 +142,7 @@ def test_saved_and_loaded_goes_on_as_if_nothing_had_happened(seen, tmp_path):
     for first in range(seen, seen + 200, 8):
         for one in (buffer, other):
             one.add(**items(first, 8))
-        assert torch.equal(buffer.draw(4, draws=2)["x"], other.draw(4, draws=2)["x"])
+        assert torch.equal(buffer.draw(4, draws=2)["logits"], other.draw(4, draws=2)["logits"])
     for name, column in buffer.all().items():
         assert torch.equal(column, other.all()[name]) and column.dtype == other.all()[name].dtype
     assert buffer.rng.bit_generator.state == other.rng.bit_generator.state

@@ -4,9 +4,13 @@ kornia's cost is milliseconds a call, whatever the batch; so the stream is augme
 all replay draws of a step in one call. Where kornia's own crop still dominates, `CropFlip` below replaces it.
 """
 
+from collections.abc import Callable
+
 import torch
 from kornia.augmentation import GeometricAugmentationBase2D
 from torch import Tensor, nn
+
+from utils.buffer import check_stored
 
 
 class CropFlip(GeometricAugmentationBase2D):
@@ -64,12 +68,13 @@ class CropFlip(GeometricAugmentationBase2D):
 class Augment:
     """Stored images (N, C, H, W) uint8 -> network inputs float32, augmented (call) or not (`plain`).
 
-    `transforms` are kornia augmentations of images in 0..1; those that can work on bytes and come first do so.
+    `transforms` are kornia augmentations of images in 0..1; those that can work on bytes and come first do so. Images
+    of another dtype raise `UsageError`: they would be divided by 255 a second time.
     """
 
     def __init__(
         self,
-        transforms: list[nn.Module],
+        transforms: list[Callable[[Tensor], Tensor]],
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
         device: torch.device | str,
@@ -78,7 +83,10 @@ class Augment:
         lead = 0
         while lead < len(transforms) and hasattr(transforms[lead], "on_bytes"):
             lead += 1
-        self.on_bytes, self.on_floats = transforms[:lead], [t.to(device) for t in transforms[lead:]]
+        self.on_bytes, self.on_floats = transforms[:lead], transforms[lead:]
+        for transform in self.on_floats:
+            if isinstance(transform, nn.Module):
+                transform.to(device)
         for transform in self.on_bytes:
             transform.to(device)
             transform.set_rng_device_and_dtype(torch.device(device), torch.float32)
@@ -87,7 +95,7 @@ class Augment:
         self.std = None if std is None else torch.tensor(std, device=device).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True)
+        images = self._stored(images)
         for transform in self.on_bytes:
             images = transform.on_bytes(images)
         inputs = images.float().div_(255)
@@ -97,7 +105,11 @@ class Augment:
 
     def plain(self, images: Tensor) -> Tensor:
         """Inputs for evaluation: pixels in 0..1, normalised as the benchmark says."""
-        return self._normalise(images.to(self.device, non_blocking=True).float().div_(255))
+        return self._normalise(self._stored(images).float().div_(255))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        check_stored("the augmentation", images)
+        return images.to(self.device, non_blocking=True)
 
     def _normalise(self, inputs: Tensor) -> Tensor:
         if self.mean is None:

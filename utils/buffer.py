@@ -16,7 +16,10 @@ from utils.seeding import generator_state, set_generator_state
 
 
 class Buffer:
-    """`capacity` rows of named columns. Columns appear with the first `add`, with its shapes and dtypes."""
+    """`capacity` rows of named columns. Columns appear with the first `add`, with its shapes and dtypes.
+
+    A column `x` holds images as a benchmark stores them, uint8; others raise `UsageError`.
+    """
 
     def __init__(self, capacity: int, device: torch.device | str, rng: np.random.Generator):
         self.capacity, self.device, self.rng = capacity, torch.device(device), rng
@@ -32,6 +35,7 @@ class Buffer:
         Row i has been preceded by c = num_seen + i presentations: it takes slot c while c < capacity, then the slot
         r = floor(u * (c + 1)), u ~ U[0, 1), if r < capacity. Where two rows take one slot, the later one stays.
         """
+        self._check_images(columns)
         n = len(next(iter(columns.values())))
         if not self.columns:
             self._allocate(columns)
@@ -55,6 +59,7 @@ class Buffer:
 
     def write(self, slots: list[int], **columns: Tensor) -> None:
         """Puts n rows into these n slots; those that are not filled yet must be the next ones."""
+        self._check_images(columns)
         if not self.columns:
             self._allocate(columns)
         index = self._index(slots)
@@ -86,6 +91,7 @@ class Buffer:
 
         Slots and wins are on the device, and nothing waits for it.
         """
+        self._check_images(columns)
         rows = torch.arange(len(slots), device=slots.device)
         last = torch.full((len(self),), -1, device=slots.device)
         last.scatter_reduce_(0, slots, torch.where(wins, rows, -1), "amax")
@@ -112,6 +118,11 @@ class Buffer:
             for name, column in self.all().items():
                 column.copy_(state["columns"][name])
 
+    @staticmethod
+    def _check_images(columns: dict[str, Tensor]) -> None:
+        if "x" in columns:
+            check_stored("the memory", columns["x"])
+
     def _allocate(self, like: dict[str, Tensor]) -> None:
         try:
             self.columns = {
@@ -132,3 +143,13 @@ class Buffer:
         if self.device.type == "cuda":
             return numbers.pin_memory().to(self.device, non_blocking=True)
         return numbers.to(self.device)
+
+
+def check_stored(where: str, images: Tensor) -> None:
+    """Raises `UsageError` where images are not as a benchmark stores them. Looks at the dtype alone."""
+    if images.dtype != torch.uint8:
+        got = str(images.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"images given to {where} must be uint8 as they are stored, got {got}: they would be divided by 255 twice. "
+            "Give batch.x, or rows of the memory's column x, not inputs."
+        )

@@ -108,6 +108,7 @@ def _begin(trainer, is_new: bool = True) -> None:
         return
     try:
         folder.write("environment.json", results.environment(str(trainer.device)))
+        _write_decided(trainer.benchmark, folder)
         if is_new:
             trainer.save_checkpoint()
     except OSError as error:
@@ -134,6 +135,7 @@ def build(config: Config, device, folder):
     from models._method import Context
     from utils import seeding
     from utils.augment import Augment
+    from utils.augment_check import look_at, pipeline
     from utils.registry import BACKBONES, OPTIMIZERS
     from utils.trainer import Trainer
 
@@ -141,7 +143,8 @@ def build(config: Config, device, folder):
     benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
-    augment = Augment(benchmark.augmentations() if config.augmentation else [], benchmark.mean, benchmark.std, device)
+    augment = Augment(pipeline(benchmark) if config.augmentation else [], benchmark.mean, benchmark.std, device)
+    look_at(augment, benchmark)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
@@ -157,6 +160,18 @@ def build(config: Config, device, folder):
             "requires_grad False. Leave some of them to be trained."
         )
     return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _write_decided(benchmark, folder) -> None:
+    """benchmark.json. Raises `OSError`, and `UsageError` for a benchmark that hands over something else."""
+    decided = benchmark.decided()
+    try:
+        folder.write("benchmark.json", decided)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{benchmark.name}: decided must return a dict of what JSON can hold, got one that it cannot ({error}). "
+            "Make plain numbers, lists and texts of it, as by .tolist()."
+        ) from None
 
 
 def _train(trainer) -> int:
