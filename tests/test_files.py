@@ -286,9 +286,101 @@ def test_truncated_cifar_batch(tmp_path):
     refused(load_cifar, tmp_path, "cifar10", match="data_batch_2: damaged")
 
 
-def test_cifar_of_official_length_must_be_official(tmp_path):
+def test_cifar_of_official_length_must_be_official(tmp_path, monkeypatch):
     make_cifar100(tmp_path, n_train=100, n_test=10000)
+    built, frombuffer = [], np.frombuffer
+    monkeypatch.setattr(np, "frombuffer", lambda data, *args: built.append(len(data)) or frombuffer(data, *args))
     refused(load_cifar, tmp_path, "cifar100", match="cifar-100-python/test: corrupt")
+    assert built == [100 * 3072], "the checksum of test comes before its array"
+
+
+def bomb(path, mib):
+    """A gzip file of `mib` MiB of zeros, a thousand times smaller itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(mib):
+            file.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_cifar_archive_that_unpacks_for_ever(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(_files, "MAX_FILE_BYTES", 3 << 20)
+    bomb(tmp_path / ARCHIVES[name], 4)
+    refused(load_cifar, tmp_path, name, match=f"{ARCHIVES[name]}: more than 3 MiB, refused")
+
+
+def test_data_that_is_longer_than_any_official_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "MAX_FILE_BYTES", 1 << 20)
+    make_mnist(tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    with open(images, "r+b") as file:
+        file.truncate(1 << 40)  # a sparse file: a terabyte that takes no room
+    refused(load_mnist, tmp_path, "MNIST", match=f"{images}: more than 1 MiB, refused")
+    images.unlink()
+    bomb(images.with_name(f"{images.name}.gz"), 2)
+    refused(load_mnist, tmp_path, "MNIST", match=f"{images}.gz: more than 1 MiB, refused")
+    make_cifar10(tmp_path)
+    with open(tmp_path / FOLDERS["cifar10"] / "data_batch_4", "r+b") as file:
+        file.truncate(1 << 40)
+    refused(load_cifar, tmp_path, "cifar10", match="data_batch_4: more than 1 MiB, refused")
+
+
+def test_official_files_are_far_below_the_limits():
+    largest = 50_000 * (3072 + 60)  # CIFAR-100's train; CIFAR's archives have 60 000 such rows
+    assert 2 * 6 / 5 * largest < _files.MAX_FILE_BYTES
+    assert 40 * len("val_9999.JPEG\tn01440000\t0\t32\t44\t62\n") * 10_000 < _files.MAX_TEXT_BYTES
+
+
+def tar_header(name, size, kind=b"0", checksum=None):
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[124 : 124 + len(size)] = size
+    header[156:157] = kind
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * 32) if checksum is None else checksum
+    return bytes(header)
+
+
+TRAIN = b"cifar-100-python/train"
+SPARSE = tar_header(TRAIN, b"%011o" % 512, b"S")
+ODD_TARS = {
+    "longer than the archive": (tar_header(TRAIN, b"77777777777"), "the tar ends too early"),
+    "negative size": (tar_header(TRAIN, b"\xff" * 12), "byte 0 of the tar begins no member"),
+    "signed size": (tar_header(TRAIN, b"-0000001000"), "byte 0 of the tar begins no member"),
+    "huge size": (tar_header(TRAIN, b"\x80" + b"\x7f" * 11), "byte 0 of the tar begins no member"),
+    "no size": (tar_header(TRAIN, b""), "byte 0 of the tar begins no member"),
+    "bad checksum": (tar_header(TRAIN, b"0", checksum=b"000001\0 "), "byte 0 of the tar begins no member"),
+    "half a header": (tar_header(TRAIN, b"0")[:300], "the tar ends too early"),
+    "no tar": (b"<html>not found</html>" * 100, "byte 0 of the tar begins no member"),
+    "empty": (b"", "lacks cifar-100-python/train"),
+    "sparse": (SPARSE + bytes(512), "lacks cifar-100-python/train"),
+    "device": (tar_header(TRAIN, b"0", b"3"), "lacks cifar-100-python/train"),
+    "long name": (
+        tar_header(b"././@LongLink", b"%011o" % 22, b"L") + TRAIN.ljust(512, b"\0"),
+        "lacks cifar-100-python/train",
+    ),
+    "many long names": (tar_header(b"././@LongLink", b"0", b"L") * 3000, "lacks cifar-100-python/train"),
+    "long attributes": (
+        tar_header(b"x", b"%011o" % (1 << 20), b"x") + b"1" * (1 << 20),
+        "lacks cifar-100-python/train",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD_TARS)
+def test_cifar_archive_with_odd_headers(tmp_path, what):
+    data, match = ODD_TARS[what]
+    (tmp_path / ARCHIVES["cifar100"]).write_bytes(gzip.compress(data))
+    refused(load_cifar, tmp_path, "cifar100", match=match)
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_cifar_archive_of_every_style(tmp_path, style):
+    expected = make_cifar100(tmp_path)
+    with tarfile.open(tmp_path / ARCHIVES["cifar100"], "w:gz", format=style) as tar:
+        for prefix in ("./", ""):  # later members count
+            tar.add(tmp_path / FOLDERS["cifar100"], prefix + FOLDERS["cifar100"])
+    shutil.rmtree(tmp_path / FOLDERS["cifar100"])
+    assert_rows(load_cifar(tmp_path, "cifar100"), expected)
 
 
 # -------------------------------------------------------------------------------------------------- Tiny-ImageNet
@@ -378,6 +470,25 @@ def test_damaged_tiny_cache_is_rebuilt(tiny, file, damage, capsys, monkeypatch):
     assert len(list(root.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("train_x.npy", lambda data: data.replace(b"(400, 3, 64, 64)", b"(9999999999,3,9)")),
+        ("meta.json", lambda data: b"[" * 100_000),
+        ("meta.json", lambda data: b"[1]"),
+        ("meta.json", lambda data: data + b" " * _files.MAX_TEXT_BYTES),
+    ],
+)
+def test_absurd_tiny_cache_is_rebuilt(tiny, file, change, capsys):
+    root, expected = tiny
+    load_tinyimagenet(root)
+    path = root / "tiny-imagenet-200-cache" / file
+    path.write_bytes(change(path.read_bytes()))
+    capsys.readouterr()
+    assert_rows(load_tinyimagenet(root), expected)
+    assert "built again" in capsys.readouterr().err
+
+
 def test_tiny_cache_in_the_home_folder(tiny, tmp_path, monkeypatch):
     root, expected = tiny
     mkdir = Path.mkdir
@@ -447,6 +558,33 @@ def test_tiny_with_an_unfinished_annotation_file(tiny):
     refused(load_tinyimagenet, root, match="val_10.JPEG is not in val_annotations.txt")
     rewrite_tiny(root, lambda name, data: data + b"\nval_3.JPEG\tn0" if "val_ann" in name else data)
     refused(load_tinyimagenet, root, match="no known class in")
+
+
+@pytest.mark.parametrize(
+    "file, limit",
+    [("wnids.txt", "MAX_TEXT_BYTES"), ("val_annotations.txt", "MAX_TEXT_BYTES"), ("val_3.JPEG", "MAX_IMAGE_BYTES")],
+)
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_tiny_with_a_file_that_is_too_long(tiny, file, limit, unpacked):
+    root, _ = tiny
+    padding = getattr(_files, limit)
+    rewrite_tiny(root, lambda name, data: data + b"\n" * padding if name.endswith(file) else data)
+    if unpacked:
+        zipfile.ZipFile(root / "tiny-imagenet-200.zip").extractall(root)
+        (root / "tiny-imagenet-200.zip").unlink()
+    refused(load_tinyimagenet, root, match=f"{file}: more than {padding >> 20} MiB, refused")
+
+
+def test_tiny_members_damaged_under_every_compression(tiny):
+    root, _ = tiny
+    path = root / "tiny-imagenet-200.zip"
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("tiny-imagenet-200/wnids.txt", "".join(f"n{k:08d}\n" for k in range(200)))
+        sound = path.read_bytes()
+        for at in range(30 + len("tiny-imagenet-200/wnids.txt"), len(sound), 7):
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ 0xFF]) + sound[at + 1 :])
+            refused(load_tinyimagenet, root, match=str(root))
 
 
 @pytest.mark.parametrize("kind", ["size", "text", "png", "cut"])
