@@ -1,5 +1,6 @@
 """The readers of data files and the downloader, on small files in the exact formats and on a local server."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -8,7 +9,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -23,11 +27,13 @@ from PIL import Image
 
 from datasets import _files
 from datasets._files import load_cifar, load_mnist, load_tinyimagenet
+from utils import download
 from utils.download import fetch, md5_of
 from utils.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a made set")
 ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 MAKERS = {"cifar10": make_cifar10, "cifar100": make_cifar100}
 
@@ -616,13 +622,17 @@ def test_tiny_zip_that_points_outside(tiny, name):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content[path]`. The first `n_breaks` transfers break half way; `ranges` says if Range is honoured."""
+    """Serves `content[path]`. The first `n_breaks` transfers break half way; `ranges` says if Range is honoured; with
+    `is_held`, transfers stop half way until `go` is set."""
 
     daemon_threads = True
 
-    def __init__(self, content, n_breaks=0, ranges=True):
+    def __init__(self, content, n_breaks=0, ranges=True, is_held=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.n_breaks, self.ranges, self.asked = content, n_breaks, ranges, []
+        self.go = threading.Event()
+        if not is_held:
+            self.go.set()
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -637,7 +647,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, data = self.server, self.server.content.get(self.path)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         server.asked.append(wanted)
+        is_probe = bool(wanted and wanted[2])
         if data is None:
+            is_probe or server.go.wait(20)
             return self.send_error(404)
         start, end = (int(wanted[1]), int(wanted[2] or len(data) - 1) + 1) if wanted and server.ranges else (0, None)
         if wanted and server.ranges and start >= len(data):
@@ -651,10 +663,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if server.n_breaks and not (wanted and wanted[2]):
+        half = len(body) // 2
+        if server.n_breaks and not is_probe:
             server.n_breaks -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+            body = body[:half]
+        with contextlib.suppress(ConnectionError):  # of a client that was killed
+            self.wfile.write(body[:half])
+            is_probe or server.go.wait(20)
+            self.wfile.write(body[half:])
 
     def log_message(self, *_):
         pass
@@ -749,6 +765,111 @@ def test_fetch_into_a_folder_that_cannot_be_written(tmp_path, closed):
     refused(fetch, [closed], tmp_path / "file" / "f.zip", None, "made", match="cannot write f.zip to .*/file ")
 
 
+@pytest.mark.parametrize("folder", ["", "new", "new/and/deep"])
+def test_a_failed_download_leaves_no_folder(serve, tmp_path, folder):
+    (tmp_path / "mine").mkdir()
+    refused(fetch, [serve({}).url("/f.zip")], tmp_path / "mine" / folder / "f.zip", MD5, "made", match="HTTP 404")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_what_a_broken_download_got_is_kept(serve, tmp_path):
+    server = serve({"/f.zip": CONTENT}, n_breaks=1000)
+    refused(fetch, [server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made", match="broke off")
+    assert os.listdir(tmp_path / "new") == ["f.zip.part"]
+    server.n_breaks = 0
+    fetch([server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made")
+    assert os.listdir(tmp_path / "new") == ["f.zip"]
+
+
+def test_an_interrupted_download_leaves_no_folder(serve, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_obtain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch([serve({}).url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made")
+    assert not list(tmp_path.iterdir())
+
+
+FETCH = """
+import sys, pathlib
+from utils.download import fetch
+fetch([sys.argv[1]], pathlib.Path(sys.argv[2]), sys.argv[3], "made")
+"""
+
+
+@pytest.fixture
+def fetching():
+    """Starts a process that fetches."""
+    processes = []
+
+    def start(url, path):
+        words = [sys.executable, "-c", FETCH, url, str(path), MD5]
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+needs_locks = pytest.mark.skipif(os.name != "posix", reason="no locks there")
+
+
+@needs_locks
+def test_of_simultaneous_downloads_one_fetches(serve, fetching, tmp_path):
+    server, path = serve({"/f.zip": CONTENT}, is_held=True), tmp_path / "new" / "deep" / "f.zip"
+    first = fetching(server.url("/f.zip"), path)
+    until(lambda: server.starts())
+    others = [fetching(server.url("/f.zip"), path) for _ in range(2)]
+    for process in others:
+        assert process.stderr.readline() == "made: another process is downloading f.zip; waiting for it\n"
+    server.go.set()
+    assert [process.wait(20) for process in (first, *others)] == [0, 0, 0]
+    assert server.starts() == [0] and path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["f.zip"]
+
+
+@needs_locks
+def test_a_download_whose_process_was_killed_is_taken_over(serve, fetching, tmp_path):
+    server, path = serve({"/f.zip": CONTENT}, is_held=True), tmp_path / "f.zip"
+    first = fetching(server.url("/f.zip"), path)
+    part = tmp_path / "f.zip.part"
+    until(lambda: part.exists() and part.stat().st_size > 100_000)
+    second = fetching(server.url("/f.zip"), path)
+    assert "waiting" in second.stderr.readline()
+    first.send_signal(signal.SIGKILL)
+    first.wait(20)
+    until(lambda: len(server.starts()) == 2)
+    assert server.starts()[1] > 100_000
+    server.go.set()
+    assert second.wait(20) == 0 and path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["f.zip"]
+
+
+@needs_locks
+def test_simultaneous_downloads_that_all_fail_leave_no_folder(serve, fetching, tmp_path):
+    server, path = serve({}, is_held=True), tmp_path / "new" / "deep" / "f.zip"
+    processes = [fetching(server.url("/f.zip"), path)]
+    until(lambda: server.starts())
+    processes += [fetching(server.url("/f.zip"), path) for _ in range(2)]
+    for process in processes[1:]:
+        assert "waiting" in process.stderr.readline()
+    server.go.set()
+    for process in processes:
+        assert process.wait(20) == 1 and "HTTP 404" in process.stderr.read()
+    assert len(server.starts()) == 3 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "load, folder, file",
     [
@@ -772,3 +893,4 @@ def test_offline(tmp_path, monkeypatch, closed, load, folder, file):
     message = refused(load, tmp_path, match=file)
     assert str(tmp_path / folder) in message and closed in message
     assert time.monotonic() - start < 10
+    assert not list(tmp_path.iterdir())
