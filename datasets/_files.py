@@ -12,30 +12,36 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
-import tarfile
 import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets import _pickled
 from utils.download import fetch
 from utils.errors import DataError
 
 Rows = tuple[Tensor, Tensor]
+
+# Nothing is read beyond these sizes, so that a damaged or hostile file cannot fill the memory.
+MAX_FILE_BYTES = 512 << 20  # of one file, unpacked; the largest of the official ones, CIFAR's archives, have 178 MiB
+MAX_TEXT_BYTES = 16 << 20  # Tiny-ImageNet's annotations have 0.4 MiB
+MAX_IMAGE_BYTES = 1 << 20  # a 64x64 JPEG has some 2 KiB
+CHUNK_BYTES = 1 << 20
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 MNIST_MD5 = {  # of the uncompressed files; torchvision lists only those of the .gz
@@ -92,6 +98,29 @@ def _check_md5(data: bytes, official: str, path: Path) -> None:
         raise DataError(f"{path}: corrupt (md5 {got}, officially {official}); delete it and start again to fetch it")
 
 
+def _read(file: BinaryIO, where: Path | str, limit: int) -> bytes:
+    """All that is in an open file. What is longer than any official file may be is a DataError."""
+    content = io.BytesIO()
+    while chunk := file.read(min(CHUNK_BYTES, limit + 1 - content.tell())):
+        content.write(chunk)
+        if content.tell() > limit:
+            raise DataError(f"{where}: more than {limit >> 20} MiB, refused; delete it and fetch the official file")
+    return content.getvalue()
+
+
+def _read_file(path: Path, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        return _read(file, path, limit)
+
+
+def _gunzip(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            return _read(file, path, MAX_FILE_BYTES)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged archive ({error}); delete it and start again to fetch it") from error
+
+
 def _keep(path: Path, data: bytes) -> None:
     """Write a file atomically; a folder that cannot be written only costs the same work at the next start."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -117,7 +146,10 @@ def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     files = MNIST_MD5[name]
     _fetch_mnist(raw, name, [file for file in files if _mnist_source(raw, name, file) is None])
     sources = {file: _mnist_source(raw, name, file) for file in files}
-    contents = {file: _gunzip(path) if path.suffix == ".gz" else path.read_bytes() for file, path in sources.items()}
+    contents = {
+        file: _gunzip(path) if path.suffix == ".gz" else _read_file(path, MAX_FILE_BYTES)
+        for file, path in sources.items()
+    }
     train, test = (_mnist_split(part, files, sources, contents) for part in MNIST_ROWS)
     for file, path in sources.items():
         if path == raw / f"{file}.gz":
@@ -151,13 +183,6 @@ def _fetch_mnist(raw: Path, name: str, missing: Sequence[str]) -> None:
     for file in missing:
         archive = f"{file}.gz"
         fetch([mirror + archive for mirror in official.mirrors], raw / archive, md5s[archive], what)
-
-
-def _gunzip(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged archive ({error}); delete it and start again to fetch it") from error
 
 
 def _mnist_split(
@@ -211,7 +236,7 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     official, folder, archive, needed = _cifar_places(root, name)
     unpacked = all((folder / file).is_file() for file in needed)
     if unpacked:
-        contents = {file: (folder / file).read_bytes() for file in needed}
+        contents = {file: _read_file(folder / file, MAX_FILE_BYTES) for file in needed}
     else:
         if not archive.is_file():
             fetch([official.url], archive, official.tgz_md5, name)
@@ -249,77 +274,63 @@ def _cifar_split(
     key, n_classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
     batches = []
     for file, md5 in md5s.items():
-        batch = _cifar_batch(contents[file], where / file, key, n_classes)
-        if len(batch[1]) == official_rows // len(md5s):
+        record, labels = _cifar_batch(contents[file], where / file, key, n_classes)
+        if len(labels) == official_rows // len(md5s):
             _check_md5(contents[file], md5, where / file)
-        batches.append(batch)
+        images = np.frombuffer(record.data, np.uint8).reshape(record.shape, order=record.order)
+        batches.append((images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)))
     images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
     return images.contiguous(), labels
 
 
-def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict[str, bytes]:
-    """Contents of the expected regular files, by bare name. Nothing else in the archive is ever touched."""
-    contents = {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if member.isfile() and str(path.parent) == folder and path.name in (*needed, meta):
-                    contents[path.name] = tar.extractfile(member).read()
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{archive}: damaged archive ({error}); delete it and start again to fetch it") from error
-    missing = [file for file in needed if file not in contents]
-    if missing:
-        raise DataError(f"{archive}: lacks {folder}/{missing[0]}; delete it and start again to fetch it")
-    return contents
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes under protocol 2; no other codec is needed."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding}")
-    return text.encode("latin1")
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module was renamed in NumPy 2
-_HARMLESS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("_codecs", "encode"): _latin1,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain containers and NumPy arrays, nothing else: a pickle from outside can name any function to call."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _HARMLESS[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no CIFAR file needs") from None
-
-
-def _cifar_batch(data: bytes, path: Path, key: str, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one pickled batch."""
+def _cifar_batch(data: bytes, path: Path, key: str, n_classes: int) -> tuple[_pickled.Array, list[int]]:
+    """Images (N, 3072) and N labels as one pickled batch states them; no array is built yet."""
     remedy = "delete it (and its archive) and start again to fetch it"
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        problem = " ".join(str(error).split())
-        raise DataError(f"{path}: damaged or unsafe pickle, refused ({problem}); {remedy}") from error
+        content = _pickled.read(data)
+    except _pickled.Refused as error:
+        raise DataError(f"{path}: damaged or unsafe pickle, refused ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a CIFAR batch; {remedy}")
     content = {field.decode("latin1") if isinstance(field, bytes) else field: value for field, value in content.items()}
     images, labels = content.get("data"), content.get(key)
-    if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (3072,)):
+    if not (isinstance(images, _pickled.Array) and images.shape[1:] == (3072,)):
         raise DataError(f"{path}: its 'data' is not a uint8 array (N, 3072); {remedy}")
-    if not (isinstance(labels, list) and len(labels) == len(images) > 0):
-        raise DataError(f"{path}: its '{key}' are not a list of {len(images)} labels, at least one; {remedy}")
+    if not (isinstance(labels, list) and len(labels) == images.shape[0] > 0):
+        raise DataError(f"{path}: its '{key}' are not a list of {images.shape[0]} labels, at least one; {remedy}")
     if not all(isinstance(label, int) and 0 <= label < n_classes for label in labels):
         raise DataError(f"{path}: its '{key}' are not all integers in 0..{n_classes - 1}; {remedy}")
-    return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
+    return images, labels
+
+
+def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict[str, bytes]:
+    """Contents of the expected regular files, by bare name. Nothing else in the archive is ever touched.
+
+    Reads the plain headers itself (POSIX ustar, 512 bytes each): CIFAR needs no links, long names and sparse files, and
+    with those a small archive can keep `tarfile` busy for ever.
+    """
+    remedy = "delete it and start again to fetch it"
+    data, at, contents = _gunzip(archive), 0, {}
+    while any(header := data[at : at + 512]):  # zeros mark the end
+        size, checksum = _octal(header[124:136]), _octal(header[148:156])
+        if size is None or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+            raise DataError(f"{archive}: damaged archive (byte {at:,} of the tar begins no member); {remedy}")
+        start = at + 512
+        if start + size > len(data):
+            raise DataError(f"{archive}: damaged archive (the tar ends too early); {remedy}")
+        path = PurePosixPath(header[:100].partition(b"\0")[0].decode("latin-1"))
+        if header[156:157] in b"0\0" and str(path.parent) == folder and path.name in (*needed, meta):
+            contents[path.name] = data[start : start + size]
+        at = start + -(-size // 512) * 512
+    missing = [file for file in needed if file not in contents]
+    if missing:
+        raise DataError(f"{archive}: lacks {folder}/{missing[0]}; {remedy}")
+    return contents
+
+
+def _octal(field: bytes) -> int | None:
+    digits = field.strip(b" \0")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
 
 
 # -------------------------------------------------------------------------------------------------- Tiny-ImageNet
@@ -363,10 +374,11 @@ class _ZipSource:
             if name.startswith(f"{TINY}/"):
                 self.names.add(name.removeprefix(f"{TINY}/"))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int) -> bytes:
         try:
-            return self._zip.read(f"{TINY}/{name}")
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            with self._zip.open(f"{TINY}/{name}") as file:
+                return _read(file, f"{self.path}: member {TINY}/{name}", limit)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
             raise DataError(f"{self.path}: member {TINY}/{name} is damaged ({error}); {self.remedy}") from error
 
     def close(self) -> None:
@@ -380,8 +392,8 @@ class _FolderSource:
         self.path, self.remedy = path, "extract the zip again"
         self.names = {name for name, _ in _walk(path)}
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def read(self, name: str, limit: int) -> bytes:
+        return _read_file(self.path / name, limit)
 
     def close(self) -> None:
         pass
@@ -440,7 +452,7 @@ def _some(names: set[str]) -> str:
 def _tiny_text(source: _ZipSource | _FolderSource, name: str) -> str:
     if name not in source.names:
         raise DataError(f"{source.path}: {TINY}/{name} is missing; {source.remedy}")
-    return source.read(name).decode("utf-8", "replace")
+    return source.read(name, MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
 def _tiny_train(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -476,7 +488,7 @@ def _decode_images(source: _ZipSource | _FolderSource, names: Sequence[str], par
         chunk = names[start : start + CHUNK_IMAGES]
         for row, name in enumerate(chunk, start):
             try:
-                images[row] = _decode_image(source.read(name))
+                images[row] = _decode_image(source.read(name, MAX_IMAGE_BYTES))
             except (DataError, PermissionError):
                 raise
             except Exception as error:  # on damaged data a decoder can raise nearly anything
@@ -523,13 +535,13 @@ def _cached(caches: Sequence[Path], fingerprint: Mapping[str, Any] | None) -> di
         try:
             if (cache / "meta.json").is_file():
                 return _read_cache(cache, fingerprint)
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        except (OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, RecursionError) as error:
             print(f"{cache}: not used ({' '.join(str(error).split())}); it will be built again", file=sys.stderr)
     return None
 
 
 def _read_cache(cache: Path, fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
+    meta = json.loads(_read_file(cache / "meta.json", MAX_TEXT_BYTES))
     if meta["version"] != CACHE_VERSION:
         raise ValueError(f"format {meta['version']}, this program writes {CACHE_VERSION}")
     if fingerprint is not None and meta["source"] != fingerprint:

@@ -1,5 +1,6 @@
 """The readers of data files and the downloader, on small files in the exact formats and on a local server."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -8,7 +9,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -23,11 +27,13 @@ from PIL import Image
 
 from datasets import _files
 from datasets._files import load_cifar, load_mnist, load_tinyimagenet
+from utils import download
 from utils.download import fetch, md5_of
 from utils.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a made set")
 ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 MAKERS = {"cifar10": make_cifar10, "cifar100": make_cifar100}
 
@@ -157,10 +163,10 @@ def test_unreadable_file(tmp_path, monkeypatch):
     make_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
 
-    def denied(self):
-        raise PermissionError(13, "Permission denied", str(self))
+    def denied(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)  # a mode of 000 does not stop root
+    monkeypatch.setattr(_files, "open", denied, raising=False)  # a mode of 000 does not stop root
     assert str(path) in refused(load_mnist, tmp_path, "MNIST", match="Permission denied")
 
 
@@ -224,7 +230,7 @@ def test_malicious_pickle_is_not_executed(tmp_path):
     bait = tmp_path / "executed"
     file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     file.write_bytes(pickle.dumps({b"data": Evil(bait), b"labels": []}, protocol=2))
-    assert str(file) in refused(load_cifar, tmp_path, "cifar10", match=r"refused \(asks for \w+.system")
+    assert str(file) in refused(load_cifar, tmp_path, "cifar10", match=r"refused \(asks for '\w+.system'")
     assert not bait.exists()
 
 
@@ -286,9 +292,101 @@ def test_truncated_cifar_batch(tmp_path):
     refused(load_cifar, tmp_path, "cifar10", match="data_batch_2: damaged")
 
 
-def test_cifar_of_official_length_must_be_official(tmp_path):
+def test_cifar_of_official_length_must_be_official(tmp_path, monkeypatch):
     make_cifar100(tmp_path, n_train=100, n_test=10000)
+    built, frombuffer = [], np.frombuffer
+    monkeypatch.setattr(np, "frombuffer", lambda data, *args: built.append(len(data)) or frombuffer(data, *args))
     refused(load_cifar, tmp_path, "cifar100", match="cifar-100-python/test: corrupt")
+    assert built == [100 * 3072], "the checksum of test comes before its array"
+
+
+def bomb(path, mib):
+    """A gzip file of `mib` MiB of zeros, a thousand times smaller itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(mib):
+            file.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_cifar_archive_that_unpacks_for_ever(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(_files, "MAX_FILE_BYTES", 3 << 20)
+    bomb(tmp_path / ARCHIVES[name], 4)
+    refused(load_cifar, tmp_path, name, match=f"{ARCHIVES[name]}: more than 3 MiB, refused")
+
+
+def test_data_that_is_longer_than_any_official_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "MAX_FILE_BYTES", 1 << 20)
+    make_mnist(tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    with open(images, "r+b") as file:
+        file.truncate(1 << 40)  # a sparse file: a terabyte that takes no room
+    refused(load_mnist, tmp_path, "MNIST", match=f"{images}: more than 1 MiB, refused")
+    images.unlink()
+    bomb(images.with_name(f"{images.name}.gz"), 2)
+    refused(load_mnist, tmp_path, "MNIST", match=f"{images}.gz: more than 1 MiB, refused")
+    make_cifar10(tmp_path)
+    with open(tmp_path / FOLDERS["cifar10"] / "data_batch_4", "r+b") as file:
+        file.truncate(1 << 40)
+    refused(load_cifar, tmp_path, "cifar10", match="data_batch_4: more than 1 MiB, refused")
+
+
+def test_official_files_are_far_below_the_limits():
+    largest = 50_000 * (3072 + 60)  # CIFAR-100's train; CIFAR's archives have 60 000 such rows
+    assert 2 * 6 / 5 * largest < _files.MAX_FILE_BYTES
+    assert 40 * len("val_9999.JPEG\tn01440000\t0\t32\t44\t62\n") * 10_000 < _files.MAX_TEXT_BYTES
+
+
+def tar_header(name, size, kind=b"0", checksum=None):
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[124 : 124 + len(size)] = size
+    header[156:157] = kind
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * 32) if checksum is None else checksum
+    return bytes(header)
+
+
+TRAIN = b"cifar-100-python/train"
+SPARSE = tar_header(TRAIN, b"%011o" % 512, b"S")
+ODD_TARS = {
+    "longer than the archive": (tar_header(TRAIN, b"77777777777"), "the tar ends too early"),
+    "negative size": (tar_header(TRAIN, b"\xff" * 12), "byte 0 of the tar begins no member"),
+    "signed size": (tar_header(TRAIN, b"-0000001000"), "byte 0 of the tar begins no member"),
+    "huge size": (tar_header(TRAIN, b"\x80" + b"\x7f" * 11), "byte 0 of the tar begins no member"),
+    "no size": (tar_header(TRAIN, b""), "byte 0 of the tar begins no member"),
+    "bad checksum": (tar_header(TRAIN, b"0", checksum=b"000001\0 "), "byte 0 of the tar begins no member"),
+    "half a header": (tar_header(TRAIN, b"0")[:300], "the tar ends too early"),
+    "no tar": (b"<html>not found</html>" * 100, "byte 0 of the tar begins no member"),
+    "empty": (b"", "lacks cifar-100-python/train"),
+    "sparse": (SPARSE + bytes(512), "lacks cifar-100-python/train"),
+    "device": (tar_header(TRAIN, b"0", b"3"), "lacks cifar-100-python/train"),
+    "long name": (
+        tar_header(b"././@LongLink", b"%011o" % 22, b"L") + TRAIN.ljust(512, b"\0"),
+        "lacks cifar-100-python/train",
+    ),
+    "many long names": (tar_header(b"././@LongLink", b"0", b"L") * 3000, "lacks cifar-100-python/train"),
+    "long attributes": (
+        tar_header(b"x", b"%011o" % (1 << 20), b"x") + b"1" * (1 << 20),
+        "lacks cifar-100-python/train",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD_TARS)
+def test_cifar_archive_with_odd_headers(tmp_path, what):
+    data, match = ODD_TARS[what]
+    (tmp_path / ARCHIVES["cifar100"]).write_bytes(gzip.compress(data))
+    refused(load_cifar, tmp_path, "cifar100", match=match)
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_cifar_archive_of_every_style(tmp_path, style):
+    expected = make_cifar100(tmp_path)
+    with tarfile.open(tmp_path / ARCHIVES["cifar100"], "w:gz", format=style) as tar:
+        for prefix in ("./", ""):  # later members count
+            tar.add(tmp_path / FOLDERS["cifar100"], prefix + FOLDERS["cifar100"])
+    shutil.rmtree(tmp_path / FOLDERS["cifar100"])
+    assert_rows(load_cifar(tmp_path, "cifar100"), expected)
 
 
 # -------------------------------------------------------------------------------------------------- Tiny-ImageNet
@@ -378,6 +476,25 @@ def test_damaged_tiny_cache_is_rebuilt(tiny, file, damage, capsys, monkeypatch):
     assert len(list(root.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("train_x.npy", lambda data: data.replace(b"(400, 3, 64, 64)", b"(9999999999,3,9)")),
+        ("meta.json", lambda data: b"[" * 100_000),
+        ("meta.json", lambda data: b"[1]"),
+        ("meta.json", lambda data: data + b" " * _files.MAX_TEXT_BYTES),
+    ],
+)
+def test_absurd_tiny_cache_is_rebuilt(tiny, file, change, capsys):
+    root, expected = tiny
+    load_tinyimagenet(root)
+    path = root / "tiny-imagenet-200-cache" / file
+    path.write_bytes(change(path.read_bytes()))
+    capsys.readouterr()
+    assert_rows(load_tinyimagenet(root), expected)
+    assert "built again" in capsys.readouterr().err
+
+
 def test_tiny_cache_in_the_home_folder(tiny, tmp_path, monkeypatch):
     root, expected = tiny
     mkdir = Path.mkdir
@@ -449,6 +566,33 @@ def test_tiny_with_an_unfinished_annotation_file(tiny):
     refused(load_tinyimagenet, root, match="no known class in")
 
 
+@pytest.mark.parametrize(
+    "file, limit",
+    [("wnids.txt", "MAX_TEXT_BYTES"), ("val_annotations.txt", "MAX_TEXT_BYTES"), ("val_3.JPEG", "MAX_IMAGE_BYTES")],
+)
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_tiny_with_a_file_that_is_too_long(tiny, file, limit, unpacked):
+    root, _ = tiny
+    padding = getattr(_files, limit)
+    rewrite_tiny(root, lambda name, data: data + b"\n" * padding if name.endswith(file) else data)
+    if unpacked:
+        zipfile.ZipFile(root / "tiny-imagenet-200.zip").extractall(root)
+        (root / "tiny-imagenet-200.zip").unlink()
+    refused(load_tinyimagenet, root, match=f"{file}: more than {padding >> 20} MiB, refused")
+
+
+def test_tiny_members_damaged_under_every_compression(tiny):
+    root, _ = tiny
+    path = root / "tiny-imagenet-200.zip"
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("tiny-imagenet-200/wnids.txt", "".join(f"n{k:08d}\n" for k in range(200)))
+        sound = path.read_bytes()
+        for at in range(30 + len("tiny-imagenet-200/wnids.txt"), len(sound), 7):
+            path.write_bytes(sound[:at] + bytes([sound[at] ^ 0xFF]) + sound[at + 1 :])
+            refused(load_tinyimagenet, root, match=str(root))
+
+
 @pytest.mark.parametrize("kind", ["size", "text", "png", "cut"])
 def test_tiny_with_a_bad_image(tiny, kind):
     root, _ = tiny
@@ -478,13 +622,17 @@ def test_tiny_zip_that_points_outside(tiny, name):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content[path]`. The first `n_breaks` transfers break half way; `ranges` says if Range is honoured."""
+    """Serves `content[path]`. The first `n_breaks` transfers break half way; `ranges` says if Range is honoured; with
+    `is_held`, transfers stop half way until `go` is set."""
 
     daemon_threads = True
 
-    def __init__(self, content, n_breaks=0, ranges=True):
+    def __init__(self, content, n_breaks=0, ranges=True, is_held=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.n_breaks, self.ranges, self.asked = content, n_breaks, ranges, []
+        self.go = threading.Event()
+        if not is_held:
+            self.go.set()
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_port}{path}"
@@ -499,7 +647,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, data = self.server, self.server.content.get(self.path)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         server.asked.append(wanted)
+        is_probe = bool(wanted and wanted[2])
         if data is None:
+            is_probe or server.go.wait(20)
             return self.send_error(404)
         start, end = (int(wanted[1]), int(wanted[2] or len(data) - 1) + 1) if wanted and server.ranges else (0, None)
         if wanted and server.ranges and start >= len(data):
@@ -513,10 +663,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if server.n_breaks and not (wanted and wanted[2]):
+        half = len(body) // 2
+        if server.n_breaks and not is_probe:
             server.n_breaks -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
+            body = body[:half]
+        with contextlib.suppress(ConnectionError):  # of a client that was killed
+            self.wfile.write(body[:half])
+            is_probe or server.go.wait(20)
+            self.wfile.write(body[half:])
 
     def log_message(self, *_):
         pass
@@ -611,6 +765,111 @@ def test_fetch_into_a_folder_that_cannot_be_written(tmp_path, closed):
     refused(fetch, [closed], tmp_path / "file" / "f.zip", None, "made", match="cannot write f.zip to .*/file ")
 
 
+@pytest.mark.parametrize("folder", ["", "new", "new/and/deep"])
+def test_a_failed_download_leaves_no_folder(serve, tmp_path, folder):
+    (tmp_path / "mine").mkdir()
+    refused(fetch, [serve({}).url("/f.zip")], tmp_path / "mine" / folder / "f.zip", MD5, "made", match="HTTP 404")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_what_a_broken_download_got_is_kept(serve, tmp_path):
+    server = serve({"/f.zip": CONTENT}, n_breaks=1000)
+    refused(fetch, [server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made", match="broke off")
+    assert os.listdir(tmp_path / "new") == ["f.zip.part"]
+    server.n_breaks = 0
+    fetch([server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made")
+    assert os.listdir(tmp_path / "new") == ["f.zip"]
+
+
+def test_an_interrupted_download_leaves_no_folder(serve, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_obtain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch([serve({}).url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made")
+    assert not list(tmp_path.iterdir())
+
+
+FETCH = """
+import sys, pathlib
+from utils.download import fetch
+fetch([sys.argv[1]], pathlib.Path(sys.argv[2]), sys.argv[3], "made")
+"""
+
+
+@pytest.fixture
+def fetching():
+    """Starts a process that fetches."""
+    processes = []
+
+    def start(url, path):
+        words = [sys.executable, "-c", FETCH, url, str(path), MD5]
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+needs_locks = pytest.mark.skipif(os.name != "posix", reason="no locks there")
+
+
+@needs_locks
+def test_of_simultaneous_downloads_one_fetches(serve, fetching, tmp_path):
+    server, path = serve({"/f.zip": CONTENT}, is_held=True), tmp_path / "new" / "deep" / "f.zip"
+    first = fetching(server.url("/f.zip"), path)
+    until(lambda: server.starts())
+    others = [fetching(server.url("/f.zip"), path) for _ in range(2)]
+    for process in others:
+        assert process.stderr.readline() == "made: another process is downloading f.zip; waiting for it\n"
+    server.go.set()
+    assert [process.wait(20) for process in (first, *others)] == [0, 0, 0]
+    assert server.starts() == [0] and path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["f.zip"]
+
+
+@needs_locks
+def test_a_download_whose_process_was_killed_is_taken_over(serve, fetching, tmp_path):
+    server, path = serve({"/f.zip": CONTENT}, is_held=True), tmp_path / "f.zip"
+    first = fetching(server.url("/f.zip"), path)
+    part = tmp_path / "f.zip.part"
+    until(lambda: part.exists() and part.stat().st_size > 100_000)
+    second = fetching(server.url("/f.zip"), path)
+    assert "waiting" in second.stderr.readline()
+    first.send_signal(signal.SIGKILL)
+    first.wait(20)
+    until(lambda: len(server.starts()) == 2)
+    assert server.starts()[1] > 100_000
+    server.go.set()
+    assert second.wait(20) == 0 and path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["f.zip"]
+
+
+@needs_locks
+def test_simultaneous_downloads_that_all_fail_leave_no_folder(serve, fetching, tmp_path):
+    server, path = serve({}, is_held=True), tmp_path / "new" / "deep" / "f.zip"
+    processes = [fetching(server.url("/f.zip"), path)]
+    until(lambda: server.starts())
+    processes += [fetching(server.url("/f.zip"), path) for _ in range(2)]
+    for process in processes[1:]:
+        assert "waiting" in process.stderr.readline()
+    server.go.set()
+    for process in processes:
+        assert process.wait(20) == 1 and "HTTP 404" in process.stderr.read()
+    assert len(server.starts()) == 3 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "load, folder, file",
     [
@@ -634,3 +893,4 @@ def test_offline(tmp_path, monkeypatch, closed, load, folder, file):
     message = refused(load, tmp_path, match=file)
     assert str(tmp_path / folder) in message and closed in message
     assert time.monotonic() - start < 10
+    assert not list(tmp_path.iterdir())

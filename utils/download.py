@@ -1,5 +1,6 @@
-"""Downloads of data sets: mirrors, resumption, checksum, one message when nothing works. urllib only."""
+"""Downloads of data sets, by urllib alone: mirrors, resumption, checksum, one process at a time, one clear failure."""
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -7,9 +8,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -17,33 +19,41 @@ from tqdm import tqdm
 
 from utils.errors import DataError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TIMEOUT_S = 4.0  # for one connection, and for one silence within a transfer
 PROBE_S = 6.0  # for all mirrors together: a name server that hangs obeys no socket timeout
 ATTEMPTS = 20  # times that one mirror's broken transfer is taken up again, as long as each brings new bytes
 CHUNK_BYTES = 1 << 20
+POLL_S = 0.2  # between two looks at a lock
 
 
 def fetch(urls: Sequence[str], path: Path, md5: str | None, what: str) -> None:
     """Download to `path` from the first of `urls` (http, https) that works; `what` names the data set for people.
 
     An interrupted download stays in `<path>.part` and is resumed. `path` appears only when complete and, where `md5` is
-    given, verified. Raises DataError if no mirror delivers or the folder cannot be written.
+    given, verified. While another process downloads it, waits, and takes what that one got. A failure leaves no file or
+    folder behind but a `.part` that can be resumed. Raises DataError if no mirror delivers or the folder cannot be
+    written.
     """
     part = path.with_name(path.name + ".part")
     failures = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.open("ab").close()
-        probes = [_probe(url) for url in urls]
-        deadline = time.monotonic() + PROBE_S
-        for url, probe in zip(urls, probes, strict=True):
-            failure = _probed(probe, deadline) or _obtain(url, part, md5)
-            if failure is None:
-                os.replace(part, path)
+        with _alone(path, what) as is_there:
+            if is_there:
                 return
-            failures.append(f"{urlsplit(url).netloc}: {failure}")
-        if part.exists() and part.stat().st_size == 0:
-            part.unlink()
+            part.open("ab").close()
+            probes = [_probe(url) for url in urls]
+            deadline = time.monotonic() + PROBE_S
+            for url, probe in zip(urls, probes, strict=True):
+                failure = _probed(probe, deadline) or _obtain(url, part, md5)
+                if failure is None:
+                    os.replace(part, path)
+                    return
+                failures.append(f"{urlsplit(url).netloc}: {failure}")
     except OSError as error:  # network errors were turned into failures where they arose: this is the disk
         raise DataError(
             f"{what}: cannot write {path.name} to {path.parent} ({_reason(error)}); "
@@ -53,6 +63,73 @@ def fetch(urls: Sequence[str], path: Path, md5: str | None, what: str) -> None:
         f"{what}: cannot download {path.name} ({'; '.join(failures)}); "
         f"get it by hand from {' or '.join(urls)} and put it in {path.parent}"
     )
+
+
+@contextlib.contextmanager
+def _alone(path: Path, what: str) -> Iterator[bool]:
+    """One process at a time is inside for `path`; gives whether the file is there by then. Makes the folder; what is
+    empty in the end (the folders made here, `<path>.part`) is removed.
+
+    `<path>.lock` is locked by the operating system, which frees it when its holder dies, however that happens. On
+    Windows, and on file systems without locks, nobody waits: each downloads, and the last one wins.
+    """
+    lock, part = path.with_name(path.name + ".lock"), path.with_name(path.name + ".part")
+    made: list[Path] = []
+    holding = None
+    try:
+        while holding is None:
+            _make_folders(path.parent, made)
+            holding = _locked(lock, what)
+        yield path.exists()
+    finally:
+        with contextlib.suppress(OSError):
+            if _size(part) == 0:
+                part.unlink(missing_ok=True)
+        if holding is not None:
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if holding is not None:
+            holding.close()  # after all that, so that who waits for it finds nothing half-done
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Adds to `made` what was not there, from the outside in."""
+    for new in reversed([folder, *folder.parents]):
+        if not new.is_dir():
+            with contextlib.suppress(FileExistsError):
+                new.mkdir()
+                made.append(new)
+
+
+def _locked(lock: Path, what: str) -> contextlib.ExitStack | None:
+    """Holds the lock until it is closed; None where the one who held it before has removed the file."""
+    if fcntl is None:
+        return contextlib.ExitStack()
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(lock, "ab"))
+            if not _try_lock(file):
+                print(f"{what}: another process is downloading {lock.stem}; waiting for it", file=sys.stderr)
+                while not _try_lock(file):
+                    time.sleep(POLL_S)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return None
+        except FileNotFoundError:
+            return None
+        return stack.pop_all()
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def md5_of(path: Path) -> str:
