@@ -274,6 +274,18 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def gaps(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
+    """Means over fewer runs than their row counts: of runs from before a metric, or that did not measure it."""
+    lines = []
+    for group in groups:
+        label = " ".join(written(value) for value in group.by.values() if value is not None)
+        for metric in metrics:
+            has, of = group.stat(metric).n, len(group.runs)
+            if 0 < has < of:
+                lines.append(f"note: {label}: {has} of {of} runs have {metric} ({group.setting}), its mean is theirs.")
+    return lines
+
+
 def table(
     runs: Sequence[Run],
     by: Sequence[str] | None = None,
@@ -295,7 +307,7 @@ def table(
         raise UsageError("--pivot does not fit --format csv, whose cells are single numbers. Drop one of them.")
     check_metrics(metrics, runs)
     groups = group_runs(runs, keys_of(runs, by, pivot), setting, order)
-    for line in mixtures(groups):
+    for line in (*mixtures(groups), *gaps(groups, metrics)):
         say(line)
     if format == "csv":
         return _csv(groups, metrics)

@@ -351,7 +351,7 @@ def run_shown(
 
 def _outcome(job: Job) -> str:
     """The accuracy that a run reached, per setting."""
-    found = job.results_path.glob(f"*/{job.config.dataset}/{job.config.model}/*{job.hash}*/summary.json")
+    found = job.results_path.glob(f"*/*/*/*{job.hash}*/summary.json")
     files = sorted(found, key=lambda file: file.parent.name)
     runs = [run for file in files[-1:] for run in find_runs([file.parent], say=lambda line: None)]
     if not runs:
