@@ -39,6 +39,14 @@ def test_average_accuracy():
     assert metrics.average_accuracy(A[0], 1) == close(0.9)
 
 
+def test_overall_accuracy_counts_images_not_tasks():
+    """All accuracies are counts over sizes, so that the sum is a whole number of images."""
+    assert metrics.overall_accuracy([1 / 3, 6 / 7, 0.0], [3, 7, 10]) == 7 / 20
+    assert metrics.overall_accuracy([0.5, 0.7, 0.9], [10, 10, 10]) == close(metrics.average_accuracy(A[2], 3))
+    with pytest.raises(ValueError):
+        metrics.overall_accuracy([0.5, 0.7], [10, 10, 10])
+
+
 def test_average_incremental_accuracy():
     assert metrics.average_incremental_accuracy(A) == close(2.3 / 3)  # .9, (.6 + .8) / 2 = .7, 2.1 / 3 = .7
     # .7, (.8 + .6) / 2 = .7, (.4 + .5 + .8) / 3 = 1.7/3, (.6 + .3 + .7 + .9) / 4 = .625
@@ -73,8 +81,9 @@ def test_forward_transfer():
 
 
 def test_one_task_defines_only_accuracies():
-    assert metrics.summarize([[0.6]], [0.1]) == {
+    assert metrics.summarize([[0.6]], [0.1], [5]) == {
         "final_average_accuracy": 0.6,
+        "final_overall_accuracy": 0.6,
         "average_incremental_accuracy": 0.6,
         "forgetting_chaudhry18": None,
         "forgetting_mammoth": None,
@@ -83,22 +92,34 @@ def test_one_task_defines_only_accuracies():
     }
 
 
-def test_joint_training_has_one_row_and_only_its_average():
-    summary = metrics.summarize([[0.9, 0.5, 0.4]], [0.1, 0.1, 0.1], joint=True)
+def test_joint_training_has_one_row_and_only_its_accuracies():
+    summary = metrics.summarize([[0.9, 0.5, 0.4]], [0.1, 0.1, 0.1], [10, 10, 80], joint=True)
+    assert summary.keys() == metrics.summarize(A, UNTRAINED[:3], [1, 1, 1]).keys()
     assert summary.pop("final_average_accuracy") == close(0.6)  # 1.8 / 3
+    assert summary.pop("final_overall_accuracy") == close(0.46)  # 9 + 5 + 32 of 100 images
     assert set(summary.values()) == {None}
-    assert summary.keys() | {"final_average_accuracy"} == metrics.summarize(A, UNTRAINED[:3]).keys()
 
 
 def test_the_summary_has_each_metric_under_its_name():
-    assert metrics.summarize(C, UNTRAINED) == {
+    assert metrics.summarize(C, UNTRAINED, [10, 20, 30, 40]) == {
         "final_average_accuracy": close(0.625),
+        "final_overall_accuracy": close(0.69),  # 6 + 6 + 21 + 36 of 100 images
         "average_incremental_accuracy": close((0.7 + 0.7 + 1.7 / 3 + 0.625) / 4),
         "forgetting_chaudhry18": close(0.3),
         "forgetting_mammoth": close(0.2),
         "bwt_gem17": close(-0.5 / 3),
         "fwt_gem17": close(0.95 / 3),
     }
+
+
+def test_tasks_that_were_not_evaluated_count_nowhere():
+    """With --eval_tasks seen, entries above the diagonal are None and the untrained row is missing."""
+    seen = [[value if j <= t else None for j, value in enumerate(row)] for t, row in enumerate(C)]
+    found, full = (metrics.summarize(a, b, [10, 20, 30, 40]) for a, b in ((seen, None), (C, UNTRAINED)))
+    assert found.pop("fwt_gem17") is None and full.pop("fwt_gem17") is not None
+    # the best accuracies after training: .8 - .6 = .2, .6 - .3 = .3, .8 - .7 = .1; .9 before task 2 was not measured
+    assert found.pop("forgetting_chaudhry18") == close(0.2) and full.pop("forgetting_chaudhry18") == close(0.3)
+    assert found == full
 
 
 def mammoth(a):
@@ -130,12 +151,12 @@ def test_relations_to_the_definitions_of_others(seed):
 def test_nothing_is_modified():
     """Triangular rows of different lengths too, where the metric needs no more."""
     a, untrained = copy.deepcopy(C), list(UNTRAINED)
-    metrics.summarize(a, untrained)
+    metrics.summarize(a, untrained, [10, 20, 30, 40])
     assert a == C and untrained == UNTRAINED
     ragged = [[0.9], [0.6, 0.8], [0.5, 0.7, 0.9]]
     assert metrics.forgetting_mammoth(ragged) == close(0.25) and metrics.bwt_gem17(ragged) == close(-0.25)
     assert metrics.average_incremental_accuracy(ragged) == close(2.3 / 3)
     assert ragged == [[0.9], [0.6, 0.8], [0.5, 0.7, 0.9]]
     joint = [[0.9, 0.5]]
-    metrics.summarize(joint, [0.1, 0.1], joint=True)
+    metrics.summarize(joint, [0.1, 0.1], [10, 10], joint=True)
     assert joint == [[0.9, 0.5]]

@@ -2,16 +2,19 @@
 
 import json
 from math import cos, pi
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from datasets._benchmark import Split
+from datasets import _benchmark
+from datasets._benchmark import DomainBenchmark, Split
 from utils import evaluator, run, seeding
 from utils.arguments import resolve
 from utils.augment import Augment, CropFlip
+from utils.errors import DataError
 from utils.evaluator import Evaluator
 from utils.trainer import Stream, learning_rate
 
@@ -310,9 +313,46 @@ def test_the_classes_seen_compete_where_that_is_asked_for(seen):
 def test_seen_grows_with_the_tasks_of_a_run():
     trainer, asked = build("--debug_mode", "--class_il_argmax", "seen"), []
     evaluate = trainer.evaluate
-    trainer.evaluate = lambda method, classes_seen: (asked.append(classes_seen), evaluate(method, classes_seen))[1]
+    trainer.evaluate = lambda *given: (asked.append(given[1:]), evaluate(*given))[1]
     trainer.run()
-    assert asked == [10, 2, 4, 6, 8, 10]
+    assert asked == [(10, None), (2, None), (4, None), (6, None), (8, None), (10, None)]
+
+
+@pytest.mark.parametrize("words", [(), ("--dataset", "seq-digits"), ("--n_tasks", 10)])
+def test_small_tasks_share_a_pass_and_change_no_number(monkeypatch, words):
+    """Tasks of 32 or 16 images (or about 72), in passes of all tasks, of two, and of parts of one."""
+    trainer = build(*words, "--debug_mode", "--lr", 0.05)
+    trainer.run()
+    channels, height, width = trainer.benchmark.shape
+    size, passes = max(trainer.sizes), []
+    trainer.method.register_forward_hook(lambda module, inputs, logits: passes.append(len(logits)))
+    found = {}
+    for rows in (10**6, 2 * size, size, size - 1, 5):
+        passes.clear()
+        monkeypatch.setattr(evaluator, "CPU_BYTES", rows * 4 * channels * height * width)
+        found[rows] = trainer.evaluate(trainer.method, 10)
+        assert sum(passes) == sum(trainer.sizes) and max(passes) <= rows
+        if rows == 10**6:
+            assert len(passes) == 1, "a pass for each small task costs a thousand of them their time"
+    assert all(other == found[10**6] for other in found.values())
+    for count in range(1, len(trainer.sizes) + 1):
+        part = trainer.evaluate(trainer.method, 10, count)
+        for setting, row in found[5].items():
+            assert part[setting] == row[:count] + [None] * (len(row) - count)
+
+
+def test_a_task_may_have_more_classes_than_another(monkeypatch):
+    """task-il is over the outputs of each image's own task, also where tasks share a pass."""
+    trainer = build("--debug_mode", "--lr", 0.05)
+    trainer.run()
+    cut = [range(0, 1), range(1, 5), range(5, 7), range(7, 9), range(9, 10)]
+    monkeypatch.setattr(trainer.benchmark, "classes_of", lambda index: cut[index])
+    trainer.benchmark._tests.clear()
+    uneven = Evaluator(trainer.benchmark, trainer.augment)
+    assert len(set(uneven.sizes)) > 1
+    found, expected = uneven(trainer.method, 10), one_by_one(trainer, 10)
+    assert found["class-il"] == pytest.approx(expected[0]) and found["task-il"] == pytest.approx(expected[1])
+    assert found["task-il"][0] == found["task-il"][4] == 1.0, "one class is always right"
 
 
 def test_other_settings_have_one_accuracy():
@@ -335,6 +375,56 @@ def test_other_settings_have_one_accuracy():
         test = benchmark[index].test
         right = (method(test.images.float() / 255).argmax(1) == test.labels).float().mean()
         assert found["domain-il"][index] == pytest.approx(right.item())
+
+
+class Domains(DomainBenchmark):
+    """Six rolls of ten images of 16 pixels."""
+
+    name, num_classes, shape = "six-domains", 10, (1, 4, 4)
+    made = ()
+
+    def load(self, root):
+        images = torch.arange(160, dtype=torch.uint8).reshape(10, *self.shape)
+        return (images, torch.arange(10)), (images, torch.arange(10))
+
+    def pixel_map(self, index):
+        return torch.arange(16).roll(index)
+
+    def make_test(self, index):
+        self.made = (*self.made, index)
+        return super().make_test(index)
+
+
+def domains(cls=Domains):
+    return cls(
+        SimpleNamespace(n_tasks=6, base_path=".", validation=False, custom_class_order=(), permute_classes=False)
+    )
+
+
+def test_transformed_test_sets_are_made_when_evaluated_and_kept_as_far_as_there_is_room(monkeypatch):
+    """A thousand permutations of MNIST's test set are 7.8 GB."""
+    monkeypatch.setattr(_benchmark, "KEPT_BYTES", 2 * 160 + 159)
+    monkeypatch.setattr(evaluator, "CPU_BYTES", 10 * 4 * 16)  # a task is a pass
+    method, results = nn.Sequential(nn.Flatten(), nn.Linear(16, 10)), []
+    benchmark = domains()
+    measure = Evaluator(benchmark, Augment([], None, None, CPU))
+    assert measure.sizes == [10] * 6 and benchmark.made == (), "sizes are known without the images"
+    for _ in range(2):
+        results.append(measure(method, 10))
+    assert benchmark.made == (0, 1, 2, 3, 4, 5, 2, 3, 4, 5) and list(benchmark._tests) == [0, 1]
+    monkeypatch.undo()
+    assert results == 2 * [Evaluator(domains(), Augment([], None, None, CPU))(method, 10)]
+
+
+def test_a_test_set_of_another_size_than_said_is_refused():
+    class Halved(Domains):
+        def make_test(self, index):
+            split = super().make_test(index)
+            return Split(split.images[::2], split.labels[::2], split.ids[::2])
+
+    measure = Evaluator(domains(Halved), Augment([], None, None, CPU))
+    with pytest.raises(DataError, match="task 1 has 5 test images, its `test_size` says 10. Define `test_size`"):
+        measure(nn.Flatten(), 10)
 
 
 class Noisy(nn.Module):
@@ -377,7 +467,7 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation():
     weights = []
     for trainer, silent in zip(trainers, (False, True), strict=True):
         if silent:
-            trainer.evaluate = lambda method, classes_seen: {"class-il": [0.0] * 5, "task-il": [0.0] * 5}
+            trainer.evaluate = lambda *_: {"class-il": [0.0] * 5, "task-il": [0.0] * 5}
         torch.manual_seed(0)
         trainer.run()
         weights.append(trainer.method.state_dict())

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils import run_index
 from utils.arguments import EngineArgs, flags_of
 from utils.errors import UsageError
 from utils.identity import differences
@@ -109,9 +110,11 @@ def find_runs(
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
-        for run in _runs_in(Path(path).expanduser(), say):
+        folder = Path(path).expanduser()
+        place = folder.resolve()
+        for run in _runs_in(folder, say):
             if run is not None and run.summary["status"] == "finished":
-                found[run.path.resolve()] = run
+                found[place / run.path.relative_to(folder)] = run
             elif run is not None:
                 unfinished[run.summary["status"]] = unfinished.get(run.summary["status"], 0) + 1
     if unfinished:
@@ -126,29 +129,45 @@ def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
         next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
     except OSError as error:
         raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
-    for file in sorted(folder.rglob("summary.json")):
-        yield _read_run(file.parent, say, lambda file=file: _contents(file.parent))
-    for file in sorted(folder.rglob(RECORD)):
+    runs, records = run_index.read_runs(folder, _contents, RECORD)
+    for path, content in runs:
+        yield _as_run(path, content, say)
+    for file in records:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            yield _read_run(file / str(number), say, lambda line=line: json.loads(line))
+            yield _as_run(file / str(number), _parsed(line), say)
 
 
-def _contents(folder: Path) -> dict[str, Any]:
-    """What a record keeps of a run folder."""
-    files = {name: folder / f"{name}.json" for name in ("summary", "config", "environment")}
-    content = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    return {"folder": folder.name, **content}
+def _contents(folder: Path) -> dict[str, Any] | None:
+    """What a record keeps of a run folder; None where its files are not JSON. Of the summary without the matrix, which
+    no table needs."""
+    content: dict[str, Any] = {"folder": folder.name}
+    for file in run_index.FILES:
+        try:
+            content[file.removesuffix(".json")] = json.loads((folder / file).read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
+    if isinstance(content.get("summary"), dict):
+        content["summary"].pop("accuracy", None)
+    return content
 
 
-def _read_run(path: Path, say: Callable[[str], None], read: Callable[[], dict[str, Any]]) -> Run | None:
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _as_run(path: Path, content: Any, say: Callable[[str], None]) -> Run | None:
     """A run of any status; None for what is not the summary of one of ours."""
     try:
-        content = read()
         summary, config = content["summary"], content.get("config", {"flags": {}})
         flags = {name: entry["value"] for name, entry in config["flags"].items()}
         assert isinstance(summary["status"], str) and isinstance(summary["metrics"], dict)
         return Run(path, summary, flags, config.get("protocol"), content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (KeyError, TypeError, AttributeError, AssertionError):
         say(f"note: left out, since it is not the summary of a run: {path}")
         return None
 
@@ -264,8 +283,9 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
-        values = {name: {comparable(own.get(name)) for own in flags} for name in flag_names}
-        mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in values.items() if len(found) > 1]
+        values = {name: {_hashable(own.get(name)) for own in flags} for name in flag_names}
+        several = {name: {comparable(value) for value in found} for name, found in values.items() if len(found) > 1}
+        mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in several.items() if len(found) > 1]
         known = [run.code for run in group.runs if run.code is not None]
         files = sorted({file for code in known for file in differences(known[0], code)})
         if files:
@@ -274,6 +294,18 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
             label = " ".join(written(value) for value in group.by.values() if value is not None)
             lines.append(f"note: {label} mixes runs of {'; '.join(mixed)}. Split them with --by or --where.")
     return list(dict.fromkeys(lines))
+
+
+def gaps(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
+    """Means over fewer runs than their row counts: of runs from before a metric, or that did not measure it."""
+    lines = []
+    for group in groups:
+        label = " ".join(written(value) for value in group.by.values() if value is not None)
+        for metric in metrics:
+            has, of = group.stat(metric).n, len(group.runs)
+            if 0 < has < of:
+                lines.append(f"note: {label}: {has} of {of} runs have {metric} ({group.setting}), its mean is theirs.")
+    return lines
 
 
 def table(
@@ -297,7 +329,7 @@ def table(
         raise UsageError("--pivot does not fit --format csv, whose cells are single numbers. Drop one of them.")
     check_metrics(metrics, runs)
     groups = group_runs(runs, keys_of(runs, by, pivot), setting, order)
-    for line in mixtures(groups):
+    for line in (*mixtures(groups), *gaps(groups, metrics)):
         say(line)
     if format == "csv":
         return _csv(groups, metrics)

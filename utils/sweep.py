@@ -211,9 +211,11 @@ def _same_run(config: Config, run: Run) -> bool:
     protocol, a flag's default is what the program did without that flag."""
     ours = {name: config.values[name] for name, flag in config.flags.items() if flag.result}
     theirs = {name: value for name, value in run.flags.items() if name in ours or name not in config.flags}
-    return run.protocol == PROTOCOL and all(
-        name in ours and comparable(theirs.get(name, config.flags[name].default)) == comparable(ours[name])
-        for name in ours.keys() | theirs.keys()
+    full = {**{name: config.flags[name].default for name in ours}, **theirs}
+    return (
+        run.protocol == PROTOCOL
+        and full.keys() == ours.keys()
+        and all(full[name] == value or comparable(full[name]) == comparable(value) for name, value in ours.items())
     )
 
 
@@ -422,7 +424,8 @@ def run_shown(
 
 def _outcome(job: Job) -> str:
     """The accuracy that a run reached, per setting."""
-    files = sorted(job.results_path.rglob(f"*{job.hash}*/summary.json"), key=lambda file: file.parent.name)
+    found = job.results_path.glob(f"*/*/*/*{job.hash}*/summary.json")
+    files = sorted(found, key=lambda file: file.parent.name)
     runs = [run for file in files[-1:] for run in find_runs([file.parent], say=lambda line: None)]
     if not runs:
         return f"no summary, see {job.log}"
