@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import seeding
+from utils.files import user_path
 
 Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 
@@ -81,7 +82,7 @@ class Benchmark(Sequence[Task]):
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
         self.num_tasks: int = config.n_tasks
-        train, test = self.load(Path(config.base_path).expanduser())
+        train, test = self.load(user_path(config.base_path))
         self._check_arrays(train, test)
         order = self.class_order()
         self._train = self._base(train, order, device)

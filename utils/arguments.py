@@ -14,14 +14,15 @@ import hashlib
 import json
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
+from utils.files import is_writable, read_json, user_path
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, canonical, load_plugin, nearest
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
@@ -158,7 +159,7 @@ class Flag:
             raise ValueError(f"expects {'a list' if self.many else 'one value'}, got {json.dumps(value)}")
         for item in value if self.many else [value]:
             right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
-            if not right or (isinstance(item, bool) and self.kind is not bool):
+            if not right or (isinstance(item, bool) and self.kind is not bool) or _is_beyond_float(item):
                 raise ValueError(f"expects {self.kind.__name__}, got {json.dumps(item)}")
         return tuple(value) if self.many else self.kind(value)
 
@@ -167,6 +168,10 @@ class Flag:
         if value is None:
             return None if self.optional or self.default is None else "needs a value"
         for item in value if self.many else (value,):
+            if _is_beyond_float(item):
+                return "is a number beyond all bounds"
+            if self.kind is str and not is_writable(item):
+                return f"has characters that no file name and no console knows, got {ascii(item)}"
             if self.choices and item not in self.choices:
                 return f"must be one of {', '.join(self.choices)}, got '{item}'"
             low, high, above, below = (self.bounds[key] for key in ("low", "high", "above", "below"))
@@ -179,6 +184,10 @@ class Flag:
             if below is not None and item >= below:
                 return f"must be less than {below:g}, got {item:g}"
         return None
+
+
+def _is_beyond_float(value: Any) -> bool:
+    return isinstance(value, int | float) and not abs(value) <= sys.float_info.max
 
 
 def flags_of(args_type: type, owner: str) -> dict[str, Flag]:
@@ -299,12 +308,14 @@ class Request:
 
 def read_config_file(path: str) -> tuple[dict[str, Any], tuple[str, ...], str]:
     """(values, plugins, file) of a run's config.json; `path` is the file or its run folder."""
-    file = Path(path).expanduser()
-    file = file / "config.json" if file.is_dir() else file
+    file = user_path(path)
+    file = file / "config.json" if os.path.isdir(file) else file
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         values = {name: entry["value"] for name, entry in content["flags"].items()}
         protocol, plugins = content["protocol"], tuple(content["plugins"])
+        if not all(isinstance(plugin, str) for plugin in plugins) or isinstance(content["plugins"], str):
+            raise ValueError
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}. Give a run folder or its config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -344,7 +355,7 @@ def resolve_request(request: Request) -> Config:
     if request.source is not None:
         file_values, file_plugins, file = read_config_file(request.source)
         plugins = file_plugins + plugins
-    plugins = tuple(dict.fromkeys(str(Path(plugin).expanduser().resolve()) for plugin in plugins))
+    plugins = tuple(dict.fromkeys(os.path.realpath(user_path(plugin)) for plugin in plugins))
     for plugin in plugins:
         load_plugin(plugin)
     chosen, problems = _choose(request, file_values)
@@ -405,6 +416,8 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
         layers.put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
+        if not isinstance(buffer_size, int | None):
+            buffer_size = None  # of a damaged file, which is reported with the flag
         for name, (value, origin) in _published(chosen, buffer_size, layers.flags).items():
             layers.put({name: value}, origin)
     layers.put(optimizer.defaults, f"optimizer {optimizer.name}")

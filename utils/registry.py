@@ -9,11 +9,13 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,8 +125,8 @@ def nearest(name: str, names: list[str]) -> str:
 
 def load_plugin(path: str) -> None:
     """Import a file that registers names; importing the same file again is harmless."""
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
+    file = Path(os.path.realpath(user_path(path)))
+    if not os.path.isfile(file):
         raise UsageError(f"--plugin {path}: there is no such file. Give the path of a Python file.")
     module_name = f"continual_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import EngineArgs, flags_of
+from utils.console import complain, guarded, reason, silence
 from utils.errors import UsageError
+from utils.files import is_writable, parse_json, read_json, read_text, user_path
 from utils.registry import canonical, nearest
 
 BY = ("dataset", "model", "optimizer", "buffer_size")
@@ -25,10 +27,6 @@ METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
 FORMATS = ("markdown", "csv", "latex", "text")
 NOTHING = "–"
 RECORD = "runs.jsonl"
-
-
-def complain(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def find_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
-        for run in _runs_in(Path(path).expanduser(), say):
+        for run in _runs_in(user_path(path), say):
             if run is not None and run.summary["status"] == "finished":
                 found[run.path.resolve()] = run
             elif run is not None:
@@ -116,14 +114,19 @@ def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
     for file in sorted(folder.rglob("summary.json")):
         yield _read_run(file.parent, say, lambda file=file: _contents(file.parent))
     for file in sorted(folder.rglob(RECORD)):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            yield _read_run(file / str(number), say, lambda line=line: json.loads(line))
+        try:
+            lines = read_text(file).splitlines()
+        except (OSError, ValueError) as error:
+            say(f"note: left out, since it cannot be read ({reason(error)}): {file}")
+            continue
+        for number, line in enumerate(lines, start=1):
+            yield _read_run(file / str(number), say, lambda line=line: parse_json(line))
 
 
 def _contents(folder: Path) -> dict[str, Any]:
     """What a record keeps of a run folder."""
     files = {name: folder / f"{name}.json" for name in ("summary", "config", "environment")}
-    content = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    content = {name: read_json(file) for name, file in files.items() if file.exists()}
     return {"folder": folder.name, **content}
 
 
@@ -133,11 +136,32 @@ def _read_run(path: Path, say: Callable[[str], None], read: Callable[[], dict[st
         content = read()
         summary, config = content["summary"], content.get("config", {"flags": {}})
         flags = {name: entry["value"] for name, entry in config["flags"].items()}
-        assert isinstance(summary["status"], str) and isinstance(summary["metrics"], dict)
+        if not _is_of_a_run(content, summary, flags):
+            raise ValueError
         return Run(path, summary, flags, config.get("protocol"), content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         say(f"note: left out, since it is not the summary of a run: {path}")
         return None
+
+
+def _is_of_a_run(content: Mapping[str, Any], summary: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    """Whether everything that a table is made of has the type that our files have."""
+
+    def plain(value: Any, *kinds: type) -> bool:
+        return value is None or (isinstance(value, kinds) and (not isinstance(value, str) or is_writable(value)))
+
+    numbers = [*summary["metrics"].values(), summary.get("cost", {})]
+    values = [item for value in flags.values() for item in (value if isinstance(value, list) else [value])]
+    values += [value for key, value in summary.items() if key not in ("metrics", "cost", "accuracy")]
+    names = [*flags, *summary, *summary["metrics"], *(name for part in numbers for name in part), summary["status"]]
+    return (
+        isinstance(summary["status"], str)
+        and all(isinstance(part, dict) for part in (summary["metrics"], *numbers))
+        and all(plain(value, int, float) for part in numbers for value in part.values())
+        and all(plain(value, int, float, str) for value in (*values, *names))
+        and all(plain(value, str) for value in (summary.get("config_hash"), content.get("folder")))
+        and isinstance(content.get("config", {}).get("protocol", 0), int)
+    )
 
 
 def write_record(runs: Sequence[Run], path: str | Path) -> None:
@@ -554,7 +578,7 @@ def _report(argv: Sequence[str]) -> None:
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")
         else:
-            print(text, end="")
+            print(text, end="", flush=True)
         if args.record:
             write_record(runs, args.record)
         if args.picture:
@@ -566,13 +590,17 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0, or 2 where the user asked for what cannot be done."""
-    try:
-        _report(argv)
-    except UsageError as error:
-        for problem in error.problems:
-            complain(f"error: {problem}")
-        return 2
+    """0, 1 where stdout is closed, or 2 where the user asked for what cannot be done."""
+    with guarded():
+        try:
+            _report(argv)
+        except UsageError as error:
+            for problem in error.problems:
+                complain(f"error: {problem}")
+            return 2
+        except BrokenPipeError:  # `| head`
+            silence()
+            return 1
     return 0
 
 
