@@ -599,7 +599,7 @@ def main(argv: Sequence[str]) -> int:
                 complain(f"error: {problem}")
             return 2
         except BrokenPipeError:  # `| head`
-            silence()
+            silence("stdout")
             return 1
     return 0
 
