@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
 from utils import seeding
 from utils.errors import DataError, UsageError
+from utils.files import user_path
 
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
 
@@ -95,7 +96,7 @@ class Benchmark(Sequence[Task]):
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
         self.num_tasks: int = config.n_tasks
-        loaded = self.load(Path(config.base_path).expanduser())
+        loaded = self.load(user_path(config.base_path))
         check_declared(self)
         train, test = checked_arrays(self, loaded)
         order = self.class_order()

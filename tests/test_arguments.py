@@ -982,6 +982,21 @@ def check_checkpoint_minutes(tmp_path, capsys, monkeypatch):
         assert checkpoint.load(file.parent)["cost"]["steps"] == steps
 
 
+def check_keep_checkpoint(tmp_path, capsys, monkeypatch):
+    """What a finished run leaves: its last checkpoint, or weights that torch alone can read."""
+    for choice in ("1", "0"):
+        assert (
+            run.main(["--model", "er", *SMALL, "--keep_checkpoint", choice, "--results_path", str(tmp_path / choice)])
+            == 0
+        )
+    kept, dropped = (next((tmp_path / choice).rglob("config.json")).parent for choice in ("1", "0"))
+    assert [path.name for path in (kept / "checkpoint").iterdir()] == ["state.pt"] and not (kept / "model.pt").exists()
+    assert not (dropped / "checkpoint").exists()
+    weights, state = torch.load(dropped / "model.pt", weights_only=True), checkpoint.load(kept / "checkpoint")["method"]
+    assert weights.keys() == state.keys() - {"_extra_state"} and {"net.0.weight"} <= weights.keys()
+    assert all(torch.equal(value, state[name]) for name, value in weights.items())
+
+
 OBSERVED = {
     "model": check_model,
     "dataset": check_dataset,
@@ -1026,6 +1041,7 @@ OBSERVED = {
     "disable_log": check_disable_log,
     "log_every": check_log_every,
     "checkpoint_minutes": check_checkpoint_minutes,
+    "keep_checkpoint": check_keep_checkpoint,
     "dry_run": check_dry_run,
 }
 

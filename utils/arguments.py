@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from functools import cached_property
 from typing import Any
 
 from utils.errors import UsageError, mistake
+from utils.files import is_writable, user_path
 from utils.identity import PROTOCOL, code_of, named
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
 from utils.saved import Saved, check_plugin, read_saved
@@ -172,7 +174,7 @@ class Flag:
 
     def _is_one(self, item: Any) -> bool:
         right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
-        return right and not (isinstance(item, bool) and self.kind is not bool)
+        return right and not (isinstance(item, bool) and self.kind is not bool) and not _is_beyond_float(item)
 
     def fits(self, value: Any) -> bool:
         """Whether a value that a part of the program gives (a default, a published one) has the flag's type."""
@@ -187,6 +189,10 @@ class Flag:
         if value is None:
             return None if self.optional or self.default is None else "needs a value"
         for item in value if self.many else (value,):
+            if _is_beyond_float(item):
+                return "is a number beyond all bounds"
+            if self.kind is str and not is_writable(item):
+                return f"has characters that no file name and no console knows, got {ascii(item)}"
             if self.choices and item not in self.choices:
                 return f"must be one of {', '.join(self.choices)}, got '{item}'"
             low, high, above, below = (self.bounds[key] for key in ("low", "high", "above", "below"))
@@ -199,6 +205,10 @@ class Flag:
             if below is not None and item >= below:
                 return f"must be less than {below:g}, got {item:g}"
         return None
+
+
+def _is_beyond_float(value: Any) -> bool:
+    return isinstance(value, int | float) and not abs(value) <= sys.float_info.max
 
 
 def flags_of(args_type: type, owner: str) -> dict[str, Flag]:
@@ -464,6 +474,8 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
         layers.put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
+        if not isinstance(buffer_size, int | None):
+            buffer_size = None  # of a damaged file, which is reported with the flag
         row, problems = _published(chosen, buffer_size, layers.flags)
         for name, (value, origin) in row.items():
             layers.put({name: value}, origin)

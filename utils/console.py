@@ -16,9 +16,10 @@ def guarded() -> Iterator[None]:
     _fill_standard_descriptors()
     changed = []
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            changed.append((stream, stream.errors))
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # one that is full or closed, or no real one
+            errors = stream.errors
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+            changed.append((stream, errors))
     try:
         yield
     finally:
@@ -32,7 +33,7 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except (OSError, ValueError) as error:
-        silence()
+        silence("stdout")
         complain(f"nothing more can be printed ({reason(error)}): the run goes on without")
 
 
@@ -41,19 +42,22 @@ def complain(line: str) -> None:
     if len(line) > LONGEST:
         line = line[:LONGEST] + " ..."
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-    if sys.stderr is not None:  # print takes None for stdout
-        with contextlib.suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
-
-
-def silence() -> None:
-    """From now on stdout leads nowhere: what it still holds would fail again when Python exits."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+    if sys.stderr is None:  # print would take it for stdout
         return
-    sys.stdout = open(os.devnull, "w")
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        silence("stderr")
+
+
+def silence(name: str) -> None:
+    """From now on `sys.<name>` leads nowhere: what it still holds would fail again when Python exits."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, getattr(sys, name).fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
+        setattr(sys, name, open(os.devnull, "w"))
 
 
 def reason(error: BaseException) -> str:

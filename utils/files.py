@@ -108,9 +108,16 @@ def user_path(text: str | os.PathLike) -> Path:
     """A path that a user gave, ~ replaced. Raises `UsageError` for what can be no path."""
     text = os.fspath(text)
     try:
-        if "\0" in text:
-            raise ValueError
-        os.fsencode(text)
-        return Path(text).expanduser()
-    except (ValueError, RuntimeError):
-        raise UsageError(f"{text!r} is not a path that can be: check its characters, or the user after ~.") from None
+        if is_writable(text):
+            return Path(text).expanduser()
+    except RuntimeError:  # ~ and a user that does not exist
+        pass
+    raise UsageError(f"{text!r} cannot be a path. Check its characters, or the user after ~.")
+
+
+def is_writable(text: str) -> bool:
+    """Whether the system can take these characters: no NUL, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False

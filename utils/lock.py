@@ -20,6 +20,7 @@ from utils.errors import UsageError
 
 HEARTBEAT_S = 30.0
 STALE_S = 300.0  # without a touch
+TRIES = 500  # 10 s
 LONGEST = 4096  # bytes of a lock file; ours has some 200
 
 
@@ -58,8 +59,12 @@ class Lock:
         fresh = self.file.with_name(f"{self.file.name}.{ours.pid}.{self.token}.tmp")
         try:
             fresh.write_text(json.dumps(asdict(ours)))
-            while not (_put(fresh, self.file) or self._take_over(fresh)):
+            for _ in range(TRIES):
+                if _put(fresh, self.file) or self._take_over(fresh):
+                    break
                 time.sleep(0.02)  # somebody else is at it; what has become of it is seen at the next try
+            else:
+                raise Busy(f"{self.what} is in use by changing processes. Try again later, or delete {self.file}.")
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
@@ -95,7 +100,7 @@ class Lock:
         self._raise_if_busy(fresh)
         try:
             with Lock(self.file.with_name(f"{self.file.name}.takeover"), self.what):
-                if not self.file.exists():
+                if not os.path.lexists(self.file):
                     return False
                 self._raise_if_busy(fresh)
                 os.replace(fresh, self.file)
@@ -214,7 +219,7 @@ def _age_s(file: Path, probe: Path | None) -> float | None:
     cannot be told."""
     own = probe or file.with_name(f"{file.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     try:
-        touched = file.stat().st_mtime
+        touched = file.lstat().st_mtime
     except FileNotFoundError:
         return None
     except OSError:

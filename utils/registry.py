@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from utils.errors import UsageError
+from utils.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,10 +152,10 @@ PLUGIN = "continual_plugin_"  # the modules of plugins begin so
 
 def read_plugin(path: str) -> Plugin:
     """A file that could be a plugin, not loaded yet."""
+    file = Path(os.path.realpath(user_path(path)))
     try:
-        file = Path(path).expanduser().resolve()
         source = file.read_bytes() if file.is_file() else None
-    except (OSError, ValueError, RuntimeError) as error:  # NUL in a path, a home folder that nobody has, ...
+    except (OSError, ValueError) as error:
         raise UsageError(f"--plugin {path!r}: it cannot be read ({error}). Give the path of a Python file.") from None
     if source is None:
         raise UsageError(f"--plugin {path}: there is no such file. Give the path of a Python file.")

@@ -18,7 +18,9 @@ from typing import Any
 
 from utils import run_index
 from utils.arguments import EngineArgs, flags_of
+from utils.console import complain, guarded, reason, silence
 from utils.errors import UsageError
+from utils.files import is_writable, parse_json, read_json, read_text, user_path
 from utils.identity import differences
 from utils.registry import canonical, nearest
 
@@ -27,10 +29,6 @@ METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
 FORMATS = ("markdown", "csv", "latex", "text")
 NOTHING = "–"
 RECORD = "runs.jsonl"
-
-
-def complain(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def find_runs(
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         place = folder.resolve()
         for run in _runs_in(folder, say):
             if run is not None and run.summary["status"] == "finished":
@@ -133,7 +131,12 @@ def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
     for path, content in runs:
         yield _as_run(path, content, say)
     for file in records:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = read_text(file).splitlines()
+        except (OSError, ValueError) as error:
+            say(f"note: left out, since it cannot be read ({reason(error)}): {file}")
+            continue
+        for number, line in enumerate(lines, start=1):
             yield _as_run(file / str(number), _parsed(line), say)
 
 
@@ -143,7 +146,7 @@ def _contents(folder: Path) -> dict[str, Any] | None:
     content: dict[str, Any] = {"folder": folder.name}
     for file in run_index.FILES:
         try:
-            content[file.removesuffix(".json")] = json.loads((folder / file).read_text())
+            content[file.removesuffix(".json")] = read_json(folder / file)
         except FileNotFoundError:
             continue
         except (OSError, ValueError):
@@ -155,7 +158,7 @@ def _contents(folder: Path) -> dict[str, Any] | None:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
@@ -165,11 +168,35 @@ def _as_run(path: Path, content: Any, say: Callable[[str], None]) -> Run | None:
     try:
         summary, config = content["summary"], content.get("config", {"flags": {}})
         flags = {name: entry["value"] for name, entry in config["flags"].items()}
-        assert isinstance(summary["status"], str) and isinstance(summary["metrics"], dict)
+        if not _is_of_a_run(content, summary, flags):
+            raise ValueError
         return Run(path, summary, flags, config.get("protocol"), content)
-    except (KeyError, TypeError, AttributeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         say(f"note: left out, since it is not the summary of a run: {path}")
         return None
+
+
+def _is_of_a_run(content: Mapping[str, Any], summary: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    """Whether everything that a table is made of has the type that our files have."""
+
+    def plain(value: Any, *kinds: type) -> bool:
+        return value is None or (isinstance(value, kinds) and (not isinstance(value, str) or is_writable(value)))
+
+    config = content.get("config", {})
+    codes = [config.get("code") or {}, *(entry["code"] for entry in config.get("changed_code", ()))]
+    numbers = [*summary["metrics"].values(), summary.get("cost", {})]
+    values = [item for value in flags.values() for item in (value if isinstance(value, list) else [value])]
+    values += [value for key, value in summary.items() if key not in ("metrics", "cost", "accuracy")]
+    names = [*flags, *summary, *summary["metrics"], *(name for part in numbers for name in part), summary["status"]]
+    return (
+        isinstance(summary["status"], str)
+        and all(isinstance(part, dict) for part in (summary["metrics"], *numbers))
+        and all(plain(value, int, float) for part in numbers for value in part.values())
+        and all(plain(value, int, float, str) for value in (*values, *names))
+        and all(plain(value, str) for value in (summary.get("config_hash"), content.get("folder")))
+        and all(isinstance(part, str) for code in codes for item in code.items() for part in item)
+        and isinstance(config.get("protocol", 0), int)
+    )
 
 
 def write_record(runs: Sequence[Run], path: str | Path) -> None:
@@ -609,7 +636,7 @@ def _report(argv: Sequence[str]) -> None:
         if args.out:
             Path(args.out).write_text(text, encoding="utf-8")
         else:
-            print(text, end="")
+            print(text, end="", flush=True)
         if args.record:
             write_record(runs, args.record)
         if args.picture:
@@ -621,13 +648,17 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0, or 2 where the user asked for what cannot be done."""
-    try:
-        _report(argv)
-    except UsageError as error:
-        for problem in error.problems:
-            complain(f"error: {problem}")
-        return 2
+    """0, 1 where stdout is closed, or 2 where the user asked for what cannot be done."""
+    with guarded():
+        try:
+            _report(argv)
+        except UsageError as error:
+            for problem in error.problems:
+                complain(f"error: {problem}")
+            return 2
+        except BrokenPipeError:  # `| head`
+            silence("stdout")
+            return 1
     return 0
 
 

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
             complain("interrupted")
             return INTERRUPTED
         except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
-            silence()
+            silence("stdout")
             return FAILED
 
 

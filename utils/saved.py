@@ -1,5 +1,6 @@
 """What a run's config.json says: its flags, its plugins, and the code that made it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +40,14 @@ class Saved:
 def read_saved(path: str) -> Saved:
     """`path` is a run folder or its config.json. Raises `UsageError`."""
     file = user_path(path)
-    file = file / "config.json" if file.is_dir() else file
+    file = file / "config.json" if os.path.isdir(file) else file
     try:
         content = read_json(file)
         values = {name: entry["value"] for name, entry in content["flags"].items()}
-        plugins = tuple(map(_saved_plugin, content["plugins"]))
+        plugins = tuple(map(_saved_plugin, _checked(content["plugins"], list)))
         protocol, code = content["protocol"], content.get("code")
         if code is not None:
-            code = {str(name): str(digest) for name, digest in code.items()}
+            code = {_checked(name, str): _checked(digest, str) for name, digest in code.items()}
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}. Give a run folder or its config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -62,10 +63,13 @@ def read_saved(path: str) -> Saved:
 def _saved_plugin(entry: Any) -> SavedPlugin:
     if isinstance(entry, str):
         return SavedPlugin(entry)
-    plugin = SavedPlugin(entry["path"], entry["sha256"], entry["copy"])
-    if not all(isinstance(value, str) for value in vars(plugin).values()):
-        raise TypeError("a plugin's path, sha256 and copy are words")
-    return plugin
+    return SavedPlugin(*(_checked(entry[name], str) for name in ("path", "sha256", "copy")))
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
 
 
 def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_changed: bool) -> Plugin:

@@ -23,6 +23,7 @@ from typing import Any
 
 from utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
 from utils.errors import UsageError
+from utils.files import user_path
 from utils.lock import Busy, Lock
 from utils.registry import METHODS, canonical, load_plugin
 from utils.report import BY, Parser, Run, comparable, find_runs, table, words
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def results_path(self) -> Path:
-        return Path(self.config.results_path).expanduser()
+        return user_path(self.config.results_path)
 
     @property
     def label(self) -> str:
