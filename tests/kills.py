@@ -22,7 +22,6 @@ import json
 import mmap
 import os
 import random
-import shutil
 import signal
 import statistics
 import sys
@@ -34,11 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models._method import Method
 from utils import checkpoint, evaluator, run
@@ -54,8 +51,8 @@ PLACES = ("between steps", "step", "checkpoint", "end of a task", "evaluation")
 SECOND = {"step": 4, "checkpoint": 3, "end of a task": 1, "evaluation": 2}  # how often a second kill aims there
 FILE = "kills.jsonl"
 SLOW_IMPORTS = (  # once, not in each run
-    "utils.trainer", "torch.utils.tensorboard", "torch.fx.experimental.symbolic_shapes", "torch._decomp", "torch._dynamo",
-    "scipy.optimize",
+    "utils.trainer", "torch.utils.tensorboard", "torch._dynamo", "torch.fx.experimental.symbolic_shapes",
+    "torch._decomp", "scipy.optimize",
 )  # fmt: skip
 
 BACKBONE = '''"""A convolution, BatchNorm, dropout and a linear layer."""
@@ -124,7 +121,7 @@ class Outcome:
 
 
 class Probe:
-    """Inside a run: writes where it stands into memory that the parent shares, and says when a plan's moment is here."""
+    """Inside a run: writes where it stands into memory that the parent shares, and says when the plan's moment is."""
 
     def __init__(self, shared: memoryview, pipe: int, plan: Plan | None, inside: bool):
         self.shared, self.pipe, self.plan = shared, pipe, plan
@@ -378,9 +375,9 @@ def sample(number: int, seed: int) -> list[tuple[str, str]]:
     """So many pairs, each method and each optimizer at least once."""
     rng = random.Random(seed)
     models, optimizers = METHODS.names(), OPTIMIZERS.names()
-    least = max(len(models), len(optimizers))
-    if not least <= number <= len(models) * len(optimizers):
-        raise UsageError(f"--sample must be {least} to {len(models) * len(optimizers)}, got {number}. Give such a number.")
+    least, most = max(len(models), len(optimizers)), len(models) * len(optimizers)
+    if not least <= number <= most:
+        raise UsageError(f"--sample must be {least} to {most}, got {number}. Give such a number.")
     rng.shuffle(models)
     rng.shuffle(optimizers)
     pairs = [(models[i % len(models)], optimizers[i % len(optimizers)]) for i in range(least)]
@@ -425,8 +422,8 @@ def summarize(folder: Path) -> str:
     equal = sum(bool(line.get("equal")) for line in lines)
     refused = [line for line in lines if "refused" in line]
     text = [
-        f"{len(found)} of {len(all_pairs())} pairs, {len(kills)} kills; {equal} pairs bit-equal, {len(refused)} refused, "
-        f"{len(lines) - equal - len(refused)} not equal.",
+        f"{len(found)} of {len(all_pairs())} pairs, {len(kills)} kills; {equal} pairs bit-equal, {len(refused)} "
+        f"refused, {len(lines) - equal - len(refused)} not equal.",
         f"Killed after some batches of a task and before its last: {sum(kill['inside'] for kill in kills)}. Resumed "
         f"from a checkpoint inside a task: {len(in_task)}; then {sum(redone)} batches were done again "
         f"({statistics.mean(redone or [0]):.1f} a kill, at most {max(redone or [0])}).",
@@ -451,7 +448,7 @@ def summarize(folder: Path) -> str:
 def main(argv: list[str]) -> int:
     """0: every pair bit-equal or refused; 1: one is not; 2: bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, help=f"folder of {FILE}, one line a pair; pairs that are in it are skipped")
+    parser.add_argument("--record", type=Path, help=f"folder of {FILE}, a line a pair; pairs that it has are skipped")
     parser.add_argument("--summarize", type=Path, metavar="FOLDER", help="print the tables of a record, and stop")
     parser.add_argument("--sample", type=int, help="so many pairs, each method and each optimizer at least once")
     parser.add_argument("--pairs", nargs="+", metavar="MODEL:OPTIMIZER", help="these pairs; default: all")
@@ -495,10 +492,10 @@ def main(argv: list[str]) -> int:
                 finally:
                     os._exit(code)
             workers.append(worker)
-        ended_well = all([os.waitpid(worker, 0)[1] == 0 for worker in workers])
+        statuses = [os.waitpid(worker, 0)[1] for worker in workers]
     lines = [line for line in read(args.record) if (line["model"], line["optimizer"]) in pairs]
     good = len(lines) == len(pairs) and all("refused" in line or line.get("equal") for line in lines)
-    return 0 if good and ended_well else 1
+    return 0 if good and not any(statuses) else 1
 
 
 if __name__ == "__main__":
