@@ -345,8 +345,8 @@ def _compare(a: Any, b: Any, where: str, found: list[str]) -> None:
     elif isinstance(a, dict):
         if a.keys() != b.keys():
             found.append(f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}")
-        for key in a.keys() & b.keys():
-            if not _is_timed(key, a[key]):
+        for key in a:
+            if key in b and not _is_timed(key, a[key]):
                 _compare(a[key], b[key], f"{where}[{key!r}]", found)
     elif isinstance(a, list | tuple):
         if len(a) != len(b):
@@ -407,9 +407,11 @@ def verdict(line: dict[str, Any]) -> str:
 
 
 def cell(line: dict[str, Any] | None) -> str:
-    if line is None or "refused" in line:
-        return "" if line is None else "refused"
-    return f"{len(line['kills'])}" if line.get("equal") else "**not equal**"
+    if line is None:
+        return ""
+    if "refused" in line:
+        return "refused"
+    return str(len(line["kills"])) if line.get("equal") else "**not equal**"
 
 
 def summarize(folder: Path) -> str:
@@ -470,7 +472,7 @@ def main(argv: list[str]) -> int:
             load_plugin(plugin)
         pairs = all_pairs() if args.sample is None else sample(args.sample, args.seed)
         if args.pairs:
-            pairs = [tuple(pair.split(":")) for pair in args.pairs]
+            pairs = [tuple(pair.partition(":")[::2]) for pair in args.pairs]
         for model, optimizer in pairs:
             METHODS.load(model), OPTIMIZERS.load(optimizer)
         for module in SLOW_IMPORTS:
@@ -502,4 +504,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except UsageError as error:
-        sys.exit("\n".join(f"error: {problem}" for problem in error.problems))
+        print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        sys.exit(run.USAGE)
