@@ -17,6 +17,7 @@ pair that FOLDER's record has already is skipped, so a call that was stopped can
 
 import argparse
 import collections
+import gc
 import importlib
 import json
 import mmap
@@ -38,7 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models._method import Method
-from utils import checkpoint, evaluator, run
+from utils import checkpoint, evaluator, results, run
 from utils.arguments import schema
 from utils.errors import UsageError
 from utils.logs import Logs
@@ -50,6 +51,7 @@ PATIENCE = 3
 PLACES = ("between steps", "step", "checkpoint", "end of a task", "evaluation")
 SECOND = {"step": 4, "checkpoint": 3, "end of a task": 1, "evaluation": 2}  # how often a second kill aims there
 FILE = "kills.jsonl"
+ENVIRONMENT: dict[str, Any] = {}  # what environment.json says: asked for once, not in each run
 SLOW_IMPORTS = (  # once, not in each run
     "utils.trainer", "torch.utils.tensorboard", "torch._dynamo", "torch.fx.experimental.symbolic_shapes",
     "torch._decomp", "scipy.optimize",
@@ -86,9 +88,9 @@ class Killable(nn.Module):
 
 # of these, a pair gets the flags that it has: small, and such that all state is in use when the run is killed
 FLAGS = {
-    "n_epochs": 2, "stop_after": 2, "lr": 0.02, "log_every": 3, "buffer_size": 48, "minibatch_size": 8,
+    "n_epochs": 2, "stop_after": 2, "lr": 0.02, "log_every": 2, "buffer_size": 48, "minibatch_size": 8,
     "optim_mom": 0.9, "optim_wd": 0.001, "batch_num": 2, "fitting_epochs": 3, "steps_on_anchors": 3, "bic_epochs": 3,
-    "simclr_batch_size": 8, "saf_start": 0, "saf_lag": 1, "mesa_decay": 0.9, "mesa_carry": 1, "looksam_every": 3,
+    "simclr_batch_size": 8, "saf_start": 0, "saf_lag": 1, "mesa_decay": 0.9, "mesa_carry": 1, "looksam_every": 8,
     "sparse_mask": "dynamic", "cutmix_alpha": 1.0,
 }  # fmt: skip
 REFUSED = {"gdumb": ["n_epochs"], "joint": ["stop_after"]}  # methods that have no use for a flag above
@@ -140,6 +142,7 @@ class Probe:
         self._watch(evaluator.Evaluator, "__call__", "evaluation", self._evaluated)
         self._watch(method, "end_task", "end of a task", lambda: None)
         Logs.finish = lambda *args: None  # drawing takes longer than all the rest
+        results.environment = lambda *args: ENVIRONMENT
         evaluator.CPU_BYTES = SEEN_IN_CHUNKS
 
     def _watch(self, owner: Any, name: str, place: str, after: Any) -> None:
@@ -266,12 +269,12 @@ def _check_pair(model: str, optimizer: str, plugins: list[str], rng: random.Rand
     typical = {place: statistics.median(found or [0.0]) for place, found in whole.seconds.items()}
     line: dict[str, Any] = {"commit": _commit(_run_folder(folder / "whole")), "batches": whole.batches, "kills": []}
     for attempt in range(ATTEMPTS):
-        results = folder / f"part{attempt}"
+        part = folder / f"part{attempt}"
         minutes = rng.uniform(2, 7) * typical["step"] / 60  # between checkpoints: some steps are lost with each kill
-        begin = [*argv, f"--results_path={results}", f"--checkpoint_minutes={minutes:.12f}"]
-        kills, problem = _kill_and_resume(begin, results, model, log, whole, typical, rng)
+        begin = [*argv, f"--results_path={part}", f"--checkpoint_minutes={minutes:.12f}"]
+        kills, problem = _kill_and_resume(begin, part, model, log, whole, typical, rng)
         line["kills"] += kills
-        problem = problem or differences(_run_folder(folder / "whole"), _run_folder(results))
+        problem = problem or differences(_run_folder(folder / "whole"), _run_folder(part))
         if problem:
             return {**line, "equal": False, "differences": problem}
         if any(kill["inside"] for kill in kills):
@@ -280,7 +283,7 @@ def _check_pair(model: str, optimizer: str, plugins: list[str], rng: random.Rand
 
 
 def _kill_and_resume(
-    argv: list[str], results: Path, model: str, log: Path, whole: Outcome, typical: dict[str, float], rng: random.Random
+    argv: list[str], parent: Path, model: str, log: Path, whole: Outcome, typical: dict[str, float], rng: random.Random
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One run to its end with one or two kills on the way: (the kills, problems)."""
     first, last = rng.choice(list(zip(whole.ends, whole.ends[1:], strict=False)))  # batches before and after a task
@@ -296,7 +299,7 @@ def _kill_and_resume(
             return kills, []
         if outcome.code != -signal.SIGKILL:
             return kills, [f"after {len(kills)} kills: exit code {outcome.code}: {outcome.last_line}"]
-        path = _run_folder(results)
+        path = _run_folder(parent)
         if _is_finished(path):
             return kills, []  # it came too late, everything was there
         last = checkpoint.load(path / "checkpoint")
@@ -312,8 +315,8 @@ def _kill_and_resume(
             plans = [Plan(place, number, rng.uniform(0, typical[place]), behind=rng.randint(0, 2))]
 
 
-def _run_folder(results: Path) -> Path:
-    (config,) = results.rglob("config.json")
+def _run_folder(parent: Path) -> Path:
+    (config,) = parent.rglob("config.json")
     return config.parent
 
 
@@ -477,6 +480,8 @@ def main(argv: list[str]) -> int:
             METHODS.load(model), OPTIMIZERS.load(optimizer)
         for module in SLOW_IMPORTS:
             importlib.import_module(module)
+        ENVIRONMENT.update(results.environment("cpu"))
+        gc.freeze()  # or each fork would copy what its collector looks at
         args.record.mkdir(parents=True, exist_ok=True)
         done = {(line["model"], line["optimizer"]) for line in read(args.record)}
         left = [pair for pair in pairs if pair not in done]
