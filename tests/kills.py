@@ -48,7 +48,7 @@ from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, load_plugin
 
 LIMIT_S = 300  # of one process: what takes longer hangs
 ATTEMPTS = 5  # to hit the inside of the last task
-PATIENCE = 3
+PATIENCE = 3  # batches; see `Plan`
 PLACES = ("between steps", "step", "checkpoint", "end of a task", "evaluation")
 OTHER = {"step": 4, "checkpoint": 3, "end of a task": 1, "evaluation": 2}  # how often the other kill aims there
 FILE = "kills.jsonl"
@@ -89,7 +89,7 @@ class Killable(nn.Module):
 
 # of these, a pair gets the flags that it has: small, and such that all state is in use when the run is killed
 FLAGS = {
-    "n_epochs": 2, "stop_after": 2, "lr": 0.02, "log_every": 2, "buffer_size": 48, "minibatch_size": 8,
+    "n_epochs": 2, "stop_after": 2, "lr": 0.02, "log_every": 1, "buffer_size": 48, "minibatch_size": 8,
     "optim_mom": 0.9, "optim_wd": 0.001, "batch_num": 2, "fitting_epochs": 3, "steps_on_anchors": 3, "bic_epochs": 3,
     "simclr_batch_size": 8, "saf_start": 0, "saf_lag": 1, "mesa_decay": 0.9, "mesa_carry": 1, "looksam_every": 8,
     "sparse_mask": "dynamic", "cutmix_alpha": 1.0,
