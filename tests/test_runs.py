@@ -499,6 +499,10 @@ CASES = [
     ),
     pytest.param("gdumb", ("--stop_after", "3", "--gdumb_sampler", "greedy", "--fitting_epochs", "2"), 20, id="gdumb"),
     pytest.param("pnn", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="pnn-second-column"),
+    pytest.param(
+        "pnn", ("--backbone", "reduced-resnet18", "--debug_mode", "--stop_after", "2", "--batch_size", "4",
+                "--optimizer", "sam"), 7, id="pnn-batchnorm-of-the-second-column",
+    ),
     pytest.param("xder", (*TWO_EPOCHS, "--optim_mom", "0.9"), 29, id="xder-second-epoch-of-task-2"),
     pytest.param("xder", (*TWO_EPOCHS, "--optimizer", "sam"), 32, id="xder-last-step-of-a-task"),
     pytest.param(
