@@ -62,7 +62,7 @@ class WithExemplars(WithTeacher, Incremental):
 
     @dataclass(frozen=True)
     class Args:
-        buffer_size: int = flag(500, "exemplars that the memory can hold", low=1, high=10**9)
+        buffer_size: int = flag(500, "exemplars that the memory can hold", low=1, high=10**9, fixed=True)
 
     def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__(net, args, context)

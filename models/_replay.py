@@ -20,7 +20,7 @@ class ReplayMethod(Method):
 
     @dataclass(frozen=True)
     class Args:
-        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)
+        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
         minibatch_size: int = flag(32, "images of one draw from the memory", low=1, high=10**6)
 
     def __init__(self, net, args, context: Context):

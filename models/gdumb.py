@@ -35,7 +35,7 @@ class GDumb(Method):
 
     @dataclass(frozen=True)
     class Args:
-        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)
+        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
         gdumb_sampler: str = flag("reservoir", "how the memory is filled", choices=("reservoir", "greedy"))
         fitting_epochs: int = flag(256, "epochs over the memory, after the last task", low=1, high=10**6)
         maxlr: float | None = flag(None, "highest rate of the fit; default: --lr", above=0, high=1e6)

@@ -48,7 +48,7 @@ class Gem(AGem):
 
     @dataclass(frozen=True)
     class Args:
-        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9)
+        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
         gamma: float = flag(0.5, "margin: the least weight of a past task's gradient", low=0)
 
     published = published(

@@ -43,7 +43,7 @@ class HAL(ReplayMethod):
         gamma: float = flag(0.1, "weight of the mean feature in an anchor", low=0)
         steps_on_anchors: int = flag(100, "gradient steps on an anchor", low=1, high=10**6)
         hal_memory: str = flag(
-            "reservoir", "the memory: one for all tasks, or a ring for each", choices=("reservoir", "ring")
+            "reservoir", "the memory: one for all tasks, or a ring for each", choices=("reservoir", "ring"), fixed=True
         )
 
     published = published(

@@ -46,7 +46,7 @@ def plugin(tmp_path):
 
 @pytest.fixture(autouse=True)
 def unpictured(monkeypatch):
-    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args: None)
+    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args, **options: [])
 
 
 def start(tmp_path, *words, code=0):

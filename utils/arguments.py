@@ -23,24 +23,25 @@ from functools import cached_property
 from typing import Any
 
 from utils.errors import UsageError, mistake
-from utils.files import is_writable, user_path
+from utils.files import is_writable
 from utils.identity import PROTOCOL, code_of, named
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
-from utils.saved import Saved, check_plugin, read_saved
+from utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
 MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
 SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 
 
-def flag(default, help, *, low=None, high=None, above=None, below=None, choices=None, result=True):
+def flag(default, help, *, low=None, high=None, above=None, below=None, choices=None, result=True, fixed=False):
     """A dataclass field that is a flag.
 
     `low`, `high` are inclusive bounds, `above`, `below` exclusive ones; `result=False` marks a flag that cannot change
-    a number (where files lie, what is printed), which is left out of the config's hash.
+    a number (where files lie, what is printed), which is left out of the config's hash; `fixed` one that decides what
+    the tasks are or what is kept of them, so that a run that continues another cannot change it.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "bounds": bounds, "choices": choices, "result": result}
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "result": result, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -48,9 +49,9 @@ def flag(default, help, *, low=None, high=None, above=None, below=None, choices=
 class EngineArgs:
     """Flags that every run has."""
 
-    model: str = flag(None, "the continual-learning method (see --list)")
-    dataset: str = flag(None, "the benchmark (see --list)")
-    backbone: str = flag(None, "the network; default: the benchmark's")
+    model: str = flag(None, "the continual-learning method (see --list)", fixed=True)
+    dataset: str = flag(None, "the benchmark (see --list)", fixed=True)
+    backbone: str = flag(None, "the network; default: the benchmark's", fixed=True)
     optimizer: str = flag(None, "the optimizer, plain or sharpness-aware; default: the method's")
     lr: float = flag(0.1, "learning rate", above=0, high=1e6)
     n_epochs: int = flag(1, "epochs over each task", low=1, high=10**6)
@@ -63,26 +64,32 @@ class EngineArgs:
     )
     lr_milestones: tuple[int, ...] = flag((), "epochs at which 'multistep' multiplies the rate by --lr_gamma", low=1)
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
-    seed: int = flag(0, "seed of everything random", low=0, high=2**32 - 1)
-    n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1)
+    seed: int = flag(0, "seed of everything random", low=0, high=2**32 - 1, fixed=True)
+    n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1, fixed=True)
     start_from: int = flag(
-        0, "first task to train, counted from 0; the classes of those before count as learned", low=0
+        0, "first task to train, counted from 0; the classes of those before count as learned", low=0, fixed=True
     )
     stop_after: int | None = flag(None, "number of tasks after which training stops; default: all", low=1)
-    joint: bool = flag(False, "train on all tasks at once (upper bound)")
-    validation: bool = flag(False, "hold out 10 %% of the training images and evaluate on them, not on the test set")
-    permute_classes: bool = flag(False, "order the classes at random (by the seed) before they are split into tasks")
-    custom_class_order: tuple[int, ...] = flag((), "order of the classes, e.g. 3,1,0,2", low=0)
+    joint: bool = flag(False, "train on all tasks at once (upper bound)", fixed=True)
+    validation: bool = flag(
+        False, "hold out 10 %% of the training images and evaluate on them, not on the test set", fixed=True
+    )
+    permute_classes: bool = flag(
+        False, "order the classes at random (by the seed) before they are split into tasks", fixed=True
+    )
+    custom_class_order: tuple[int, ...] = flag((), "order of the classes, e.g. 3,1,0,2", low=0, fixed=True)
     augmentation: bool = flag(True, "augment the training images as the benchmark declares")
     class_il_argmax: str = flag(
         "all",
         "class-il predicts over all outputs, as the published DER tables do, or over the classes seen so far",
         choices=("all", "seen"),
+        fixed=True,
     )
     eval_tasks: str = flag(
         "auto",
         f"tasks to evaluate after each: all, or those seen so far; auto: all up to {MANY_TASKS} tasks, seen beyond",
         choices=("auto", "all", "seen"),
+        fixed=True,
     )
     model_config: str = flag(
         "best", "'best' applies published hyperparameters, 'default' drops them", choices=("best", "default")
@@ -132,6 +139,7 @@ class Flag:
     bounds: dict
     choices: tuple | None
     result: bool
+    fixed: bool
 
     def parse(self, words: list[str]) -> Any:
         """The value of command-line words; raises ValueError with 'expected ...'."""
@@ -255,6 +263,7 @@ class Config:
     values: dict[str, Any]
     origins: dict[str, str]
     plugins: tuple[Plugin, ...] = ()
+    continues: Parent | None = None
     flags: dict[str, Flag] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -274,6 +283,8 @@ class Config:
     def hash(self) -> str:
         """12 hexadecimal digits over everything that can change a number."""
         content = {name: self.values[name] for name, flag in sorted(self.flags.items()) if flag.result}
+        if self.continues is not None:
+            content["continues"] = [self.continues.config_hash, self.continues.tasks]
         text = json.dumps({"protocol": PROTOCOL, **content}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -288,7 +299,11 @@ class Config:
             {"path": plugin.path, "sha256": plugin.sha256, "copy": f"plugins/{name}"}
             for name, plugin in named(self.plugins).items()
         ]
-        return {"protocol": PROTOCOL, "config_hash": self.hash, "plugins": plugins, "code": self.code, "flags": flags}
+        parent = {} if self.continues is None else {"continues": dataclasses.asdict(self.continues)}
+        return {
+            "protocol": PROTOCOL, "config_hash": self.hash, **parent, "plugins": plugins, "code": self.code,
+            "flags": flags,
+        }  # fmt: skip
 
     @property
     def evaluated(self) -> str:
@@ -316,6 +331,7 @@ class Request:
     listing: str | None = None
     source: str | None = None  # --from
     resume: str | None = None
+    continues: bool = False  # the run of --from, from where it ended
     keep_changed: bool = False  # a run's plugin, or with --resume its code, may differ from what it was made with
 
     @classmethod
@@ -345,6 +361,9 @@ class Request:
         for name in ("from", "resume"):
             if single[name] is not None and len(single[name]) != 1:
                 problems.append(f"--{name} expects one path, got {len(single[name])}. Give a run's folder.")
+        continues = _switch("continue", words.pop("continue", None), problems)
+        if continues and single["from"] is None:
+            problems.append("--continue goes on from the end of another run. Name it by --from.")
         keep_changed = _switch("keep_changed", words.pop("keep_changed", None), problems)
         if keep_changed and single["from"] is None and single["resume"] is None:
             problems.append("--keep_changed has no effect without --resume or --from. Drop it.")
@@ -360,6 +379,7 @@ class Request:
             listing=None if single["list"] is None else " ".join(single["list"]),
             source=None if single["from"] is None else single["from"][0],
             resume=None if single["resume"] is None else single["resume"][0],
+            continues=continues,
             keep_changed=keep_changed,
         )
 
@@ -415,9 +435,12 @@ def resolve_request(request: Request) -> Config:
         elif name in file_values:
             layers.origins[name] = f"from {file}"
 
-    config = Config(layers.values, layers.origins, plugins, flags)
+    parent = parent_of(saved) if request.continues else saved.continues if saved else None
+    config = Config(layers.values, layers.origins, plugins, parent, flags)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
     problems = problems or _check_together(config)
+    if parent is not None:
+        problems = problems or _check_continued(config, saved if request.continues else None)
     problems = problems or [
         *chosen["dataset"].check(config),
         *chosen["model"].check(config, chosen["dataset"]),
@@ -426,6 +449,28 @@ def resolve_request(request: Request) -> Config:
     if problems:
         raise UsageError(*problems)
     return config
+
+
+def _check_continued(config: Config, saved: Saved | None) -> list[str]:
+    """What a run that continues another (`saved`, where it is not read from the files of such a run) cannot have."""
+    problems = []
+    for name, flag_ in config.flags.items():
+        is_fixed = flag_.fixed or flag_.owner.startswith(("backbone ", "dataset "))
+        if saved is None or not is_fixed:
+            continue
+        now, then = config.values[name], saved.values.get(name, flag_.default)
+        now, then = (canonical(value) if name in SELECTORS else value for value in (now, then))
+        if now != (tuple(then) if flag_.many else then):
+            problems.append(
+                f"--{name} {now}: a run cannot be continued with another one than its own, {then}. Drop it."
+            )
+    if config.joint or config.learner.trains_jointly:
+        problems.append("--continue: a joint run has all tasks, none is left. Drop it.")
+    done, stop = config.start_from + config.continues.tasks, config.stop_after or config.n_tasks
+    if stop <= done and not problems:
+        remedy = "Give a larger --stop_after" if done < config.n_tasks else "There are no more"
+        problems.append(f"--continue: {done} task(s) of {config.continues.run} are trained already. {remedy}.")
+    return problems
 
 
 def _load_plugins(request: Request, saved: Saved | None) -> tuple[Plugin, ...]:

@@ -48,8 +48,11 @@ class Run:
 
     def differs_from(self, code: Mapping[str, str]) -> list[str]:
         """The files of this code that the run, or a part of it, was not made with."""
-        later = [entry["code"] for entry in self.content.get("config", {}).get("changed_code", ())]
-        return sorted({file for own in (self.code, *later) if own is not None for file in differences(own, code)})
+        config = self.content.get("config", {})
+        others = [
+            entry["code"] for entry in (*config.get("changed_code", ()), config.get("continues") or {"code": None})
+        ]
+        return sorted({file for own in (self.code, *others) if own is not None for file in differences(own, code)})
 
     def get(self, key: str) -> Any:
         """The value of a key of the summary, else of a flag; None where the run has neither."""
@@ -183,7 +186,8 @@ def _is_of_a_run(content: Mapping[str, Any], summary: Mapping[str, Any], flags: 
         return value is None or (isinstance(value, kinds) and (not isinstance(value, str) or is_writable(value)))
 
     config = content.get("config", {})
-    codes = [config.get("code") or {}, *(entry["code"] for entry in config.get("changed_code", ()))]
+    parts = (*config.get("changed_code", ()), config.get("continues") or {"code": None})
+    codes = [config.get("code") or {}, *(part["code"] or {} for part in parts)]
     numbers = [*summary["metrics"].values(), summary.get("cost", {})]
     values = [item for value in flags.values() for item in (value if isinstance(value, list) else [value])]
     values += [value for key, value in summary.items() if key not in ("metrics", "cost", "accuracy")]

@@ -21,7 +21,7 @@ from utils.errors import RunFailed, UsageError
 from utils.files import read_json
 from utils.identity import differences
 from utils.registry import load_plugin, nearest
-from utils.saved import check_code, read_saved
+from utils.saved import Parent, check_code, read_saved
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -73,9 +73,13 @@ def _main(argv: list[str]) -> int:
 def train(config: Config) -> int:
     """One whole run, from an empty network."""
     device = resolve_device(config.device)
+    state = None if config.continues is None else _state_of(config.continues)
     with _new_folder(config) as folder, cpu_threads(config.threads):
         try:
             trainer = build(config, device, folder)
+            if state is not None:
+                with _fitting(config.continues.run):
+                    trainer.continue_from(state, same_optimizer=config.continues.optimizer == config.optimizer)
             _begin(trainer)
         except BaseException:
             if folder is not None:
@@ -83,6 +87,31 @@ def train(config: Config) -> int:
             raise
         say(describe(config))
         return _train(trainer)
+
+
+def _state_of(parent: Parent) -> dict:
+    """What a run that is to be continued has left."""
+    from utils import checkpoint
+
+    folder = Path(parent.run) / "checkpoint"
+    if not checkpoint.exists(folder):
+        raise UsageError(f"--continue: {parent.run} has no checkpoint to go on from. Run it with --keep_checkpoint 1.")
+    state = checkpoint.load(folder, parent.config_hash)
+    if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
+        raise UsageError(f"--continue: {parent.run} was stopped inside a task. Finish it by --resume.")
+    return state
+
+
+@contextmanager
+def _fitting(folder) -> Iterator[None]:
+    """What another version has saved can fail to load in many ways."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"{folder}/checkpoint does not fit this program's network or method ({reason(error)}). Use the version "
+            "that wrote it, or start a new run with --from."
+        ) from error
 
 
 @contextmanager
@@ -320,13 +349,8 @@ def _resume(request: Request) -> int:
         nothing = not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
         state = None if nothing else checkpoint.load(path / "checkpoint", config.hash, mend=True)
         trainer = build(config, device, folder)
-        try:
+        with _fitting(path):
             trainer.load_checkpoint(state) if state is not None else trainer.begin_anew()
-        except Exception as error:  # what another version has saved can fail in many ways
-            raise UsageError(
-                f"{path}/checkpoint does not fit this program's network or method ({reason(error)}). Use the version "
-                "that wrote it, or start a new run with --from."
-            ) from error
         if changed_files:
             folder.note_changed_code(trainer.cost.steps, config.code)
         _begin(trainer, is_new=state is None)
@@ -396,6 +420,8 @@ def _place(benchmark, where: str, device) -> None:
 def describe(config: Config) -> str:
     """Every flag that differs from its default, and where it came from; seed and rho always."""
     lines = [f"{config.model} on {config.dataset} ({config.benchmark.setting}), config {config.hash}"]
+    if config.continues is not None:
+        lines.append(f"  continues {config.continues.run} after {config.continues.tasks} task(s)")
     for name in sorted(config.values):
         if name == "n_epochs" and config.budget_rows is not None:
             continue
@@ -496,12 +522,9 @@ def _help(request: Request) -> int:
     print("  --plugin FILE                                   add names from a file (repeatable)")
     print("  --from RUN                                      repeat a run; further flags override its values")
     print("  --resume RUN                                    continue a run that was stopped")
-    print(
-        "  --resume auto                                   continue the newest unfinished run of these flags, or start"
-    )
-    print(
-        "  --keep_changed 1                                with --resume or --from: although its code has changed since"
-    )
+    print("  --resume auto                                   the newest unfinished run of these flags, or a new one")
+    print("  --from RUN --continue 1 --stop_after N          go on from the end of a run: more tasks, other flags")
+    print("  --keep_changed 1                                although the code of the run has changed since")
     owner = None
     for flag in schema(chosen).values():
         if flag.owner != owner:

@@ -24,13 +24,27 @@ class SavedPlugin:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The run that another one continues, as it was then: its folder, the hash of its configuration, how many tasks it
+    had finished, its optimizer, and the code that made it (None where that was not written down)."""
+
+    run: str
+    config_hash: str
+    tasks: int
+    optimizer: str
+    code: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
 class Saved:
     """A run's config.json. `code` is None in runs of before it was written down."""
 
     file: Path
+    config_hash: str
     values: Mapping[str, Any]
     plugins: tuple[SavedPlugin, ...]
     code: Mapping[str, str] | None
+    continues: Parent | None
 
     @property
     def folder(self) -> Path:
@@ -45,9 +59,12 @@ def read_saved(path: str) -> Saved:
         content = read_json(file)
         values = {name: entry["value"] for name, entry in content["flags"].items()}
         plugins = tuple(map(_saved_plugin, _checked(content["plugins"], list)))
-        protocol, code = content["protocol"], content.get("code")
-        if code is not None:
-            code = {_checked(name, str): _checked(digest, str) for name, digest in code.items()}
+        protocol, config_hash = content["protocol"], _checked(content["config_hash"], str)
+        code, continues = _code(content.get("code")), content.get("continues")
+        if continues is not None:
+            kinds = {"run": str, "config_hash": str, "tasks": int, "optimizer": str}
+            given = {name: _checked(continues[name], kind) for name, kind in kinds.items()}
+            continues = Parent(**given, code=_code(continues["code"]))
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}. Give a run folder or its config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -57,13 +74,31 @@ def read_saved(path: str) -> Saved:
             f"{file} was written under protocol {protocol}, this program runs protocol {PROTOCOL}: the same flags "
             "would give other numbers. Use the version that wrote it, or give the flags anew."
         )
-    return Saved(file, values, plugins, code)
+    return Saved(file, config_hash, values, plugins, code, continues)
+
+
+def parent_of(saved: Saved) -> Parent:
+    """A run as the start of another. Raises `UsageError` where it has finished no task."""
+    try:
+        tasks = len(_checked(read_json(saved.folder / "accuracy.json")["tasks"], list))
+    except (OSError, ValueError, KeyError, TypeError):
+        tasks = 0
+    if tasks == 0:
+        raise UsageError(f"--continue: {saved.folder} has finished no task. Finish one by --resume.")
+    optimizer = _checked(saved.values.get("optimizer"), str)
+    return Parent(str(saved.folder.resolve()), saved.config_hash, tasks, optimizer, saved.code)
 
 
 def _saved_plugin(entry: Any) -> SavedPlugin:
     if isinstance(entry, str):
         return SavedPlugin(entry)
     return SavedPlugin(*(_checked(entry[name], str) for name in ("path", "sha256", "copy")))
+
+
+def _code(value: Any) -> Mapping[str, str] | None:
+    if value is None:
+        return None
+    return {_checked(name, str): _checked(digest, str) for name, digest in value.items()}
 
 
 def _checked(value: Any, kind: type) -> Any:

@@ -231,8 +231,24 @@ class Trainer:
 
     def load_checkpoint(self, state: dict[str, Any]) -> None:
         """Puts the run where its last checkpoint left it."""
+        self._take_over(state, with_optimizer=True)
+        if state["stream"] is not None:
+            self.stream.load_state_dict(state["stream"])
+            self._mid_epoch = True
+        self.folder.truncate_metrics(state["metrics_size"])
+        self.logs.resume(self.cost.steps)
+
+    def continue_from(self, state: dict[str, Any], same_optimizer: bool) -> None:
+        """Takes over weights, memory and generators, and the matrix and costs so far, of another run, which has ended
+        with a task. Another optimizer begins anew."""
+        self._take_over(state, with_optimizer=same_optimizer)
+
+    def _take_over(self, state: dict[str, Any], with_optimizer: bool) -> None:
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if with_optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self.optimizer.follow()
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
         self.progress.accuracy = {}
         for setting, matrix in state["progress"]["accuracy"].items():
@@ -242,11 +258,6 @@ class Trainer:
             ]
         seeding.set_generator_state(self.stream.rng, state["order"])
         seeding.set_global_state(state["random"])
-        if state["stream"] is not None:
-            self.stream.load_state_dict(state["stream"])
-            self._mid_epoch = True
-        self.folder.truncate_metrics(state["metrics_size"])
-        self.logs.resume(self.cost.steps)
 
     def begin_anew(self) -> None:
         """In a folder whose run was stopped before its first checkpoint."""

@@ -254,7 +254,6 @@ class Driver:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the method's trainable parameters are not those that the state is of."""
         self.follow()
-        self._batchnorms = batchnorms(self.method)  # in the middle of a task: no begin_task comes
         odd = sorted({*state["names"]} ^ {*self.names})
         if odd:
             raise ValueError(f"it trains other parameters: {', '.join(odd[:3])}{' ...' if odd[3:] else ''}")

@@ -1,0 +1,147 @@
+"""A run as the start of another: `--from RUN --continue 1`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint, run
+from utils.arguments import resolve
+
+BASE = ("--dataset", "seq-synth", "--non_verbose", "--log_every", "5")
+
+
+@pytest.fixture(autouse=True)
+def unpictured(monkeypatch):
+    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args, **options: [])
+
+
+def start(tmp_path, *words, code=0):
+    """A run's folder."""
+    before = {*tmp_path.rglob("config.json")}
+    assert run.main([*words, "--results_path", str(tmp_path / "results"), "--non_verbose"]) == code
+    (file,) = {*tmp_path.rglob("config.json")} - before
+    return file.parent
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def refused(capsys, *words):
+    capsys.readouterr()
+    assert run.main([*words]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.splitlines()) == 1
+    return error
+
+
+@pytest.mark.parametrize("model", ["er", "mgser_sam", "lucir", "pnn", "si"])
+def test_tasks_trained_in_two_runs_are_those_of_one(model, tmp_path, assert_same):
+    whole = start(tmp_path / "whole", "--model", model, *BASE, "--stop_after", "3")
+    first = start(tmp_path / "first", "--model", model, *BASE, "--stop_after", "2")
+    second = start(tmp_path / "second", "--from", str(first), "--continue", "1", "--stop_after", "3")
+    assert read(second, "accuracy") == read(whole, "accuracy")
+    states = [checkpoint.load(folder / "checkpoint") for folder in (whole, second)]
+    for name in ("method", "optimizer", "random", "order"):
+        assert_same(states[0][name], states[1][name])
+    assert states[1]["cost"]["steps"] == states[0]["cost"]["steps"]
+    lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines if "task" in line] == [2]  # its own alone
+
+
+def test_a_continued_run_says_so_and_is_no_other_run(tmp_path, capsys):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
+    again = ["--from", str(first), "--continue", "1", "--stop_after", "2", "--lr", "0.01"]
+    second = start(tmp_path, *again)
+    assert f"continues {first} after 1 task(s)" in capsys.readouterr().out
+    config = read(second, "config")
+    parent = config["continues"]
+    assert parent["run"] == str(first) and parent["tasks"] == 1
+    assert parent["config_hash"] == read(first, "config")["config_hash"] and parent["code"]["models/er.py"]
+    plain = ["--model", "er", *BASE, "--stop_after", "2", "--lr", "0.01"]
+    assert len({resolve(plain).hash, config["config_hash"], parent["config_hash"]}) == 3
+    assert resolve(again).hash == config["config_hash"]
+    assert resolve(["--from", str(second)]).hash == config["config_hash"]  # repeats it, from the same start
+    third = start(tmp_path, "--from", str(second), "--continue", "1", "--stop_after", "3")
+    assert read(third, "config")["continues"]["tasks"] == 2
+    assert len(read(third, "accuracy")["accuracy"]["class-il"]) == 3
+
+
+def test_another_optimizer_begins_anew(tmp_path):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--optim_mom", "0.9")
+    second = start(tmp_path, "--from", str(first), "--continue", "--stop_after", "2", "--optimizer", "gsam")
+    assert read(second, "config")["flags"]["optimizer"]["value"] == "gsam"
+    state = checkpoint.load(second / "checkpoint")
+    assert set(state["optimizer"]["names"]) and len(state["progress"]["tasks"]) == 2
+
+
+def test_a_continued_run_resumes(tmp_path, monkeypatch):
+    from utils.trainer import Trainer
+
+    first = start(tmp_path, "--model", "derpp", *BASE, "--stop_after", "1")
+    words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
+    whole = start(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", 15))
+        second = start(tmp_path, *words, code=143)
+    assert run.main(["--resume", str(second), "--non_verbose"]) == 0
+    assert read(second, "accuracy") == read(whole, "accuracy")
+    assert run.main([*words, "--resume", "auto", "--results_path", str(tmp_path / "results")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stop_after", "1"], "1 task(s) of"),
+        (["--stop_after", "2", "--buffer_size", "50"], "--buffer_size 50: a run cannot be continued with another one"),
+        (["--stop_after", "2", "--seed", "1"], "--seed 1: a run cannot be continued"),
+        (["--stop_after", "2", "--model", "derpp"], "--model derpp: a run cannot be continued"),
+        (["--stop_after", "2", "--dataset", "seq-digits"], "--dataset seq_digits: a run cannot be continued"),
+        (["--stop_after", "2", "--hidden", "7"], "--hidden 7: a run cannot be continued"),
+        (["--stop_after", "2", "--permute_classes", "1"], "--permute_classes True: a run cannot be continued"),
+    ],
+)
+def test_what_cannot_be_continued_is_said_before_any_work(words, message, tmp_path, capsys):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--debug_mode")
+    before = [*tmp_path.rglob("config.json")]
+    assert message in refused(capsys, "--from", str(first), "--continue", "1", *words)
+    assert [*tmp_path.rglob("config.json")] == before
+
+
+def test_runs_that_are_not_finished_or_have_nothing_to_go_on_from(tmp_path, capsys, monkeypatch):
+    from utils.trainer import Trainer
+
+    assert "Name it by --from" in refused(capsys, "--model", "er", *BASE, "--continue", "1")
+    light = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--keep_checkpoint", "0")
+    assert torch.load(light / "model.pt", weights_only=True)
+    assert "has no checkpoint" in refused(capsys, "--from", str(light), "--continue", "1", "--stop_after", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", 15))
+        none = start(tmp_path, "--model", "er", *BASE, code=143)
+    assert "has finished no task" in refused(capsys, "--from", str(none), "--continue", "1")
+    joint = start(tmp_path, "--model", "joint", *BASE, "--debug_mode")
+    assert "a joint run has all tasks" in refused(capsys, "--from", str(joint), "--continue", "1")
+
+
+def test_a_run_that_was_stopped_inside_a_task_is_to_be_finished_first(tmp_path, capsys, monkeypatch):
+    from utils.trainer import Trainer
+
+    def stop(self):
+        if len(self.progress.tasks) == 1:
+            self._stop_signal = 15
+
+    monkeypatch.setattr(Trainer, "_checkpoint_is_due", stop)
+    folder = start(tmp_path, "--model", "er", *BASE, "--stop_after", "2", code=143)
+    error = refused(capsys, "--from", str(folder), "--continue", "1", "--stop_after", "3")
+    assert "was stopped inside a task. Finish it by --resume." in error
+
+
+def test_a_parent_that_is_gone_is_named(tmp_path, capsys):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--debug_mode")
+    second = start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "2")
+    first.rename(tmp_path / "moved")
+    assert run.main(["--resume", str(second)]) == 0  # finished: nothing to be done
+    assert f"{first} has no checkpoint" in refused(capsys, "--from", str(second))
+    assert Path(read(second, "config")["continues"]["run"]) == first
