@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from utils import metrics, pictures, report, sweep
 from utils.errors import UsageError
+from utils.memory import peak_memory_mib, reset_peak_memory
 
 
 def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
@@ -268,9 +270,105 @@ def test_forgetting_ends_at_the_metric_of_that_name():
     assert pictures.forgetting(matrix)[-1] == pytest.approx(metrics.forgetting_chaudhry18(matrix))
 
 
-@pytest.mark.parametrize("matrix", [[[0.5]], [[0.5, 0.6, 0.7]], MATRIX])
+@pytest.mark.parametrize("matrix", [[[0.5]], [[0.5, 0.6, 0.7]], MATRIX, [[0.5], [None, 0.5], [None]]])
 def test_curves_of_any_shape_can_be_drawn(matrix):
     assert pictures.to_array(pictures.curves(matrix, "any")).std() > 0
+
+
+def long_matrix(tasks, kind):
+    """Full, or of the tasks seen only (with a task that was not evaluated at all), or a joint run's row."""
+    values = np.random.default_rng(0).random((1 if kind == "joint" else tasks, tasks)).tolist()
+    if kind == "seen":
+        values = [row[: t + 1] for t, row in enumerate(values)]
+        values[tasks // 2] = [None] * (tasks // 2)
+    return values
+
+
+@pytest.mark.parametrize("tasks", [13, 60, 1000])
+@pytest.mark.parametrize("kind", ["full", "seen", "joint"])
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_long_sequences_stay_small(tasks, kind):
+    cpu = torch.device("cpu")
+    matrix = long_matrix(tasks, kind)
+    for draw in (pictures.accuracy_matrix, pictures.curves):
+        reset_peak_memory(cpu)
+        before = peak_memory_mib(cpu)
+        figure = draw(matrix, "er on perm-mnist")
+        array = pictures.to_array(figure)
+        assert max(array.shape) <= 2000 and array.std() > 0
+        assert peak_memory_mib(cpu) - before < 300
+        for axes in figure.axes:
+            assert len(axes.get_xticklabels()) <= 21 and len(axes.get_yticklabels()) <= 21
+            artists = len(axes.patches) + len(axes.lines) + len(axes.texts) + len(axes.collections)
+            assert artists <= 20, "drawing takes time for each"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "most", "labels"),
+    [
+        (range(3), 20, [1, 2, 3]),
+        (range(20), 20, list(range(1, 21))),
+        (range(21), 20, [1, *range(2, 21, 2)]),
+        (range(200), 20, [1, *range(10, 201, 10)]),
+        (range(1000), 12, [1, *range(100, 1001, 100)]),
+        (range(2999), 20, [1, *range(200, 2999, 200)]),
+        ([4, 5, 6], 20, [5, 6, 7]),
+        (range(99, 150), 20, list(range(100, 151, 5))),
+        (range(97, 148), 20, list(range(100, 149, 5))),
+    ],
+)
+def test_labels_of_many_tasks_are_the_first_and_round_numbers(tasks, most, labels):
+    places, names = pictures._task_ticks(tasks, most)
+    assert [tasks[place] + 1 for place in places] == labels and names == [str(label) for label in labels]
+
+
+def test_matrix_picture_of_many_tasks_hatches_what_is_missing():
+    axes = pictures.accuracy_matrix(long_matrix(30, "seen"), "er").axes[0]
+    (patch,) = axes.patches
+    assert patch.get_hatch() == "////" and (patch.get_width(), patch.get_height()) == (30, 30)
+    assert patch.get_zorder() < axes.images[0].get_zorder()
+    assert axes.images[0].get_array().mask.sum() == 30 * 29 / 2 + 15 + 1
+    assert list(pictures.accuracy_matrix(long_matrix(30, "full"), "er").axes[0].patches) == []
+
+
+def test_matrix_picture_of_few_rows_of_many_tasks_has_rows_that_can_be_seen():
+    figure = pictures.accuracy_matrix(long_matrix(1000, "full")[500:505], "er", list(range(500, 505)))
+    axes = figure.axes[0]
+    pictures.to_array(figure)
+    assert axes.get_window_extent().height > 5 * 20 and axes.get_window_extent().width > 900
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["501", "502", "503", "504", "505"]
+
+
+def test_curves_of_many_tasks_show_where_the_tasks_lie():
+    matrix = long_matrix(40, "full")
+    left, _ = pictures.curves(matrix, "er").axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "90 % of the tasks", "50 %", "average over tasks seen"
+    ]  # fmt: skip
+    wide, narrow = (area.get_paths()[0].vertices for area in left.collections)
+    seen = 100 * np.array(matrix[29][:30])
+    assert {y for x, y in wide if x == 30} == set(np.percentile(seen, [5, 95]))
+    assert {y for x, y in narrow if x == 30} == set(np.percentile(seen, [25, 75]))
+
+
+def test_forgetting_passes_over_what_was_not_evaluated():
+    matrix = [[0.9, None, 0.1], [None, 0.8, None], [0.5, 0.4, None]]
+    # After task 2 nothing is known of task 1; after task 3: (.9 - .5 + .8 - .4) / 2.
+    assert pictures.forgetting(matrix) == pytest.approx([np.nan, 0.4], nan_ok=True)
+
+
+@pytest.mark.parametrize(("panels", "methods"), [(1, 50), (8, 12)])
+def test_comparison_of_many_stays_small(panels, methods):
+    rows = [
+        {"panel": f"panel {panel}", "method": f"method {method}", "series": series, "mean": 0.5, "std": None}
+        for panel in range(panels)
+        for method in range(methods)
+        for series in ("class-il", "task-il")
+    ]
+    figure = pictures.comparison(rows)
+    assert max(figure.get_size_inches()) * figure.dpi <= 2000
+    assert figure.dpi > 60, "letters of 8 points have 7 pixels"
+    assert sum(len(axes.patches) for axes in figure.axes) == len(rows)
 
 
 def test_comparison_has_a_panel_each_and_bars_with_their_values():

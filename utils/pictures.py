@@ -1,11 +1,12 @@
-"""Pictures of runs, as figures that know nothing of each other.
+"""Pictures of runs, as figures that know nothing of each other, of at most `MAX_PIXELS` in either direction.
 
 Only matplotlib's object API and its Agg canvas: no pyplot, so no window, no global figure list, no leak in long runs.
 Accuracies come in as fractions and are drawn in percent; tasks are counted from 1. `None` is "not evaluated".
 """
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,43 +20,48 @@ Matrix = Sequence[Sequence[float | None]]  # [t][j]: after task t, on task j, 0.
 INK, FAINT, GREY = "#222222", "#9aa5b1", "#e4e4e4"
 SERIES = ("#2b6cb0", "#dd8452", "#4c9f70", "#8c6bb1", "#c44e52", "#64748b")
 MAX_NUMBERED = 12  # tasks up to which a cell is wide enough for its number
+MAX_LINES = 20  # tasks up to which each has a line of its own
+MAX_PIXELS = 2000
+DPI = 120
+MATRIX_INCHES = 8.4  # width and height of a matrix of many tasks; 1000 tasks have a pixel each
+BORDERED_INCHES = 0.1  # cells from this size on have borders
 
 
 def accuracy_matrix(matrix: Matrix, title: str, tasks: Sequence[int] | None = None) -> "Figure":
     """The matrix as a heat map, 0..100 %. `tasks` (counted from 0) are those that the rows stand for, if not the first
     ones; without it a 1xT matrix is a joint run's."""
-    from matplotlib.patches import Rectangle
-
     percent = _percent(matrix)
     rows, columns = percent.shape
-    cell = 0.62 if columns <= MAX_NUMBERED else 0.34
-    figure = _figure(max(cell * columns + 1.9, 4.2), max(cell * rows + 1.2, 1.9))
+    is_numbered = max(rows, columns) <= MAX_NUMBERED
+    largest = 0.62 if is_numbered else 0.34
+    width, height = (min(largest, MATRIX_INCHES / count) for count in (columns, rows))  # of a cell
+    figure = _figure(max(width * columns + 1.9, 4.2), max(height * rows + 1.2, 1.9))
     axes = figure.add_subplot()
-    image = axes.imshow(np.ma.masked_invalid(percent), cmap="YlGnBu", vmin=0, vmax=100)
-    for t, j in np.argwhere(np.isnan(percent)):
-        axes.add_patch(Rectangle((j - 0.5, t - 0.5), 1, 1, facecolor=GREY, edgecolor="#c4c4c4", hatch="////", lw=0))
-    if columns <= MAX_NUMBERED:
+    image = axes.imshow(np.ma.masked_invalid(percent), cmap="YlGnBu", vmin=0, vmax=100, aspect=height / width)
+    _hatch_missing(axes, np.isnan(percent), is_numbered)
+    if is_numbered:
         for t, j in np.argwhere(~np.isnan(percent)):
             colour = "white" if percent[t, j] > 60 else INK
             axes.text(j, t, f"{percent[t, j]:.1f}", ha="center", va="center", color=colour, fontsize=9)
-    _cell_borders(axes, rows, columns)
-    size = 9 if columns <= MAX_NUMBERED else 8
-    axes.set_xticks(range(columns), [str(j + 1) for j in range(columns)], fontsize=size)
+    _cell_borders(axes, *((rows, columns) if min(width, height) >= BORDERED_INCHES else (1, 1)))
+    size = 9 if is_numbered else 8
+    axes.set_xticks(*_task_ticks(range(columns)), fontsize=size)
     axes.set_xlabel("accuracy on task")
     if rows == 1 and columns > 1 and tasks is None:
         axes.set_yticks([0], ["end of\ntraining"], fontsize=size)
     else:
-        axes.set_yticks(range(rows), [str(t + 1) for t in (range(rows) if tasks is None else tasks)], fontsize=size)
+        axes.set_yticks(*_task_ticks(range(rows) if tasks is None else tasks), fontsize=size)
         axes.set_ylabel("after training task")
     axes.set_title(title, fontsize=11, wrap=True)
-    beside = axes.inset_axes([1 + 0.18 / (cell * columns), 0, 0.16 / (cell * columns), 1])  # as high as the matrix
+    beside = axes.inset_axes([1 + 0.18 / (width * columns), 0, 0.16 / (width * columns), 1])  # as high as the matrix
     bar = figure.colorbar(image, cax=beside, label="%", ticks=(0, 100) if rows < 3 else range(0, 101, 20))
     bar.outline.set_visible(False)
     return figure
 
 
 def curves(matrix: Matrix, title: str) -> "Figure":
-    """Average accuracy over the tasks seen so far (and each task's own), and forgetting, after each task."""
+    """Average accuracy over the tasks seen so far, and forgetting, after each task. Beside the average each task's own
+    accuracy, or, of many tasks, between which accuracies half and 90 % of those seen so far lie."""
     percent = _percent(matrix)
     rows, columns = percent.shape
     joint = rows == 1 and columns > 1
@@ -64,29 +70,36 @@ def curves(matrix: Matrix, title: str) -> "Figure":
     figure.suptitle(title, fontsize=11)
 
     steps = np.arange(1, rows + 1)
-    for j in range(columns):
-        own = percent[:, j].copy()
-        own[: 0 if joint else j] = np.nan  # before its own training a task is not yet learned
-        left.plot(steps, own, color=FAINT, lw=0.9, marker=".", ms=3, label="each task" if j == 0 else None)
-    average = [_mean(percent[t] if joint else percent[t, : t + 1]) for t in range(rows)]
-    left.plot(steps, average, color=SERIES[0], lw=2.4, marker="o", ms=5, label="average over tasks seen")
+    seen = percent.copy()
+    if not joint:
+        seen[np.arange(columns) > np.arange(rows)[:, None]] = np.nan  # before its training a task is not yet learned
+    if columns <= MAX_LINES:
+        for j in range(columns):
+            left.plot(steps, seen[:, j], color=FAINT, lw=0.9, marker=".", ms=3, label="each task" if j == 0 else None)
+    elif not joint:
+        low, lower, upper, high = np.array([_percentiles(row, (5, 25, 75, 95)) for row in seen]).T
+        left.fill_between(steps, low, high, color="#dbe4ee", lw=0, label="90 % of the tasks")
+        left.fill_between(steps, lower, upper, color="#b4c7dc", lw=0, label="50 %")
+    style = {"lw": 2.4, "marker": "o", "ms": 5} if rows <= MAX_LINES else {"lw": 1.6}
+    average = [_mean(row) for row in seen]
+    left.plot(steps, average, color=SERIES[0], label="average over tasks seen", **style)
     left.set_ylim(-2, 102)
     left.set_ylabel("accuracy (%)")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False, fontsize=9)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=9)
 
-    right.plot(steps[1:], 100 * np.array(forgetting(matrix)), color=SERIES[1], lw=2.4, marker="o", ms=5)
+    right.plot(steps[1:], 100 * np.array(forgetting(matrix)), color=SERIES[1], **style)
     right.axhline(0, color=INK, lw=0.8)
     right.set_ylabel("forgetting (%)")
     if rows < 2:
         right.set_ylim(-1, 1)
         right.set_yticks([0])
         right.text(0.5, 0.5, "needs two tasks", transform=right.transAxes, ha="center", va="bottom", color=FAINT)
+    places, names = _task_ticks(range(rows), MAX_LINES if rows <= MAX_LINES else 12)
     for axes in (left, right):
         _plain(axes)
         axes.set_xlabel("after training task" if not joint else "after training on all tasks")
-        shown = steps if rows <= 20 else steps[:: rows // 10]
-        axes.set_xticks(shown, ["end"] if joint else [str(step) for step in shown], fontsize=8 if rows > 12 else 9)
-        axes.set_xlim(0.6, rows + 0.4)
+        axes.set_xticks(np.array(places) + 1, ["end"] if joint else names, fontsize=8 if rows > 12 else 9)
+        axes.set_xlim(1 - 0.4 * max(1, rows / 40), rows + 0.4 * max(1, rows / 40))
     return figure
 
 
@@ -94,24 +107,29 @@ def forgetting(matrix: Matrix) -> list[float]:
     """After each task from the second on: mean over the old tasks of the best accuracy before minus the one now,
     as `metrics.forgetting_chaudhry18` defines it; the last value is that metric."""
     values = _percent(matrix) / 100
-    found = []
-    for t in range(1, len(values)):
-        drops = [_best(values[:t, j]) - values[t, j] for j in range(min(t, values.shape[1]))]
-        found.append(_mean(np.array(drops)))
-    return found
+    best = np.fmax.accumulate(values)  # fmax passes over nan
+    return [_mean(best[t - 1, :t] - values[t, :t]) for t in range(1, len(values))]
 
 
 def comparison(rows: Sequence[Mapping], label: str = "final average accuracy (%)") -> "Figure":
     """Bars with error bars. `rows`: mappings with `panel`, `method`, `series` (the setting; bars of one method that
-    stand together), `mean` (0..1, None leaves a gap) and `std` (0..1 or None), in the order of drawing."""
+    stand together), `mean` (0..1, None leaves a gap) and `std` (0..1 or None), in the order of drawing. What would be
+    too large stands closer together, with as many panels beside each other as make the picture smallest."""
     panels = {row["panel"]: [other for other in rows if other["panel"] == row["panel"]] for row in rows}
     series = list(dict.fromkeys(row["series"] for row in rows))
     across = 2 if len(panels) == 4 else min(3, len(panels))
-    down = -(-len(panels) // across)
     slots = max(len({row["method"] for row in own}) for own in panels.values())
     height = slots * (0.16 + 0.18 * len(series)) + 0.85
-    longest = max(len(row["method"]) for row in rows)
-    figure = _figure(across * (3.1 + 0.075 * longest), down * height + 0.35 * (len(series) > 1))
+    width = 3.1 + 0.075 * max(len(row["method"]) for row in rows)
+
+    def size(across: int) -> tuple[float, float]:
+        return across * width, -(-len(panels) // across) * height + 0.35 * (len(series) > 1)
+
+    if max(size(across)) > MAX_PIXELS / DPI:
+        height = slots * (0.04 + 0.13 * len(series)) + 0.85
+        across = min(range(1, len(panels) + 1), key=lambda number: max(size(number)))
+    down = -(-len(panels) // across)
+    figure = _figure(*size(across))
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, (panel, own) in zip(grid, panels.items(), strict=False):
         _bars(axes, own, series)
@@ -146,11 +164,12 @@ def to_array(figure: "Figure") -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """An empty figure of this size in inches, bound to the Agg canvas."""
+    """An empty figure of this size in inches, bound to the Agg canvas; drawn smaller where it would be too large."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    dpi = min(DPI, MAX_PIXELS / max(width, height))
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)
     FigureCanvasAgg(figure)
     return figure
@@ -175,8 +194,39 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _best(values: np.ndarray) -> float:
-    return float(np.fmax.reduce(values))  # fmax passes over nan, without a warning where all are
+def _percentiles(values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """The percentiles without nan, one for each of `shares` (0..100); nan where nothing is left."""
+    values = values[~np.isnan(values)]
+    return np.percentile(values, shares) if len(values) else np.full(len(shares), np.nan)
+
+
+def _task_ticks(tasks: Sequence[int], most: int = 20) -> tuple[list[int], list[str]]:
+    """Places and labels for an axis whose k-th place stands for `tasks[k]` (from 0): all of them, or, where they are
+    more than `most`, the first and each round number."""
+    numbers = [task + 1 for task in tasks]
+    step = next(step for step in _round_numbers() if len(numbers) <= most * step)
+    places = [place for place, number in enumerate(numbers) if number % step == 0 or place == 0]
+    if len(places) > 1 and places[1] - places[0] < step / 2:
+        del places[0]  # its label would touch the next one
+    return places, [str(numbers[place]) for place in places]
+
+
+def _round_numbers() -> Iterator[int]:
+    for power in itertools.count():
+        yield from (10**power, 2 * 10**power, 5 * 10**power)
+
+
+def _hatch_missing(axes, is_missing: np.ndarray, is_each: bool) -> None:
+    """Hatches the cells without a value; `is_each`: a patch for each of them, else one behind the whole matrix."""
+    from matplotlib.patches import Rectangle
+
+    rows, columns = is_missing.shape
+    style = {"facecolor": GREY, "edgecolor": "#c4c4c4", "hatch": "////", "lw": 0}
+    if is_each:
+        for t, j in np.argwhere(is_missing):
+            axes.add_patch(Rectangle((j - 0.5, t - 0.5), 1, 1, **style))
+    elif is_missing.any():
+        axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, zorder=-1, **style))
 
 
 def _cell_borders(axes, rows: int, columns: int) -> None:
