@@ -128,7 +128,9 @@ class Benchmark(Sequence[Task]):
         return None
 
     def augmentations(self) -> list[nn.Module]:
-        """kornia augmentations of the training images, applied in order, before normalisation."""
+        """kornia augmentations of the training images (N, C, H, W) float32 in 0..1, applied in order, before
+        normalisation. Each draws for each image, from torch's global generators: a call has images of many batches, so
+        that draws which its images share (kornia's `same_on_batch`, torchvision's transforms) are refused."""
         return []
 
     @classmethod

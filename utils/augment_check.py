@@ -91,7 +91,7 @@ class _Look:
         return UsageError(f"{self.benchmark}: the augmentation {self.name} {problem}")
 
     def _run(self, images: Tensor) -> Tensor:
-        """What the transform makes of these images, which it must not change."""
+        """What the transform makes of a copy of these images."""
         try:
             out = self.call(images.clone())
         except Exception as error:  # a foreign module may fail in any way; the user needs its name and the reason
@@ -124,8 +124,7 @@ class _Look:
                 shared, do = f"p_batch={part.p_batch:g}", "Give p=1, or another augmentation"
             if shared:
                 raise self._refuse(
-                    f"draws once for all images of a call, which has hundreds, of many batches ({type(part).__name__} "
-                    f"with {shared}). {do}."
+                    f"draws once for all images of a call, not for each ({type(part).__name__} with {shared}). {do}."
                 )
 
     def _check_rows_apart(self) -> None:
@@ -146,8 +145,7 @@ class _Look:
     def _draws_once(self) -> UsageError:
         """torchvision's transforms draw once a call, by whatever generator."""
         return self._refuse(
-            "of torchvision draws once for all images of a call, which has hundreds, of many batches. "
-            f"{_instead(self.name)}"
+            f"of torchvision draws once for all images of a call, not for each. {_instead(self.name)}"
         )
 
     def _draws_elsewhere(self) -> UsageError:
@@ -175,7 +173,7 @@ class _Look:
                 return
             if not torch.equal(again, first):
                 raise self._refuse(
-                    "draws once for all images of a call, which has hundreds, of many batches. Draw for each image, as "
+                    "draws once for all images of a call, not for each. Draw as many numbers as there are images, as "
                     "kornia.augmentation does."
                 )
         if first.shape == copies.shape and not torch.allclose(first.float(), copies.float(), atol=1e-4):
