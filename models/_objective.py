@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ class Objective:
         self.loss: Loss | None = None
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
-        self.handed: list[tuple[Grads, list[tuple[Tensor, int]]]] | None = None  # see `watch`
+        self.handed: list[tuple[Callable, int]] | None = None  # see `watch`
         self.passes: list[tuple[Loss, Grads]] = []
         self.tally = Tally([False] * len(params))
         self.skipped = False  # set by an optimizer that did not take the step
@@ -239,35 +240,37 @@ class Objective:
         return found
 
     def watch(self) -> None:
-        """From now on it is noticed when somebody changes a gradient in place that this step hands out."""
+        """From now on it is noticed when somebody changes a gradient in place that this step hands out. What nobody
+        keeps is not kept here either."""
         self.handed = []
 
     def _hand_out(self, *gradients: Grads) -> None:
-        self.handed += [(gradient, [(part, part._version) for part in gradient]) for gradient in gradients]
+        self.handed += [(ref(part), part._version) for gradient in gradients for part in gradient]
 
     def check_update(self, optimizer: Any, update: Any) -> None:
         """Refuses, in a step that is watched, an update that is none, and gradients changed in place."""
-        self._refuse(optimizer, of_update("its update", update, self.params), "a gradient of the objective's")
+        self._refuse_changes(optimizer, "a gradient of the objective's")
+        problem = of_update("its update", update, self.params)
+        if problem:
+            raise mistake(optimizer, problem)
 
     def combine(self, update: Grads) -> Grads:
         if self.handed is None:
             return self.method.combine(update, self.guides)
-        self.handed = []
         self._hand_out(update, *self.guides.values())
+        before = [*update]
         combined = self.method.combine(update, self.guides)
-        self._refuse(self.method, of_update("what combine() returns", combined, self.params), "the update or a guide")
+        is_changed = [*map(id, update)] != [*map(id, before)]
+        self._refuse_changes(self.method, "the update or a guide", is_changed)
+        problem = of_update("what combine() returns", combined, self.params)
+        if problem:
+            raise mistake(self.method, problem)
         return combined
 
-    def _refuse(self, part: Any, problem: str | None, what: str) -> None:
-        changed = (
-            now is not part or part._version != version
-            for gradient, parts in self.handed
-            for now, (part, version) in zip(gradient, parts, strict=True)
-        )
-        if any(changed):
-            problem = f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does."
-        if problem:
-            raise mistake(part, problem)
+    def _refuse_changes(self, part: Any, what: str, is_changed: bool = False) -> None:
+        kept = ((gradient(), version) for gradient, version in self.handed)
+        if is_changed or any(tensor is not None and tensor._version != version for tensor, version in kept):
+            raise mistake(part, f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does.")
 
     def has(self, climb: str) -> bool:
         """Whether there are rows to climb."""
