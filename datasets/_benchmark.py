@@ -216,7 +216,8 @@ class Benchmark(Sequence[Task]):
         """Training images of a task, counted without a copy of them unless `train_split` has been overridden."""
         if type(self).train_split is not Benchmark.train_split:
             return len(self.train_split(index))
-        return int(self._is_of(self._train, self.classes_of(index)).sum())
+        classes = self.classes_of(index)
+        return int(torch.bincount(self._train.labels, minlength=self.num_classes)[classes.start : classes.stop].sum())
 
     def train_split(self, index: int) -> Split:
         return self._of_classes(self._train, self.classes_of(index))
@@ -233,12 +234,8 @@ class Benchmark(Sequence[Task]):
         return self._train
 
     @staticmethod
-    def _is_of(split: Split, classes: range) -> Tensor:
-        return (split.labels >= classes.start) & (split.labels < classes.stop)
-
-    @classmethod
-    def _of_classes(cls, split: Split, classes: range) -> Split:
-        rows = cls._is_of(split, classes).nonzero().squeeze(1)
+    def _of_classes(split: Split, classes: range) -> Split:
+        rows = ((split.labels >= classes.start) & (split.labels < classes.stop)).nonzero().squeeze(1)
         return Split(split.images[rows], split.labels[rows], split.ids[rows])
 
     def _base(self, arrays: Arrays, order: list[int], device: torch.device | str) -> Split:

@@ -55,6 +55,10 @@ class Mnist360(Benchmark):
             )
         return problems
 
+    def num_rows(self, index: int) -> int:
+        """Of the images that the stream is made of: it takes seconds to make."""
+        return len(self._train)
+
     def train_split(self, index: int) -> Split:
         rows, angles, lengths = self._stream()
         split = self._rotated(self._train, rows, angles)
