@@ -77,7 +77,7 @@ class LwF(Incremental):
         config = self.context.config
         _, classifier = classifier_of(self.net)
         weights = trainable(classifier)
-        if not weights:
+        if not weights:  # a frozen classifier
             return
         optimizer = SGD(weights, config.lr)
         for _ in range(1 if config.debug_mode else config.n_epochs):
