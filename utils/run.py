@@ -237,7 +237,10 @@ def _train(trainer) -> int:
 def _write_status(trainer, status: str) -> None:
     """How a run ended that did not finish."""
     try:
-        trainer.folder.write("summary.json", trainer.summary(status), durable=True)
+        if trainer.progress.tasks:
+            trainer.write_results(status)
+        else:
+            trainer.folder.write("summary.json", trainer.summary(status), durable=True)
     except OSError as error:
         complain(f"warning: that the run is {status} cannot be written into its folder ({reason(error)})")
 
