@@ -282,6 +282,41 @@ def test_the_console_has_a_line_for_each_task_and_the_closing_table(tmp_path, ca
     assert "40 steps" in out and "1,264 rows forward" in out and str(folder) in out
 
 
+@pytest.mark.parametrize(("n_tasks", "words"), [(10, ()), (12, ()), (12, ("--joint",)), (12, ("--disable_log",))])
+def test_the_console_has_the_whole_matrix_of_ten_tasks_and_the_last_row_of_more(
+    n_tasks, words, mnist, tmp_path, capsys, unpictured
+):
+    argv = ["--model", "sgd", "--dataset", "perm-mnist", "--base_path", mnist, "--n_tasks", str(n_tasks)]
+    assert run.main([*argv, *words, "--debug_mode", "--results_path", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.split("\nAccuracy in % [Domain-IL], ")[1].split("\nmetric ")[0].splitlines()
+    folders = [file.parent for file in tmp_path.rglob("summary.json")]
+    if n_tasks == 10:
+        assert table[0] == "after task (row) on task (column)" and len(table) == 12
+        assert [row.split()[0] for row in table[2:]] == [str(task) for task in range(1, 11)]
+        return
+    assert table[0] == "at the end of training" and max(map(len, table[:3])) <= 100
+    assert [row.split()[:2] for row in table[1:3]] == [["task", "1-10"], ["task", "11-12"]]
+    if words == ("--disable_log",):
+        assert folders == [] and len(table) == 3
+    else:
+        last = read(folders[0])["accuracy"]["domain-il"][-1]
+        assert [value for row in table[1:3] for value in row.split()[2:]] == [f"{100 * value:.2f}" for value in last]
+        file = Path(table[4].removeprefix("Accuracy after every task: "))
+        assert json.loads(file.read_text())["accuracy"]["domain-il"][-1] == last
+
+
+def test_the_closing_table_of_a_thousand_tasks():
+    cost = {"steps": 1, "forward_rows": 1, "backward_rows": 1, "train_s": 1, "eval_s": 1, "wall_s": 1,
+            "peak_memory_mib": 1, "skipped_steps": 0}  # fmt: skip
+    matrix = [[0.5] * t + [None] * (1000 - t) for t in range(1, 1001)]
+    matrix[-1][2] = None
+    summary = {"accuracy": {"class-il": matrix}, "metrics": {"class-il": {"forgetting_chaudhry18": 0.1}}, "cost": cost}
+    lines = run.closing_table(summary, list(range(1000)), None).splitlines()
+    rows = [line for line in lines if line.lstrip().startswith("task ")]
+    assert len(rows) == 100 and {len(row) for row in rows} == {88}
+    assert rows[0].split() == ["task", "1-10", "50.00", "50.00", "–", *["50.00"] * 7]
+
+
 def test_two_equal_runs_at_one_time_get_folders_of_their_own(tmp_path, unpictured):
     argv = ("--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "1")
     assert len({start(tmp_path, *argv) for _ in range(3)}) == 3

@@ -442,16 +442,28 @@ def _written(value) -> str:
 
 
 def closing_table(summary: dict, tasks: list[int], folder) -> str:
-    """The end of a run on the console: matrix, metrics, cost, and where the files are. `tasks`: those trained."""
+    """The end of a run on the console: matrix (of more than 10 tasks its last row), metrics, cost, and where the files
+    are. `tasks`: those trained."""
     from utils.logs import WRITTEN
 
-    lines = []
+    def cells(values) -> str:
+        return "".join("      –" if value is None else f"{100 * value:7.2f}" for value in values)
+
+    lines, is_cut = [], False
     for setting, matrix in summary["accuracy"].items():
-        lines.append(f"\nAccuracy in % [{WRITTEN[setting]}], after task (row) on task (column)")
-        lines.append("      " + "".join(f"{task:>7}" for task in range(1, len(matrix[0]) + 1)))
-        for task, row in zip(tasks, matrix, strict=True):
-            cells = ("      –" if value is None else f"{100 * value:7.2f}" for value in row)
-            lines.append(f"{task + 1:>4}  " + "".join(cells))
+        heading, last = f"\nAccuracy in % [{WRITTEN[setting]}]", matrix[-1]
+        if len(last) <= 10:
+            lines.append(f"{heading}, after task (row) on task (column)")
+            lines.append("      " + "".join(f"{task:>7}" for task in range(1, len(last) + 1)))
+            lines += [f"{task + 1:>4}  {cells(row)}" for task, row in zip(tasks, matrix, strict=True)]
+        else:
+            is_cut = True
+            lines.append(f"{heading}, at the end of training")
+            for start in range(0, len(last), 10):
+                end = min(start + 10, len(last))
+                lines.append(f"{f'task {start + 1}-{end}':>16}  {cells(last[start:end])}")
+    if is_cut and folder is not None:
+        lines.append(f"\nAccuracy after every task: {folder.path / 'accuracy.json'}")
     lines.append("")
     names = list(next(iter(summary["metrics"].values())))
     lines.append(f"{'metric':30}" + "".join(f"{WRITTEN[setting]:>11}" for setting in summary["metrics"]))
