@@ -144,9 +144,7 @@ class _Look:
 
     def _draws_once(self) -> UsageError:
         """torchvision's transforms draw once a call, by whatever generator."""
-        return self._refuse(
-            f"of torchvision draws once for all images of a call, not for each. {_instead(self.name)}"
-        )
+        return self._refuse(f"of torchvision draws once for all images of a call, not for each. {_instead(self.name)}")
 
     def _draws_elsewhere(self) -> UsageError:
         if self.is_torchvision:
