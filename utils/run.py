@@ -1,9 +1,10 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from utils.arguments import (
     SELECTORS,
@@ -41,9 +42,6 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             complain("interrupted")
             return INTERRUPTED
-        except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
-            silence("stdout")
-            return FAILED
 
 
 def _show_warning(message, *_where) -> None:
@@ -53,16 +51,29 @@ def _show_warning(message, *_where) -> None:
 def _main(argv: list[str]) -> int:
     request = Request.parse(argv)
     if request.listing is not None:
-        return _list(request)
+        return _shown(_list, request)
     if request.wants_help:
-        return _help(request)
+        return _shown(_help, request)
     if request.resume is not None:
         return _resume(request)
     config = resolve_request(request)
     if config.dry_run:
-        print(describe(config))
-        return OK
+        return _shown(_describe, config)
     return train(config)
+
+
+def _shown(show: Callable[[Any], int], what: Any) -> int:
+    """Of a command that only prints: it has failed where that is not possible."""
+    try:
+        code = show(what)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
+        silence("stdout")
+        return FAILED
+    except OSError as error:
+        silence("stdout")
+        raise RunFailed(f"the output cannot be written ({reason(error)}).") from None
 
 
 def train(config: Config) -> int:
@@ -253,12 +264,12 @@ def _resume(request: Request) -> int:
     request = Request(request.words, request.plugins, source=file)
     config = resolve_request(request)
     if config.dry_run:
-        print(describe(config))
-        return OK
+        return _shown(_describe, config)
     device = resolve_device(config.device)
     folder = RunFolder(path)
     with folder.held(), cpu_threads(config.threads):
         if _status(path) == "finished":
+            checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)
         nothing = not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
         state = None if nothing else checkpoint.load(path / "checkpoint", config.hash, mend=True)
@@ -332,6 +343,11 @@ def _place(benchmark, where: str, device) -> None:
         if 3 * needed > torch.cuda.mem_get_info(device)[0]:  # the set, a task's copy, and room for the network
             return
     benchmark.to(device)
+
+
+def _describe(config: Config) -> int:
+    print(describe(config))
+    return OK
 
 
 def describe(config: Config) -> str:
