@@ -119,10 +119,13 @@ class Logs:
     def open_bar(self, task: int, num_tasks: int, steps: int, done: int) -> None:
         self._images, self._since = 0, time.monotonic()
         hidden = True if self.config.non_verbose or sys.stderr is None else None  # None: unless a person is looking
-        self.bar = tqdm(
-            total=steps, initial=done, desc=f"Task {task + 1}", unit="step", disable=hidden, leave=False,
-            file=sys.stderr, mininterval=0.5,
-        )  # fmt: skip
+        try:
+            self.bar = tqdm(
+                total=steps, initial=done, desc=f"Task {task + 1}", unit="step", disable=hidden, leave=False,
+                file=sys.stderr, mininterval=0.5,
+            )  # fmt: skip
+        except (OSError, ValueError):  # a terminal that is gone
+            self.bar = tqdm(disable=True)
 
     def advance(self, images: int) -> None:
         self._images += images

@@ -83,9 +83,11 @@ class RunFolder:
                 f"{self.path}: cannot write there ({error.strerror}). Copy the folder to where you can."
             ) from None
         try:
-            for left in (*self.path.glob("*.tmp"), *self.path.glob("checkpoint/*.tmp"), *self.path.rglob("*.new")):
-                if not left.name.startswith("lock."):  # of somebody who is about to find the lock taken
-                    left.unlink(missing_ok=True)
+            for pattern in ("*.tmp", "checkpoint/*.tmp", "*.new", "checkpoint/*.new"):
+                for left in self.path.glob(pattern):
+                    if not left.name.startswith("lock."):  # of somebody who is about to find the lock taken
+                        with contextlib.suppress(OSError):
+                            left.unlink()
             yield
         finally:
             self.lock.release()

@@ -1,10 +1,11 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from utils.arguments import (
     MANY_TASKS,
@@ -44,9 +45,6 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             complain("interrupted")
             return INTERRUPTED
-        except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
-            silence("stdout")
-            return FAILED
 
 
 def _show_warning(message, *_where) -> None:
@@ -56,18 +54,31 @@ def _show_warning(message, *_where) -> None:
 def _main(argv: list[str]) -> int:
     request = Request.parse(argv)
     if request.listing is not None:
-        return _list(request)
+        return _shown(_list, request)
     if request.wants_help:
-        return _help(request)
+        return _shown(_help, request)
     if request.resume == "auto":
         return _resume_auto(request)
     if request.resume is not None:
         return _resume(request)
     config = resolve_request(request)
     if config.dry_run:
-        print(describe(config))
-        return OK
+        return _shown(_describe, config)
     return train(config)
+
+
+def _shown(show: Callable[[Any], int], what: Any) -> int:
+    """Of a command that only prints: it has failed where that is not possible."""
+    try:
+        code = show(what)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
+        silence("stdout")
+        return FAILED
+    except OSError as error:
+        silence("stdout")
+        raise RunFailed(f"the output cannot be written ({reason(error)}).") from None
 
 
 def train(config: Config) -> int:
@@ -302,8 +313,7 @@ def _resume_auto(request: Request) -> int:
 
     config = resolve_request(replace(request, resume=None))
     if config.dry_run:
-        print(describe(config))
-        return OK
+        return _shown(_describe, config)
     if config.disable_log:
         raise UsageError("--resume auto looks for run folders, --disable_log writes none. Drop one of them.")
     for path in RunFolder.of(config):
@@ -342,12 +352,12 @@ def _resume(request: Request) -> int:
     config = resolve_request(replace(request, source=str(saved.file), resume=None))
     changed_files = [] if _status(path) == "finished" else check_code(saved, config.code, request.keep_changed)
     if config.dry_run:
-        print(describe(config))
-        return OK
+        return _shown(_describe, config)
     device = resolve_device(config.device)
     folder = RunFolder(path)
     with folder.held(), cpu_threads(config.threads):
         if _status(path) == "finished":
+            checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)
         nothing = not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
         state = None if nothing else checkpoint.load(path / "checkpoint", config.hash, mend=True)
@@ -418,6 +428,11 @@ def _place(benchmark, where: str, device) -> None:
         if 3 * needed > torch.cuda.mem_get_info(device)[0]:  # the set, a task's copy, and room for the network
             return
     benchmark.to(device)
+
+
+def _describe(config: Config) -> int:
+    print(describe(config))
+    return OK
 
 
 def describe(config: Config) -> str:
