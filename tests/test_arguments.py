@@ -1027,6 +1027,7 @@ OBSERVED = {
     "custom_class_order": check_custom_class_order,
     "augmentation": differs("--augmentation", "0"),
     "class_il_argmax": check_class_il_argmax,
+    "eval_tasks": differs("--eval_tasks", "seen"),
     "model_config": check_model_config,
     "budget_rows": differs("--budget_rows", "20000", base=("--debug_mode", "0")),
     "amp": differs("--amp", "bf16"),

@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import metrics, pictures, report, sweep
+from utils import metrics, pictures, report, run_index, sweep
+from utils.arguments import resolve
 from utils.errors import UsageError
 from utils.memory import peak_memory_mib, reset_peak_memory
+from utils.registry import ROOT
 
 
 def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
@@ -519,3 +525,295 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
     logs = {job.axes["seed"]: job.log.read_text() if job.log.exists() else None for job in jobs}
     assert logs["4"] is None and "printed by the run 1" in logs["0"]
     assert "RuntimeError: broken on purpose" in logs["2"]
+
+
+# an index of the run folders
+
+
+@pytest.fixture
+def indexed(tmp_path, monkeypatch):
+    """Twelve runs, seven days old, in a folder whose index is written whatever their number."""
+    monkeypatch.setattr(run_index, "WORTHWHILE", 1)
+    monkeypatch.setattr(run_index, "RECENT_NS", -(10**12))  # as if the runs had been written long before
+    for seed in range(12):
+        make_run(tmp_path, seed=seed, accuracy=0.5 + seed / 100)
+    return tmp_path
+
+
+def accuracies(folder):
+    runs = report.find_runs([folder], say=lambda line: None)
+    return {run.flags["seed"]: run.summary["metrics"]["domain-il"]["final_average_accuracy"] for run in runs}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The run folders whose files are read."""
+    contents, found = report._contents, []
+    monkeypatch.setattr(report, "_contents", lambda folder: (found.append(folder), contents(folder))[1])
+    return found
+
+
+def test_what_the_index_has_is_not_read_again(indexed, reads):
+    first = report.load_runs([indexed])
+    assert len(reads) == 12 and (indexed / run_index.FILE).is_file()
+    reads.clear()
+    again = report.load_runs([indexed])
+    assert reads == [] and again == first and [run.content for run in again] == [run.content for run in first]
+    assert [run.path for run in again] == [run.path for run in first]
+    assert report.table(again) == report.table(first)
+    report.write_record(again, indexed / "a")
+    report.write_record(first, indexed / "b")
+    assert (indexed / "a").read_bytes() == (indexed / "b").read_bytes()
+    assert not list(indexed.glob("*.new")) and not list(indexed.glob(".*.new"))
+
+
+def replaced(file, text):
+    fresh = file.with_name("fresh")
+    fresh.write_text(text)
+    os.replace(fresh, file)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "environment.json"])
+@pytest.mark.parametrize("how", ["in place", "replaced", "with its old times"])
+def test_a_changed_file_is_read_anew(indexed, reads, name, how):
+    """Of equal length too, and with the times of before put back."""
+    folder = next(indexed.rglob("*-er-perm-mnist-sgd-3-*"))
+    (folder / "environment.json").write_text('{"cpus": 2}')
+    before = accuracies(indexed)
+    reads.clear()
+    file = folder / name
+    status = file.stat()
+    text = file.read_text().replace('"final_average_accuracy": 0.53', '"final_average_accuracy": 0.93')
+    text = text.replace('"value": 3,', '"value": 7,').replace('"cpus": 2', '"cpus": 4')
+    assert len(text) == status.st_size and text != file.read_text()
+    if how == "replaced":
+        replaced(file, text)
+    else:
+        file.write_text(text)
+    if how == "with its old times":
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = accuracies(indexed)
+    assert reads == [folder]
+    if name == "summary.json":
+        assert after == {**before, 3: 0.93}
+    if name == "config.json":
+        assert 3 not in after, "its seed is 7 now"
+    (run,) = [run for run in report.load_runs([indexed]) if run.path == folder]
+    assert run.content["environment"] == {"cpus": 4 if name == "environment.json" else 2}
+
+
+def test_folders_come_and_go(indexed, reads):
+    accuracies(indexed)
+    make_run(indexed, seed=12, accuracy=0.25)
+    gone = next(indexed.rglob("*-er-perm-mnist-sgd-3-*"))
+    for file in gone.iterdir():
+        file.unlink()
+    gone.rmdir()
+    moved = next(indexed.rglob("*-er-perm-mnist-sgd-4-*"))
+    moved.rename(moved.with_name("moved"))
+    reads.clear()
+    found = accuracies(indexed)
+    assert sorted(found) == [0, 1, 2, *range(4, 13)] and found[12] == 0.25
+    assert {folder.name for folder in reads} == {"moved", next(indexed.rglob("*-er-perm-mnist-sgd-12-*")).name}
+    index = (indexed / run_index.FILE).read_text()
+    assert "sgd-3-" not in index and "sgd-12-" in index
+
+
+def test_files_that_may_change_unseen_are_read_each_time(indexed, reads, monkeypatch):
+    """Within a tick of the file system's clock a file can change and look the same."""
+    monkeypatch.setattr(run_index, "RECENT_NS", 10**12)
+    accuracies(indexed)
+    accuracies(indexed)
+    assert len(reads) == 24
+    assert run_index.FILE not in os.listdir(indexed) or run_index._load(indexed) == {}
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "one bit": lambda data: data.replace(b'"final_average_accuracy": 0.53', b'"final_average_accuracy": 0.73'),
+    "no header": lambda data: data.partition(b"\n")[2],
+    "another format": lambda data: data.replace(b'"format": 1', b'"format": 0', 1),
+    "not JSON": lambda data: b"\x00\xff" * 100,
+    "foreign": lambda data: signed(b'{"a": [1, 2]}'),
+    "of other shape": lambda data: signed(b'[["er", 1]]'),
+    "no list": lambda data: signed(b"3"),
+    "unhashable": lambda data: signed(b"[[[], [], []]]"),
+    "nested": lambda data: signed(b"[" * 100_000),
+}
+
+
+def signed(body):
+    header = {"format": run_index.FORMAT, "crc32": zlib.crc32(body)}
+    return json.dumps(header).encode() + b"\n" + body
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_index_is_rebuilt_without_a_word(indexed, reads, how, capsys):
+    expected = accuracies(indexed)
+    file = indexed / run_index.FILE
+    whole = file.read_bytes()
+    damaged = DAMAGE[how](whole)
+    assert damaged != whole
+    file.write_bytes(damaged)
+    reads.clear()
+    assert report.main([str(indexed)]) == 0
+    assert len(reads) == 12 and capsys.readouterr().err == ""
+    assert accuracies(indexed) == expected and len(reads) == 12, "from the new index"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to an endless file"])
+def test_what_lies_in_the_place_of_the_index_does_no_harm(indexed, reads, kind, monkeypatch):
+    expected, file = accuracies(indexed), indexed / run_index.FILE
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero" if "endless" in kind else "nowhere")
+    assert accuracies(indexed) == expected == accuracies(indexed)
+    assert not list(indexed.glob(".*.new"))
+
+
+def test_too_large_an_index_is_not_read(indexed, reads, monkeypatch):
+    accuracies(indexed)
+    monkeypatch.setattr(run_index, "MOST_BYTES", 100)
+    reads.clear()
+    assert len(accuracies(indexed)) == 12 == len(reads)
+
+
+@pytest.mark.parametrize("when", ["it is made", "it is written", "it is put in place"])
+def test_a_folder_that_cannot_be_written_works_without_an_index(indexed, reads, when, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if when == "it is made":
+        monkeypatch.setattr(run_index, "open", full, raising=False)
+    elif when == "it is written":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    assert len(accuracies(indexed)) == 12 and len(accuracies(indexed)) == 12 and len(reads) == 24
+    assert [path.name for path in indexed.iterdir()] == ["domain-il"]
+
+
+def test_an_interrupt_leaves_no_half_index(indexed, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_contents", stop)
+    with pytest.raises(KeyboardInterrupt):
+        accuracies(indexed)
+    assert [path.name for path in indexed.iterdir()] == ["domain-il"]
+
+
+def test_two_processes_may_write_the_index_at_once(indexed):
+    """Whichever comes last wins; both know all runs, and neither sees half an index."""
+    code = (
+        "import sys; from utils import report, run_index; run_index.WORTHWHILE, run_index.RECENT_NS = 1, -10**12\n"
+        "for _ in range(20):\n"
+        "    assert len(report.find_runs([sys.argv[1]], say=print)) == 12\n"
+        "    run_index.WORTHWHILE = 0\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(indexed)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(run_index._load(indexed)) == 12 and not list(indexed.glob(".*.new"))
+
+
+def test_few_runs_leave_no_index(three_seeds):
+    assert len(report.load_runs([three_seeds])) == 3
+    assert [path.name for path in three_seeds.iterdir()] == ["domain-il"]
+
+
+def test_unfinished_and_foreign_folders_are_said_each_time(indexed):
+    make_run(indexed, seed=20, status="interrupted")
+    (indexed / "elsewhere" / "deep").mkdir(parents=True)
+    (indexed / "elsewhere" / "summary.json").write_text("[1, 2]")
+    make_run(indexed / "elsewhere" / "deep", seed=30)
+    said = []
+    for _ in range(2):
+        assert len(report.load_runs([indexed], said.append)) == 13, "runs below a foreign summary.json are found"
+    assert said[: len(said) // 2] == said[len(said) // 2 :] and len(said) == 4
+    assert any("1 interrupted" in line for line in said) and any("elsewhere" in line for line in said)
+
+
+def test_run_folders_are_not_searched_for_runs(indexed, monkeypatch):
+    """They hold most of the files: checkpoints, pictures, TensorBoard's."""
+    searched, scandir = [], os.scandir
+    monkeypatch.setattr(run_index.os, "scandir", lambda path: (searched.append(Path(path)), scandir(path))[1])
+    report.load_runs([indexed])
+    assert searched == [
+        indexed,
+        indexed / "domain-il",
+        indexed / "domain-il/perm-mnist",
+        indexed / "domain-il/perm-mnist/er",
+    ]
+
+
+def test_the_matrix_is_not_kept_of_runs(indexed):
+    folder = make_run(indexed, seed=40)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "accuracy": {"domain-il": [[0.5]]}}))
+    for _ in range(2):
+        runs = report.load_runs([indexed])
+        assert len(runs) == 13 and not any("accuracy" in run.summary for run in runs)
+
+
+def test_the_outcome_of_a_run_is_looked_for_where_runs_lie(tmp_path, monkeypatch):
+    """After each run of a sweep: not all folders are searched for it."""
+    folder = make_run(tmp_path, seed=0, accuracy=0.625)
+    make_run(folder / "checkpoint", seed=0, accuracy=0.1, time="20270101-000000")
+    (digest,) = [run.summary["config_hash"] for run in report.find_runs([folder])]
+    job = SimpleNamespace(results_path=tmp_path, hash=digest, log="log")
+    monkeypatch.setattr(Path, "rglob", None)
+    assert sweep._outcome(job) == "domain-il 62.50 %"
+
+
+# runs from before a flag or a metric
+
+
+def test_a_metric_that_older_runs_lack_is_a_dash_and_a_mean_over_fewer_is_said(three_seeds):
+    make_run(three_seeds, model="derpp", accuracy=0.5)
+    for number, file in enumerate(sorted(three_seeds.rglob("*-er-*/summary.json"))[:2]):
+        summary = json.loads(file.read_text())
+        summary["metrics"]["domain-il"]["final_overall_accuracy"] = 0.5 + number / 10
+        file.write_text(json.dumps(summary))
+    said = []
+    lines = report.table(
+        report.load_runs([three_seeds]), by=["model"], metrics=["final_overall_accuracy"], say=said.append
+    ).splitlines()
+    assert lines[2:] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
+    assert said == ["note: er: 2 of 3 runs have final_overall_accuracy (domain-il), its mean is theirs."]
+
+
+def test_runs_from_before_an_engine_flag_are_not_a_mixture(three_seeds):
+    """A flag's default is what the program did before it had the flag."""
+    make_run(three_seeds, seed=5, eval_tasks="auto")
+    said = []
+    report.table(report.load_runs([three_seeds]), say=said.append)
+    assert said == []
+    make_run(three_seeds, seed=6, eval_tasks="seen")
+    report.table(report.load_runs([three_seeds]), say=said.append)
+    assert said == [
+        "note: perm-mnist er sgd 200 mixes runs of eval_tasks = auto, seen. Split them with --by or --where."
+    ]
+
+
+def test_records_from_before_eval_tasks_are_the_runs_of_today(tmp_path):
+    """tests/records/mnistmlp was written without the flag; a sweep need not run it again."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "tests/records/mnistmlp/runs.jsonl", tmp_path / "results")
+    lines = [json.loads(line) for line in (tmp_path / "results/runs.jsonl").read_text().splitlines()]
+    assert not any("eval_tasks" in line["config"]["flags"] for line in lines)
+    line = next(line for line in lines if line["summary"]["dataset"] == "perm-mnist" and line["summary"]["seed"] == 0)
+    flags = {name: entry["value"] for name, entry in line["config"]["flags"].items()}
+    words = [f"--{name}={str(flags[name])}" for name in ("model", "dataset", "seed", "optimizer") if name in flags]
+    words += [f"--buffer_size={flags['buffer_size']}"] if "buffer_size" in flags else []
+
+    def done(*more):
+        config = resolve([*words, "--results_path", str(tmp_path / "results"), *more])
+        job = sweep.Job({}, (), config)
+        return job.hash in sweep.finished([job])
+
+    assert done() and not done("--eval_tasks", "seen") and not done("--lr", "0.123")

@@ -25,7 +25,7 @@ from utils.trainer import Trainer, learning_rate
 
 SUMMARY = {
     "model", "dataset", "optimizer", "backbone", "setting", "seed", "status", "metrics", "accuracy", "cost",
-    "config_hash", "notes",
+    "config_hash", "notes", "eval_tasks",
 }  # fmt: skip
 COST = {
     "batches",
@@ -39,8 +39,8 @@ COST = {
     "peak_memory_mib",
 }
 METRICS = {
-    "final_average_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18", "forgetting_mammoth",
-    "bwt_gem17", "fwt_gem17",
+    "final_average_accuracy", "final_overall_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18",
+    "forgetting_mammoth", "bwt_gem17", "fwt_gem17",
 }  # fmt: skip
 
 
@@ -199,6 +199,7 @@ def test_summary_has_exactly_the_agreed_keys_and_right_numbers(mgser):
         found = summary["metrics"][setting]
         assert set(found) == METRICS
         assert found["final_average_accuracy"] == pytest.approx(a[-1].mean())
+        assert found["final_overall_accuracy"] == pytest.approx(a[-1].mean()), "all tasks are equally large"
         rows = [a[t, : t + 1].mean() for t in range(5)]
         assert found["average_incremental_accuracy"] == pytest.approx(np.mean(rows))
         assert found["forgetting_chaudhry18"] == pytest.approx((a[:-1].max(0) - a[-1])[:-1].mean())
@@ -394,11 +395,12 @@ def test_pictures_of_a_run_with_one_task_and_of_a_joint_run(mnist, tmp_path):
             picture.load()
 
 
-def test_joint_is_one_row_and_only_its_average_is_defined(tmp_path, capsys, unpictured):
+def test_joint_is_one_row_and_only_its_accuracies_are_defined(tmp_path, capsys, unpictured):
     summary = read(start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--joint"))
     row = summary["accuracy"]["class-il"][0]
     found = summary["metrics"]["class-il"]
     assert found.pop("final_average_accuracy") == pytest.approx(sum(row) / 5)
+    assert found.pop("final_overall_accuracy") == pytest.approx(sum(row) / 5)
     assert set(found.values()) == {None}
     assert "Accuracy for 5 task(s)" in capsys.readouterr().out
 
@@ -411,7 +413,7 @@ def test_start_from_and_stop_after_give_the_part_between(tmp_path, capsys, unpic
     assert matrix.shape == (3, 5) and read(folder, "accuracy.json")["tasks"] == [1, 2, 3]
     square = matrix[:, 1:4]
     untrained = np.array(read(folder, "accuracy.json")["untrained"]["task-il"])[1:4]
-    assert summary["metrics"]["task-il"] == metrics.summarize(square.tolist(), untrained.tolist())
+    assert summary["metrics"]["task-il"] == metrics.summarize(square.tolist(), untrained.tolist(), [32] * 3)
     assert summary["metrics"]["task-il"]["final_average_accuracy"] == pytest.approx(square[-1].mean())
     assert [line["task"] for line in lines_of(folder) if "task" in line] == [1, 2, 3]
     table = out.split("after task (row)")[1].splitlines()[2:5]
@@ -443,6 +445,193 @@ def test_learning_rates_of_the_schedulers(tmp_path, unpictured):
     folder = start(tmp_path, *argv[:4], "--n_epochs", "2", "--lr", "0.08", *words)
     rates = [line["train/lr"] for line in lines_of(folder) if "train/lr" in line]
     assert rates == pytest.approx([0.08, 0.008, 0.08, 0.008]), "each task starts anew"
+
+
+def test_the_overall_accuracy_counts_images(unpictured, tmp_path, capsys):
+    """The tasks of seq-digits have unequal test sets, so that it differs from the average over tasks."""
+    folder = start(tmp_path, "--model", "er", "--dataset", "seq-digits", "--stop_after", "4", "--threads", "1")
+    trainer = run.build(resolve(["--from", str(folder), "--disable_log"]), torch.device("cpu"), None)
+    sizes = [len(task.test) for task in trainer.benchmark][:4]
+    assert len(set(sizes)) > 1
+    for setting, matrix in read(folder)["accuracy"].items():
+        right = sum(round(size * value) for size, value in zip(sizes, matrix[-1], strict=False))
+        found = read(folder)["metrics"][setting]
+        assert found["final_overall_accuracy"] == right / sum(sizes) != found["final_average_accuracy"]
+    values = [f"{100 * found['final_overall_accuracy']:.2f} %" for found in read(folder)["metrics"].values()]
+    assert re.search(rf"final_overall_accuracy\s+{values[0]}\s+{values[1]}", capsys.readouterr().out)
+
+
+# tasks to come are not evaluated
+
+
+def below_the_diagonal(matrix):
+    return [[value if j <= t else None for j, value in enumerate(row)] for t, row in enumerate(matrix)]
+
+
+def test_with_eval_tasks_seen_tasks_to_come_are_null_and_nothing_else_changes(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = ("--model", "mgser_sam", "--dataset", "seq-synth", "--threads", "1", "--device", "cpu")
+    folder = start(tmp_path, *argv, "--eval_tasks", "seen")
+    said = capsys.readouterr()
+    progress, weights = trained(*argv)
+    summary, content = read(folder), read(folder, "accuracy.json")
+    assert content["untrained"] == {} and summary["eval_tasks"] == "seen" and summary["status"] == "finished"
+    assert content["accuracy"] == summary["accuracy"]
+    for setting, matrix in progress["accuracy"].items():
+        seen = below_the_diagonal(matrix)
+        assert summary["accuracy"][setting] == seen
+        assert [line["accuracy"][setting] for line in lines_of(folder) if "task" in line] == seen
+        assert summary["metrics"][setting] == metrics.summarize(seen, None, [32] * 5)
+        assert summary["metrics"][setting]["fwt_gem17"] is None
+    assert identical(checkpoint.load(folder / "checkpoint")["method"], weights), "training does not depend on it"
+    assert re.search(r"fwt_gem17\s+–\s+–\s+not measured: only tasks seen are evaluated", said.out)
+    assert re.search(r"\n   1 +[\d.]+      –      –      –      –\n", said.out)
+    assert said.err == "" and len(list(folder.glob("*.png"))) == 4
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    assert [point.step for point in events.Scalars("accuracy/class-il/task_03")] == [3, 4, 5]
+    assert not any(tag.endswith("fwt_gem17") for tag in events.Tags()["scalars"])
+
+
+def test_what_is_measured_with_all_tasks_is_said_to_be_all(mgser):
+    assert read(mgser)["eval_tasks"] == "all" and read(mgser, "config.json")["flags"]["eval_tasks"]["value"] == "auto"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--start_from", "1", "--stop_after", "4"),
+        ("--joint",),
+        ("--class_il_argmax", "seen"),
+        ("--model", "pnn"),
+        ("--n_tasks", "1"),
+    ],
+)
+def test_eval_tasks_seen_with(words):
+    argv = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", *words)
+    everything, seen = trained(*argv)[0], trained(*argv, "--eval_tasks", "seen")[0]
+    for setting, matrix in everything["accuracy"].items():
+        expected = [
+            [value if "--joint" in words or j <= task else None for j, value in enumerate(row)]
+            for task, row in zip(everything["tasks"], matrix, strict=True)
+        ]
+        assert seen["accuracy"][setting] == expected
+    assert seen["untrained"] == {} != everything["untrained"] and seen["tasks"] == everything["tasks"]
+
+
+def test_eval_tasks_seen_of_a_stream_and_of_domains(mnist, tmp_path, unpictured):
+    for number, (words, shape) in enumerate(
+        ((("--dataset", "mnist-360"), (1, 1)), (("--dataset", "perm-mnist", "--n_tasks", "3"), (3, 3)))
+    ):
+        words = ("--model", "er", *words, "--base_path", mnist, "--debug_mode", "--eval_tasks", "seen")
+        summary = read(start(tmp_path / str(number), *words))
+        (matrix,) = summary["accuracy"].values()
+        assert np.array(matrix, float).shape == shape and matrix == below_the_diagonal(matrix)
+        assert summary["status"] == "finished" and None not in matrix[-1]
+
+
+MANY = """
+import torch
+from datasets._benchmark import Benchmark
+from utils.registry import DATASETS
+
+@DATASETS.register("many-tasks")
+class ManyTasks(Benchmark):
+    \"\"\"60 tasks of one class: 4 images of 4 pixels.\"\"\"
+
+    num_classes, shape = 60, (1, 2, 2)
+    defaults = dict(n_tasks=60, n_epochs=1, batch_size=4, minibatch_size=4, lr=0.1)
+
+    def load(self, root):
+        labels = torch.arange(60).repeat(4)
+        images = torch.randint(0, 256, (240, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+        return (images.to(torch.uint8), labels), (images.to(torch.uint8), labels)
+"""
+
+
+@pytest.fixture
+def many(tmp_path):
+    file = write_plugin(tmp_path, "many_tasks", MANY)
+    return ("--plugin", file, "--model", "er", "--dataset", "many-tasks", "--threads", "1", "--device", "cpu")
+
+
+def test_of_many_tasks_only_those_seen_are_evaluated_and_that_is_said(many, tmp_path, capsys, unpictured):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = start(tmp_path / "runs", *many)
+    out = capsys.readouterr().out
+    assert re.search(r"\n  eval_tasks +seen +auto, since there are more than 50 tasks\n", out)
+    assert "fwt_gem17" in out and "not measured: only tasks seen" in out
+    summary, content = read(folder), read(folder, "accuracy.json")
+    assert summary["eval_tasks"] == "seen" and content["accuracy"] == summary["accuracy"]
+    assert content["tasks"] == list(range(60)) and content["untrained"] == {}
+    for matrix in summary["accuracy"].values():
+        assert np.array(matrix, float).shape == (60, 60) and matrix == below_the_diagonal(matrix)
+    tags = set(EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Tags()["scalars"])
+    assert "accuracy/class-il" in tags and not any("/task_" in tag for tag in tags), "1,000 tasks: 1,000 curves"
+    fewer = resolve([*many, "--n_tasks", "30"])
+    assert fewer.evaluated == "all" and "eval_tasks" not in run.describe(fewer)
+    assert resolve([*many, "--eval_tasks", "all"]).evaluated == "all"
+
+
+def test_a_long_matrix_is_not_written_anew_after_each_task_and_nothing_is_lost(many, tmp_path, monkeypatch, unpictured):
+    """What is written for a task must not grow with those before it; a run that is killed has its rows all the same."""
+    from utils import trainer
+
+    whole = start(tmp_path / "whole", *many)
+    monkeypatch.setattr(trainer, "WRITING_SHARE", 0.0)  # no time for it after the first task
+    write, written = results.RunFolder.write, []
+    monkeypatch.setattr(
+        results.RunFolder, "write", lambda self, name, content: (written.append(name), write(self, name, content))
+    )
+    train_task = Trainer._train_task
+
+    def ends(self, task):
+        if task.index == 40:
+            raise SystemExit
+        train_task(self, task)
+
+    monkeypatch.setattr(Trainer, "_train_task", ends)
+    with pytest.raises(SystemExit):
+        run.main([*many, "--results_path", str(tmp_path / "part")])
+    (file,) = (tmp_path / "part").rglob("config.json")
+    part = file.parent
+    assert written.count("accuracy.json") == 2, "after the first task and at the end"
+    assert len(read(part, "accuracy.json")["tasks"]) == 40 == len(read(part)["accuracy"]["class-il"])
+    assert [line["task"] for line in lines_of(part) if "task" in line] == list(range(40))
+    (part / "accuracy.json").unlink()  # a killed run had not written it at the end
+    monkeypatch.setattr(Trainer, "_train_task", train_task)
+    assert run.main(["--resume", str(part)]) == 0
+    assert_same_run(whole, part)
+
+
+def test_an_interrupted_run_has_its_matrix_whole_whatever_it_had_written(many, tmp_path, interrupt, monkeypatch):
+    from utils import trainer
+
+    monkeypatch.setattr(trainer, "WRITING_SHARE", 0.0)
+    interrupt(7)
+    folder = start(tmp_path / "runs", *many, code=143)
+    assert read(folder, "accuracy.json")["tasks"] == list(range(6)) and len(read(folder)["accuracy"]["class-il"]) == 6
+    (folder / "accuracy.json").write_text("{}")  # as a kill would leave an old one
+    interrupt(1)
+    assert run.main(["--resume", str(folder)]) == 143
+    assert read(folder, "accuracy.json")["tasks"] == list(range(7))
+
+
+def test_json_files_have_a_row_on_a_line():
+    content = {
+        "a": {"x": [[0.5, None], [1 / 3, 1]], "y": []},
+        "b": [1, 2],
+        "c": [],
+        "d": {},
+        "e": "a\nb",
+        "f": [{"g": 1}],
+    }
+    text = results.json_text(content)
+    assert json.loads(text) == content
+    assert text.splitlines()[:5] == ["{", ' "a": {', '  "x": [', "   [0.5, null],", "   [0.3333333333333333, 1]"]
+    with pytest.raises(ValueError):
+        results.json_text({"a": [float("nan")]})
 
 
 # repeatability

@@ -163,7 +163,7 @@ class Trainer:
         self.joint = config.joint or method.trains_jointly
         self.has_boundaries = benchmark.setting != "general-continual"
         self.cost, self.progress = Cost(), Progress()
-        self._rows: dict[str, list[Tensor]] = {}  # the matrices as checkpoints keep them
+        self._rows: dict[str, list[Tensor]] = {}  # the matrices' measured values, as checkpoints keep them
         self._written, self._writing_s = 0.0, 0.0  # when it was last written, and how long that took
         method.lr = config.lr
         self.logs = Logs(config, folder, self.device)
@@ -218,7 +218,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": {
                 **vars(self.progress),
-                "accuracy": {setting: torch.stack(rows) for setting, rows in self._rows.items()},
+                "accuracy": {name: [torch.cat(rows), list(map(len, rows))] for name, rows in self._rows.items()},
             },
             "cost": vars(self.cost),
             "order": seeding.generator_state(self.stream.rng),
@@ -251,10 +251,10 @@ class Trainer:
             self.optimizer.follow()
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
         self.progress.accuracy = {}
-        for setting, matrix in state["progress"]["accuracy"].items():
-            self._rows[setting] = list(matrix)
+        for setting, (values, lengths) in state["progress"]["accuracy"].items():
+            self._rows[setting] = list(values.split(lengths))
             self.progress.accuracy[setting] = [
-                [None if value != value else value for value in row] for row in matrix.tolist()
+                row.tolist() + [None] * (len(self.benchmark) - len(row)) for row in self._rows[setting]
             ]
         seeding.set_generator_state(self.stream.rng, state["order"])
         seeding.set_global_state(state["random"])
@@ -402,7 +402,7 @@ class Trainer:
         row = self._evaluation(classes_seen=seen, num_tasks=task.index + 1 if only_seen else None)
         for setting, values in row.items():
             self.progress.accuracy.setdefault(setting, []).append(values)
-            measured = [float("nan") if value is None else value for value in values]
+            measured = [value for value in values if value is not None]
             self._rows.setdefault(setting, []).append(torch.tensor(measured, dtype=torch.float64))
         self.progress.tasks.append(task.index)
         if len(self.progress.tasks) == (2 if self.has_boundaries else 1):
