@@ -147,7 +147,10 @@ class Method(nn.Module):
         yield self.draw(batch)
 
     def loss(self, *blocks: Block) -> Loss:
-        """The loss of these blocks at the present weights. Pure: no randomness, no side effect."""
+        """The loss of these blocks at the present weights. Pure: no randomness, no side effect.
+
+        Where there are several blocks, each term names the one that it is about (`Loss`).
+        """
         raise mistake(self, "it has no loss(). Write: def loss(self, stream): ..., which returns a Loss.")
 
     def references(self, *blocks: Block) -> Iterator[tuple[str, Tensor]]:
