@@ -123,9 +123,7 @@ def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
     return norm.training or norm.running_mean is None
 
 
-def _normalised(
-    norm: nn.BatchNorm2d, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def _normalised(norm: nn.BatchNorm2d, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """(N, C, H, W): by the statistics of each row alone, where BatchNorm would take those of its batch and there is
     more than one value."""
     if _takes_statistics(norm) and x[0, 0].numel() > 1:
