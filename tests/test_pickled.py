@@ -84,7 +84,7 @@ def test_what_each_version_writes_is_read(protocol, numpy, order):
     assert np.array_equal(got, rows) and labels == [1, 2, 9]
 
 
-DEEP = b")" + b"\x85" * 200_000  # a tuple in a tuple in a tuple ..., deeper than the C stack
+DEEP = b")" + b"\x85" * 100_000  # a tuple in a tuple in a tuple ...
 WIDE = b")" + b"q\x00h\x00\x86" * 60  # a tuple of twice the same, 60 levels deep: 2^60 leaves
 HOSTILE = {
     "object dtype": array(dtype=UINT8.replace(b"u1", b"O8"), shape=b"(K\x01t", data=b"U\x08" + bytes(8)),
