@@ -232,7 +232,7 @@ class Objective:
     def _named(self, found: Any) -> tuple[str, Tensor]:
         """What `references` has yielded, if it is a name and a loss ()."""
         is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)
-        if not is_pair or found[1].ndim or not found[1].requires_grad:
+        if not is_pair or found[1].ndim:
             got = ", ".join(map(shown, found)) if isinstance(found, tuple) else shown(found)
             raise mistake(self.method, f"references() must yield (name, loss), the loss one number, got {got}.")
         if found[0] in self.method.guides:
