@@ -443,12 +443,13 @@ def summarize(folder: Path) -> str:
         f"{statistics.mean([line['seconds'] for line in lines] or [0]):.1f} s a pair. "
         f"Commits: {', '.join(sorted({line['commit'] for line in lines if 'commit' in line}))}.",
         "",
-        "| killed in | kills | task 1 | task 2 |",
-        "| --- | ---: | ---: | ---: |",
+        "| killed in | kills | task 1 | task 2 | after both |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for place in PLACES:
         of_place = [kill["task"] for kill in kills if kill["place"] == place]
-        text.append(f"| {place} | {len(of_place)} | {of_place.count(1)} | {of_place.count(2)} |")
+        counts = (len(of_place), *map(of_place.count, (1, 2, 3)))
+        text.append(f"| {place} | {' | '.join(map(str, counts))} |")
     optimizers = sorted({optimizer for _, optimizer in found})
     text += ["", f"| method | {' | '.join(optimizers)} |", f"| --- |{' ---: |' * len(optimizers)}"]
     for model in sorted({model for model, _ in found}):
