@@ -280,12 +280,6 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows does not fit lwf", "--n_epochs"),
         (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has nothing to share", "--fitting_epochs"),
         (["--model", "pnn", "--class_il_argmax", "seen"], "--class_il_argmax has no effect on pnn", "Drop it"),
-        (
-            ["--model", "ewc_on", "--backbone", "resnet18"],
-            "--model ewc_on passes images one by one",
-            "another backbone",
-        ),
-        (["--model", "hal", "--backbone", "resnet18"], "--model hal passes images one by one", "another backbone"),
         (["--model", "mer", "--beta", "0"], "--beta must be greater than 0", "got 0"),
         (["--model", "si", "--xi", "0"], "--xi must be greater than 0", "got 0"),
         (["--model", "si", "--si_gradient", "both"], "--si_gradient must be one of total, task", "'both'"),
@@ -993,7 +987,7 @@ def check_keep_checkpoint(tmp_path, capsys, monkeypatch):
     assert [path.name for path in (kept / "checkpoint").iterdir()] == ["state.pt"] and not (kept / "model.pt").exists()
     assert not (dropped / "checkpoint").exists()
     weights, state = torch.load(dropped / "model.pt", weights_only=True), checkpoint.load(kept / "checkpoint")["method"]
-    assert weights.keys() == state.keys() - {"_extra_state"} and {"net.0.weight"} <= weights.keys()
+    assert weights.keys() == state.keys() - {"_extra_state"} and {"net.classifier.weight"} <= weights.keys()
     assert all(torch.equal(value, state[name]) for name, value in weights.items())
 
 

@@ -814,6 +814,6 @@ def test_records_from_before_eval_tasks_are_the_runs_of_today(tmp_path):
     def done(*more):
         config = resolve([*words, "--results_path", str(tmp_path / "results"), *more])
         job = sweep.Job({}, (), config)
-        return job.hash in sweep.finished([job])
+        return job.hash in sweep.look([job]).done
 
     assert done() and not done("--eval_tasks", "seen") and not done("--lr", "0.123")

@@ -390,6 +390,9 @@ class Domains(DomainBenchmark):
     def pixel_map(self, index):
         return torch.arange(16).roll(index)
 
+    def num_rows(self, index):
+        return len(self._train), len(self._test)
+
     def make_test(self, index):
         self.made = (*self.made, index)
         return super().make_test(index)
@@ -423,7 +426,7 @@ def test_a_test_set_of_another_size_than_said_is_refused():
             return Split(split.images[::2], split.labels[::2], split.ids[::2])
 
     measure = Evaluator(domains(Halved), Augment([], None, None, CPU))
-    with pytest.raises(DataError, match="task 1 has 5 test images, its `test_size` says 10. Define `test_size`"):
+    with pytest.raises(DataError, match="task 1 has 5 test images, its `num_rows` says 10. Define `num_rows`"):
         measure(nn.Flatten(), 10)
 
 

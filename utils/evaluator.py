@@ -96,8 +96,8 @@ class Evaluator:
         for task, split in zip(tasks, splits, strict=True):
             if len(split) != self.sizes[task.index]:
                 raise DataError(
-                    f"{self.benchmark.name}: task {task.index + 1} has {len(split)} test images, its `test_size` says "
-                    f"{self.sizes[task.index]}. Define `test_size` beside `make_test`."
+                    f"{self.benchmark.name}: task {task.index + 1} has {len(split)} test images, its `num_rows` says "
+                    f"{self.sizes[task.index]}. Define `num_rows` beside `make_test`."
                 )
         device = self.augment.device
         sizes = [self.sizes[task.index] for task in tasks]

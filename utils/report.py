@@ -229,7 +229,7 @@ def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
 
 def _by_age(runs: Iterable[Run]) -> list[Run]:
     """The newest last. Folder names begin with the time, and copies keep them, unlike file times."""
-    return sorted(runs, key=lambda run: (run.content.get("folder", run.path.name), str(run.path)))
+    return sorted(runs, key=lambda run: (run.content.get("folder") or run.path.name, str(run.path)))
 
 
 def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
