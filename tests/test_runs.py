@@ -582,7 +582,9 @@ def test_a_long_matrix_is_not_written_anew_after_each_task_and_nothing_is_lost(m
     monkeypatch.setattr(trainer, "WRITING_SHARE", 0.0)  # no time for it after the first task
     write, written = results.RunFolder.write, []
     monkeypatch.setattr(
-        results.RunFolder, "write", lambda self, name, *rest: (written.append(name), write(self, name, *rest))
+        results.RunFolder,
+        "write",
+        lambda self, name, *rest, **how: (written.append(name), write(self, name, *rest, **how)),
     )
     train_task = Trainer._train_task
 
