@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NEWEST_PROTOCOL = 5
-MAX_STEPS = 2_000_000  # instructions; CIFAR-100's train, the longest official file, has 350 000. Each makes one object.
+MAX_STEPS = 2_000_000  # instructions; CIFAR-100's train, the longest official one, has 200 000. None makes two objects.
 MAX_NAME_BYTES = 100
 
 
