@@ -1,5 +1,6 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +98,21 @@ def train(config: Config) -> int:
                 folder.remove()
             raise
         say(describe(config))
+        _hint_at_threads(trainer)
         return _train(trainer)
+
+
+def _hint_at_threads(trainer) -> None:
+    """One is the default, so that a run's numbers do not depend on the machine's cores; large networks are slow so."""
+    from torch.nn import Conv2d
+
+    config, cores = trainer.config, os.cpu_count() or 1
+    is_default = config.origins["threads"] == "default" and cores > config.threads
+    if trainer.device.type == "cpu" and is_default and any(isinstance(m, Conv2d) for m in trainer.method.modules()):
+        say(
+            f"note: convolutions on {config.threads} CPU thread of {cores}; --threads {cores} is faster, and another "
+            "run: sums differ in the last digits"
+        )
 
 
 def _state_of(parent: Parent) -> dict:
