@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint, run
+from utils import checkpoint, run, sweep
 from utils.arguments import resolve
 
 BASE = ("--dataset", "seq-synth", "--non_verbose", "--log_every", "5")
@@ -67,6 +67,22 @@ def test_a_continued_run_says_so_and_is_no_other_run(tmp_path, capsys):
     third = start(tmp_path, "--from", str(second), "--continue", "1", "--stop_after", "3")
     assert read(third, "config")["continues"]["tasks"] == 2
     assert len(read(third, "accuracy")["accuracy"]["class-il"]) == 3
+
+
+def test_a_sweep_does_not_take_a_continued_run_for_one_from_the_start(tmp_path):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
+    words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
+    start(tmp_path, *words)
+    plain = ["--model", "er", *BASE, "--stop_after", "2"]
+
+    def found(argv):
+        argv = [*argv, "--results_path", str(tmp_path / "results")]
+        job = sweep.Job({}, tuple(argv), resolve(argv))
+        return job.hash in sweep.look([job]).done
+
+    assert found(words) and not found(plain)
+    start(tmp_path, *plain)
+    assert found(plain)
 
 
 def test_another_optimizer_begins_anew(tmp_path):

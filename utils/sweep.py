@@ -213,8 +213,10 @@ def _same_run(config: Config, run: Run) -> bool:
     ours = {name: config.values[name] for name, flag in config.flags.items() if flag.result}
     theirs = {name: value for name, value in run.flags.items() if name in ours or name not in config.flags}
     full = {**{name: config.flags[name].default for name in ours}, **theirs}
+    is_continued = config.continues is not None or run.content.get("config", {}).get("continues") is not None
     return (
         run.protocol == PROTOCOL
+        and not is_continued  # the same flags from another start; an equal hash says more
         and full.keys() == ours.keys()
         and all(full[name] == value or comparable(full[name]) == comparable(value) for name, value in ours.items())
     )
