@@ -994,7 +994,7 @@ def check_keep_checkpoint(tmp_path, capsys, monkeypatch):
     assert [path.name for path in (kept / "checkpoint").iterdir()] == ["state.pt"] and not (kept / "model.pt").exists()
     assert not (dropped / "checkpoint").exists()
     weights, state = torch.load(dropped / "model.pt", weights_only=True), checkpoint.load(kept / "checkpoint")["method"]
-    assert weights.keys() == state.keys() - {"_extra_state"} and {"net.0.weight"} <= weights.keys()
+    assert weights.keys() == state.keys() - {"_extra_state"} and {"net.classifier.weight"} <= weights.keys()
     assert all(torch.equal(value, state[name]) for name, value in weights.items())
 
 
