@@ -19,6 +19,7 @@ from pathlib import Path
 from utils import sweep
 from utils.arguments import EngineArgs, Request, flags_of, resolve
 from utils.errors import UsageError
+from utils.files import user_path
 from utils.registry import DATASETS, METHODS, ROOT, canonical, nearest
 from utils.report import FORMATS, METRICS, RENDER, Parser, Run, Stat, complain, percent, words, written
 
@@ -187,9 +188,7 @@ class Table:
     def missing_data(self) -> dict[str, str]:
         """What to put where, for each dataset that is not on this machine."""
         configs = {dict(_cell(job))["dataset"]: job.config for job in self.jobs}
-        found = {
-            name: config.benchmark.missing(Path(config.base_path).expanduser()) for name, config in configs.items()
-        }
+        found = {name: config.benchmark.missing(user_path(config.base_path)) for name, config in configs.items()}
         return {name: remedy for name, remedy in found.items() if remedy is not None}
 
     def download(self) -> None:
@@ -423,7 +422,7 @@ def _list(args, rest: Sequence[str], targets: Sequence[Target]) -> int:
         given = ", ".join(f"--{flag}" for flag in unused)
         raise UsageError(f"{given} needs a table, got {LIST}. Choose from: {', '.join(_tables(targets))}.")
     root = " ".join(rest_words.get("base_path", [])) or os.environ.get("CONTINUAL_DATA") or EngineArgs.base_path
-    _write(listing(targets, Path(root).expanduser(), args.format), args.out)
+    _write(listing(targets, user_path(root), args.format), args.out)
     return sweep.OK
 
 
@@ -451,7 +450,7 @@ def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> 
     if args.cells is not None:
         chosen = pick_cells(chosen, args.cells or [""])
     table = Table(chosen, sweep.parse_seeds(SEEDS if args.seeds is None else args.seeds), rest)
-    code, folders = sweep.OK, [Path(args.show).expanduser()] if args.show else None
+    code, folders = sweep.OK, [user_path(args.show)] if args.show else None
     keep_changed = bool(args.keep_changed)
     if args.show is None:
         code = _run(table, num_workers, args.download, runner, keep_changed)
