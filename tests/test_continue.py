@@ -1,6 +1,7 @@
 """A run as the start of another: `--from RUN --continue 1`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,40 @@ def test_a_continued_run_resumes(tmp_path, monkeypatch):
     assert run.main([*words, "--resume", "auto", "--results_path", str(tmp_path / "results")]) == 0
 
 
+def test_a_continued_run_that_was_killed_before_its_first_checkpoint_starts_where_its_parent_ended(
+    tmp_path, monkeypatch
+):
+    from utils.trainer import Trainer
+
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
+    words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
+    whole = start(tmp_path / "whole", *words)
+    second = start(tmp_path, *words)
+    for path in (second / "checkpoint", second / "accuracy.json", second / "summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    trained = []
+    monkeypatch.setattr(Trainer, "_train_task", lambda self, task, train=Trainer._train_task: (
+        trained.append(task.index), train(self, task)))  # fmt: skip
+    assert run.main(["--resume", str(second), "--non_verbose"]) == 0
+    assert trained == [1] and read(second, "accuracy") == read(whole, "accuracy")
+
+
+def test_a_parent_of_other_code_is_said(tmp_path, capsys):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--debug_mode")
+    content = read(first, "config")
+    content["code"]["models/er.py"] = "0" * 16
+    (first / "config.json").write_text(json.dumps(content))
+    words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
+    second = start(tmp_path, *words)
+    assert f"note: {first} was made by other code: models/er.py changed since" in capsys.readouterr().err
+    job = sweep.Job({}, (), resolve([*words, "--results_path", str(tmp_path / "results")]))
+    assert sweep.look([job]).done  # as it would be made now: from the same start
+    content["code"]["models/er.py"] = "1" * 16
+    (first / "config.json").write_text(json.dumps(content))
+    job = sweep.Job({}, (), resolve([*words, "--results_path", str(tmp_path / "results")]))
+    assert sweep.look([job]).changed == {job.hash: ["models/er.py"]} and second.is_dir()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -116,6 +151,10 @@ def test_a_continued_run_resumes(tmp_path, monkeypatch):
         (["--stop_after", "2", "--model", "derpp"], "--model derpp: a run cannot be continued"),
         (["--stop_after", "2", "--dataset", "seq-digits"], "--dataset seq_digits: a run cannot be continued"),
         (["--stop_after", "2", "--hidden", "7"], "--hidden 7: a run cannot be continued"),
+        (
+            ["--stop_after", "2", "--debug_mode", "0", "--budget_rows", "5000"],
+            "--budget_rows is shared by the tasks of a run from its start",
+        ),
         (["--stop_after", "2", "--permute_classes", "1"], "--permute_classes True: a run cannot be continued"),
     ],
 )
@@ -151,7 +190,7 @@ def test_a_run_that_was_stopped_inside_a_task_is_to_be_finished_first(tmp_path, 
     monkeypatch.setattr(Trainer, "_checkpoint_is_due", stop)
     folder = start(tmp_path, "--model", "er", *BASE, "--stop_after", "2", code=143)
     error = refused(capsys, "--from", str(folder), "--continue", "1", "--stop_after", "3")
-    assert "was stopped inside a task. Finish it by --resume." in error
+    assert "was stopped inside a task, or has gone on since. Finish it by --resume." in error
 
 
 def test_a_parent_that_is_gone_is_named(tmp_path, capsys):

@@ -79,7 +79,7 @@ SAME = {
         "loss.mapped(lambda part: part * SCALE)",
         "loss.mapped(\n            lambda part: part * SCALE,\n        )",
     ),
-    "an import for a hint": ("from models._method import Loss", "from models._method import Block, Loss"),
+    "an import that nothing uses": ("from models._method import Loss", "from models._method import Block, Loss"),
     "published values": (
         "class Mine(ER):\n",
         'class Mine(ER):\n    published = {("seq-mnist", 200): {"lr": (1, "")}}\n',
@@ -112,6 +112,48 @@ def test_what_could_change_a_number_changes_the_digest(change):
     old, new = OTHER[change]
     assert old in METHOD
     assert digest(METHOD) != digest(METHOD.replace(old, new))
+
+
+def test_a_hint_and_its_import_alone_change_no_digest():
+    assert digest("from a import B\ndef f(x: B): pass") == digest("def f(x): pass")
+    assert digest("import a.effect\ndef f(x): pass") != digest("def f(x): pass")  # for what it does
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    from utils.identity import _read
+
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    files[0].write_text(METHOD, encoding="utf-8")
+    files[1].write_text(METHOD, encoding="utf-8-sig")
+    assert _read("x", files[0]) == _read("x", files[1])
+
+
+def test_a_plugin_is_known_by_its_text_not_by_its_name():
+    assert not differences({"plugin a.py": "1", "plugin b.py": "2"}, {"plugin b.py": "1", "plugin c.py": "2"})
+    assert differences({"plugin a.py": "1"}, {"plugin a.py": "2"}) == ["plugin a.py"]
+    assert differences({"plugin a.py": "1"}, {}) == ["plugin a.py"]
+
+
+def test_what_a_plugin_imports_counts(tmp_path, plugin, monkeypatch):
+    (plugin.parent / "scale.py").write_text("SCALE = 1.0\n")
+    plugin.write_text(METHOD.replace("SCALE = 1.0\n", "import models._views\nfrom scale import SCALE\n"))
+    monkeypatch.syspath_prepend(str(plugin.parent))
+    code = resolve([*MINE, "--plugin", str(plugin)]).code
+    assert {"plugin mine.py", "plugin's scale.py", "models/_views.py", "models/er.py"} <= code.keys()
+    assert not any("torch" in file or file.startswith("utils/") and "optim" not in file for file in code)
+    sys.modules.pop("scale")
+
+
+def test_the_identity_does_not_depend_on_the_path_of_the_clone(tmp_path):
+    """As on a cluster, where a home folder is reached through a link."""
+    (tmp_path / "link").symlink_to(ROOT)
+    lines = "from utils.arguments import resolve; print(resolve(['--model', 'er', '--dataset', 'seq-synth']).code)"
+    found = [
+        subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(folder)},
+                       capture_output=True, text=True, check=True).stdout
+        for folder in (ROOT, tmp_path / "link")
+    ]  # fmt: skip
+    assert found[0] == found[1] and "models/er.py" in found[0]
 
 
 def test_the_help_of_a_flag_does_not_count_but_its_default_does():
@@ -377,6 +419,57 @@ def test_auto_does_not_go_on_with_other_code(tmp_path, capsys):
     assert len(folders(tmp_path)) == 2
 
 
+def test_auto_and_sweeps_agree_on_what_is_the_same_code(tmp_path, capsys):
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    assert run.main(argv) == 0
+    (folder,) = folders(tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    other = {**content["code"], "models/er.py": "0" * 16}
+    (folder / "config.json").write_text(json.dumps({**content, "changed_code": [{"after_step": 1, "code": other}]}))
+    config = resolve(argv[:-4] + argv[-2:])
+    assert not sweep.look([sweep.Job({}, (), config)]).done
+    assert run.main(argv) == 0
+    assert "left alone" in capsys.readouterr().out and len(folders(tmp_path)) == 2
+    assert sweep.look([sweep.Job({}, (), config)]).done
+
+
+def test_auto_of_a_run_that_lost_its_checkpoint_starts_anew(tmp_path, capsys):
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    assert run.main(argv) == 0
+    (folder,) = folders(tmp_path)
+    shutil.rmtree(folder / "checkpoint")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    assert run.main(argv) == 0
+    assert "note: left alone: " in capsys.readouterr().out and len(folders(tmp_path)) == 2
+
+
+def test_auto_of_a_run_that_is_alive_says_try_again(tmp_path, capsys):
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    assert run.main(argv) == 0
+    (folder,) = folders(tmp_path)
+    (folder / "summary.json").unlink()
+    with Lock(folder / "lock", "the run"):
+        assert run.main(argv) == sweep.BUSY
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    config = resolve(argv[:-4] + argv[-2:])
+    with Lock(folder.parent / f".{config.hash}.lock", "the configuration"):  # before there is a run folder
+        assert run.main(argv) == sweep.BUSY
+    assert run.main(argv) == 0 and folders(tmp_path) == [folder]
+
+
+def test_auto_takes_the_flags_that_change_no_number(tmp_path, monkeypatch):
+    from utils.trainer import Trainer
+
+    argv = [*ER, "--results_path", str(tmp_path / "results")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", signal.SIGTERM))
+        assert run.main(argv) == 143
+    (folder,) = folders(tmp_path)
+    assert run.main([*argv, "--keep_checkpoint", "0", "--notes", "again"]) == 0
+    assert folders(tmp_path) == [folder] and (folder / "model.pt").exists()
+
+
 def test_auto_needs_folders(capsys):
     assert "--resume auto looks for run folders" in said(capsys, *ER, "--disable_log")
 
@@ -440,8 +533,32 @@ def test_two_sweeps_on_one_folder_share_the_work(big, tmp_path):
 def test_a_job_that_another_process_is_at_waits_for_it(tmp_path):
     log = tmp_path / "job.log"
     with Lock(log.with_suffix(".lock"), "a job"):
-        assert sweep._run_claimed([], log, "a job", lambda argv: 1 / 0) == (sweep.BUSY, "")
+        code, why = sweep._run_claimed([], log, "a job", lambda argv: 1 / 0)
+        assert code == sweep.BUSY and f"a job is in use by process {os.getpid()}" in why
     assert not log.exists()  # the other one's log is left alone
+
+
+def die_when_told(argv):
+    """A worker's run: a job of seed 1 is busy at first."""
+    if argv[argv.index("--seed") + 1] == "1" and not Path(argv[-1]).exists():
+        Path(argv[-1]).write_text(str(os.getpid()))
+        return sweep.BUSY
+    return 0
+
+
+def test_an_idle_worker_that_dies_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "RETRY_S", 1.0)
+    argv = ["--model", "er", "--dataset", "seq-synth", "--seed", "1", "--results_path", str(tmp_path)]
+    ended, waited = [], []
+
+    def on_wait(job, why):
+        waited.append(why)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+    job = sweep.Job({}, tuple(argv), resolve(argv))
+    extra = ["--notes", str(tmp_path / "pid")]
+    sweep.run_all([job], 1, lambda *end: ended.append(end[1]), extra, die_when_told, on_wait)
+    assert ended == [0] and len(waited) == 1
 
 
 def test_a_job_that_cannot_write_its_log_says_why(tmp_path):

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from utils.console import complain
 from utils.errors import UsageError, mistake
 from utils.files import is_writable
-from utils.identity import PROTOCOL, code_of, named
+from utils.identity import PROTOCOL, code_of, differences, named
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
 from utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
@@ -448,6 +449,9 @@ def resolve_request(request: Request) -> Config:
     ]
     if problems:
         raise UsageError(*problems)
+    changed = differences(parent.code, config.code) if request.continues and parent.code is not None else []
+    if changed:
+        complain(f"note: {parent.run} was made by other code: {', '.join(changed)} changed since")
     return config
 
 
@@ -464,6 +468,11 @@ def _check_continued(config: Config, saved: Saved | None) -> list[str]:
             problems.append(
                 f"--{name} {now}: a run cannot be continued with another one than its own, {then}. Drop it."
             )
+    if config.budget_rows is not None:
+        problems.append(
+            "--budget_rows is shared by the tasks of a run from its start: it does not fit --continue. Give "
+            "--budget_rows none and --n_epochs."
+        )
     if config.joint or config.learner.trains_jointly:
         problems.append("--continue: a joint run has all tasks, none is left. Drop it.")
     done, stop = config.start_from + config.continues.tasks, config.stop_after or config.n_tasks

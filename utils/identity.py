@@ -10,7 +10,8 @@ import ast
 import functools
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,24 @@ DIGITS = 16  # hexadecimal, of a sha256
 def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str, str]:
     """{file: digest} of these classes and of plugins; files of ours are named from the repository on.
 
-    What counts is what the process has loaded, not what a file says by now.
+    What counts is what the process has loaded, not what a file says by now. Of a plugin, what it imports of our folders
+    and of its own counts too.
     """
-    found: dict[str, str] = {}
+    plugins = named(plugins)
+    found = {f"plugin {name}": plugin.sha256 for name, plugin in plugins.items()}
+    beside = [Path(plugin.path).parent for plugin in plugins.values()]
     waiting = [base.__module__ for cls in classes for base in cls.__mro__]
+    waiting += [module for plugin in plugins.values() for module in _imports(ast.parse(plugin.source), "")]
     done = set()
     while waiting:
         module = waiting.pop()
         if module in done:
             continue
         done.add(module)
-        file = _file_of(module)
-        if file is None:
-            continue
-        digest, imported = _read(module, file)
-        found[_written(module, file)] = digest
-        waiting += imported
-    for name, plugin in named(plugins).items():
-        found[f"plugin {name}"] = plugin.sha256
+        name, file = _file_of(module, beside)
+        if file is not None:
+            found[name], imported = _read(module, file)
+            waiting += imported
     return dict(sorted(found.items()))
 
 
@@ -59,20 +60,32 @@ def named(plugins: Iterable[Plugin]) -> dict[str, Plugin]:
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The files whose meaning differs, or that only one of the two has."""
-    return sorted(file for file in old.keys() | new.keys() if old.get(file) != new.get(file))
+    """The files whose meaning differs, or that only one of the two has. A plugin is known by its text, not its name."""
+    texts = [Counter(digest for name, digest in code.items() if name.startswith("plugin ")) for code in (old, new)]
+    return sorted(
+        file
+        for file in old.keys() | new.keys()
+        if old.get(file) != new.get(file) and not (file.startswith("plugin ") and texts[0] == texts[1])
+    )
 
 
-def _file_of(module: str) -> Path | None:
-    """The file of a module whose code counts; None for Python's own, torch's and the engine's."""
-    loaded = sys.modules.get(module)
+def _file_of(module: str, beside: Iterable[Path]) -> tuple[str, Path | None]:
+    """(name, file) of a module whose code counts: of our folders, of an installed package that has registered a class,
+    or from the folder of a plugin (`beside`). No file for Python's own, torch's and the engine's."""
+    file = getattr(sys.modules.get(module), "__file__", None)
     if module.startswith(tuple(f"{folder}." for folder in FOLDERS)):
-        file = getattr(loaded, "__file__", None) or ROOT / (module.replace(".", "/") + ".py")
-        return Path(file) if Path(file).is_file() else None
-    if loaded is None or plugin_of(module) is not None or module.split(".")[0] not in _foreign_packages():
-        return None
-    file = getattr(loaded, "__file__", None)
-    return Path(file) if file and file.endswith(".py") else None
+        name = module.replace(".", "/") + ".py"
+        file = Path(file or ROOT / name)
+        return name, file if file.is_file() else None
+    if file is None or not file.endswith(".py") or plugin_of(module) is not None or module.split(".")[0] == "utils":
+        return module, None
+    if module.split(".")[0] in _foreign_packages():
+        return module, Path(file)
+    for folder in beside:
+        below = Path(file).relative_to(folder).parts if Path(file).is_relative_to(folder) else (".",)
+        if not any(part.startswith(".") or part == "site-packages" for part in below):
+            return f"plugin's {'/'.join(below)}", Path(file)
+    return module, None
 
 
 def _foreign_packages() -> set[str]:
@@ -80,38 +93,45 @@ def _foreign_packages() -> set[str]:
     return {package for registry in REGISTRIES for package in registry.foreign_packages()}
 
 
-def _written(module: str, file: Path) -> str:
-    """How a file is named: by its place in the repository, or by its module."""
-    return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else module
-
-
 @functools.cache  # a module is not loaded again in a process, whatever happens to its file
 def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
     """(digest, modules that are imported) of a file."""
-    tree = meaning(file.read_text(encoding="utf-8"))
+    tree = meaning(file.read_text(encoding="utf-8-sig"))
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    imported = []
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()[:DIGITS], tuple(_imports(tree, package))
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """What a file of a package imports; of the names that it takes out of a module, any may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.names:
             parts = package.split(".")
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             name = ".".join(filter(None, (base, node.module)))
-            imported += [name] * bool(node.names)  # whose names all lack meaning: nothing is imported
-            imported += [f"{name}.{alias.name}" for alias in node.names]  # the name may be a module's
-    return hashlib.sha256(_dump(tree).encode()).hexdigest()[:DIGITS], tuple(imported)
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
 
 
 def meaning(source: str) -> ast.Module:
     """The syntax tree without what changes no number."""
-    tree = _Strip().visit(ast.parse(source))
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    tree = ast.parse(source)
+    before = _names(tree)
+    tree = _Strip().visit(tree)
+    after = _names(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):  # those that only the parts without meaning need
-            node.names = [n for n in node.names if (n.asname or n.name).split(".")[0] in used or n.name == "*"]
-            node.names.sort(key=lambda alias: (alias.name, alias.asname or ""))
+        if isinstance(node, ast.Import | ast.ImportFrom):  # without what only the parts without meaning need
+            whole = isinstance(node, ast.Import)  # that nothing names: it is imported for what it does
+            names = {alias: (alias.asname or alias.name).split(".")[0] for alias in node.names}
+            kept = [
+                alias for alias, name in names.items() if name in after or name == "*" or whole and name not in before
+            ]
+            node.names = sorted(kept, key=lambda alias: (alias.name, alias.asname or ""))
     return tree
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 class _Strip(ast.NodeTransformer):
@@ -162,5 +182,6 @@ def _dump(node: Any) -> str:
         inner = ",".join(f"{name}={_dump(value)}" for name, value in fields if name not in ("ctx", "kind"))
         return f"{type(node).__name__}({inner})"
     if isinstance(node, list):
-        return f"[{','.join(map(_dump, node))}]"
+        items = (item for item in node if not isinstance(item, ast.Import | ast.ImportFrom) or item.names)
+        return f"[{','.join(map(_dump, items))}]"
     return f"{type(node).__name__}:{node!r}"

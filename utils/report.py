@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from utils import run_index
-from utils.arguments import EngineArgs, flags_of
+from utils.arguments import Config, EngineArgs, flags_of
 from utils.console import complain, guarded, reason, silence
 from utils.errors import UsageError
 from utils.files import is_writable, parse_json, read_json, read_text, user_path
 from utils.identity import differences
 from utils.registry import canonical, nearest
+from utils.saved import other_code
 
 BY = ("dataset", "model", "optimizer", "buffer_size")
 METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
@@ -46,13 +47,11 @@ class Run:
         """{file: digest} of the code that made it; None where that was not written down."""
         return self.content.get("config", {}).get("code")
 
-    def differs_from(self, code: Mapping[str, str]) -> list[str]:
-        """The files of this code that the run, or a part of it, was not made with."""
-        config = self.content.get("config", {})
-        others = [
-            entry["code"] for entry in (*config.get("changed_code", ()), config.get("continues") or {"code": None})
-        ]
-        return sorted({file for own in (self.code, *others) if own is not None for file in differences(own, code)})
+    def differs_from(self, config: Config) -> list[str]:
+        """The files of other code than the present one that the run was made with."""
+        saved = self.content.get("config", {})
+        later = [entry["code"] for entry in saved.get("changed_code", ())]
+        return other_code([self.code, *later], (saved.get("continues") or {}).get("code"), config)
 
     def get(self, key: str) -> Any:
         """The value of a key of the summary, else of a flag; None where the run has neither."""

@@ -66,6 +66,23 @@ class RunFolder:
         folders = (path for path in _parent(config).glob(f"*-{config.hash}*") if path.is_dir())
         return sorted(folders, key=lambda path: path.name, reverse=True)
 
+    @classmethod
+    @contextmanager
+    def claimed(cls, config: Config) -> Iterator[None]:
+        """Inside, no other process that asks for it is at this configuration. Raises `Busy`, and `UsageError` where
+        nothing can be written."""
+        parent = _parent(config)
+        claim = Lock(parent / f".{config.hash}.lock", f"{config.model} on {config.dataset}, config {config.hash},")
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            claim.acquire()
+        except OSError as error:
+            raise UsageError(_unwritable(config.results_path, error.strerror)) from None
+        try:
+            yield
+        finally:
+            claim.release()
+
     def note_changed_code(self, steps: int, code: dict[str, str]) -> None:
         """Adds to config.json that the run goes on with this code after so many steps."""
         content = read_json(self.path / "config.json")

@@ -21,11 +21,10 @@ from utils.arguments import (
 from utils.console import complain, guarded, reason, say, silence
 from utils.errors import RunFailed, UsageError
 from utils.files import read_json
-from utils.identity import differences
 from utils.registry import load_plugin, nearest
 from utils.saved import Parent, check_code, read_saved
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(argv: list[str]) -> int:
@@ -85,13 +84,11 @@ def _shown(show: Callable[[Any], int], what: Any) -> int:
 def train(config: Config) -> int:
     """One whole run, from an empty network."""
     device = resolve_device(config.device)
-    state = None if config.continues is None else _state_of(config.continues)
+    state = _state_of(config.continues)
     with _new_folder(config) as folder, cpu_threads(config.threads):
         try:
             trainer = build(config, device, folder)
-            if state is not None:
-                with _fitting(config.continues.run):
-                    trainer.continue_from(state, same_optimizer=config.continues.optimizer == config.optimizer)
+            _take_over(trainer, state)
             _begin(trainer)
         except BaseException:
             if folder is not None:
@@ -115,16 +112,28 @@ def _hint_at_threads(trainer) -> None:
         )
 
 
-def _state_of(parent: Parent) -> dict:
+def _take_over(trainer, state: dict | None) -> None:
+    """What the run that this one continues has left, if it continues one."""
+    if state is not None:
+        parent = trainer.config.continues
+        with _fitting(parent.run):
+            trainer.continue_from(state, same_optimizer=parent.optimizer == trainer.config.optimizer)
+
+
+def _state_of(parent: Parent | None) -> dict | None:
     """What a run that is to be continued has left."""
     from utils import checkpoint
 
+    if parent is None:
+        return None
     folder = Path(parent.run) / "checkpoint"
     if not checkpoint.exists(folder):
         raise UsageError(f"--continue: {parent.run} has no checkpoint to go on from. Run it with --keep_checkpoint 1.")
     state = checkpoint.load(folder, parent.config_hash)
     if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
-        raise UsageError(f"--continue: {parent.run} was stopped inside a task. Finish it by --resume.")
+        raise UsageError(
+            f"--continue: {parent.run} was stopped inside a task, or has gone on since. Finish it by --resume."
+        )
     return state
 
 
@@ -322,8 +331,8 @@ def _settle_checkpoint(trainer) -> None:
 
 def _resume_auto(request: Request) -> int:
     """Goes on with the newest unfinished run of this configuration, or starts it: what a job that is requeued needs.
-    Where the newest one is finished, nothing is left to be done."""
-    from utils import checkpoint
+    Where the newest one is finished, nothing is left to be done. 75 where another process is at it: try again."""
+    from utils.lock import Busy
     from utils.results import RunFolder
 
     config = resolve_request(replace(request, resume=None))
@@ -331,23 +340,52 @@ def _resume_auto(request: Request) -> int:
         return _shown(_describe, config)
     if config.disable_log:
         raise UsageError("--resume auto looks for run folders, --disable_log writes none. Drop one of them.")
-    for path in RunFolder.of(config):
-        try:
-            saved = read_saved(str(path))
-            changed = differences(saved.code or config.code, config.code)
-            if changed and not request.keep_changed:
-                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
-                continue
+    try:
+        with RunFolder.claimed(config):
+            path = _unfinished(config, request.keep_changed)
+            if path is None:
+                return train(config)
             if _status(path) == "finished":
                 say(f"already finished: {path}")
                 return OK
-            if checkpoint.exists(path / "checkpoint"):
+            words = {name: words for name, words in request.words.items() if name in _without_result()}
+            return _resume(Request(words, request.plugins, resume=str(path), keep_changed=request.keep_changed))
+    except Busy as error:
+        complain(f"error: {error}")
+        return BUSY
+
+
+def _unfinished(config: Config, keep_changed: bool) -> Path | None:
+    """The folder of the newest run of this configuration that can go on, or that is finished."""
+    from utils import checkpoint
+    from utils.results import RunFolder
+
+    for path in RunFolder.of(config):
+        try:
+            saved = read_saved(str(path))
+            changed = saved.differs_from(config)
+            if changed and not keep_changed:
+                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
+                continue
+            if _status(path) != "finished" and not _has_nothing(path):
                 checkpoint.load(path / "checkpoint", config.hash)
+            return path
         except UsageError as error:
             say(f"note: left alone: {error}")
-            continue
-        return _resume(Request({}, request.plugins, resume=str(path), keep_changed=request.keep_changed))
-    return train(config)
+    return None
+
+
+def _has_nothing(path: Path) -> bool:
+    """Whether a run was stopped before its first checkpoint: it begins anew."""
+    from utils import checkpoint
+
+    return not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
+
+
+def _without_result() -> set[str]:
+    """Flags that may differ when a run goes on."""
+    flags = flags_of(EngineArgs, "engine")
+    return {name for name, flag in flags.items() if not flag.result} - {"results_path", "disable_log"}
 
 
 def _resume(request: Request) -> int:
@@ -357,15 +395,14 @@ def _resume(request: Request) -> int:
 
     saved = read_saved(request.resume)
     path = saved.folder
-    hidden = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
-    changed = [name for name in request.words if name not in hidden - {"results_path", "disable_log"}]
+    changed = [name for name in request.words if name not in _without_result()]
     if changed:
         raise UsageError(
             f"--resume continues a run as it was: --{', --'.join(changed)} cannot be changed. "
             "Use --from to start a new run with other values."
         )
     config = resolve_request(replace(request, source=str(saved.file), resume=None))
-    changed_files = [] if _status(path) == "finished" else check_code(saved, config.code, request.keep_changed)
+    changed_files = [] if _status(path) == "finished" else check_code(saved, config, request.keep_changed)
     if config.dry_run:
         return _shown(_describe, config)
     device = resolve_device(config.device)
@@ -374,11 +411,15 @@ def _resume(request: Request) -> int:
         if _status(path) == "finished":
             checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)
-        nothing = not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
-        state = None if nothing else checkpoint.load(path / "checkpoint", config.hash, mend=True)
+        state = None if _has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=True)
+        parents = _state_of(config.continues) if state is None else None
         trainer = build(config, device, folder)
-        with _fitting(path):
-            trainer.load_checkpoint(state) if state is not None else trainer.begin_anew()
+        if state is None:
+            trainer.begin_anew()
+            _take_over(trainer, parents)
+        else:
+            with _fitting(path):
+                trainer.load_checkpoint(state)
         if changed_files:
             folder.note_changed_code(trainer.cost.steps, config.code)
         _begin(trainer, is_new=state is None)
@@ -458,7 +499,10 @@ def describe(config: Config) -> str:
     for name in sorted(config.values):
         if name == "n_epochs" and config.budget_rows is not None:
             continue
-        if config.origins[name] != "default" or name in ("seed", "rho"):
+        is_default = config.origins[name] == "default" or (
+            config.origins[name].startswith("from ") and config.values[name] == config.flags[name].default
+        )
+        if not is_default or name in ("seed", "rho"):
             lines.append(f"  {name:18} {_written(config.values[name]):14} {config.origins[name]}")
     if config.evaluated == "seen" and config.eval_tasks == "auto":
         lines.append(f"  {'eval_tasks':18} {'seen':14} auto, since there are more than {MANY_TASKS} tasks")

@@ -37,18 +37,23 @@ class Parent:
 
 @dataclass(frozen=True)
 class Saved:
-    """A run's config.json. `code` is None in runs of before it was written down."""
+    """A run's config.json. `code`: what made it, None in runs of before; `changed_code`: what it later went on with."""
 
     file: Path
     config_hash: str
     values: Mapping[str, Any]
     plugins: tuple[SavedPlugin, ...]
     code: Mapping[str, str] | None
+    changed_code: tuple[Mapping[str, str], ...]
     continues: Parent | None
 
     @property
     def folder(self) -> Path:
         return self.file.parent
+
+    def differs_from(self, config: Any) -> list[str]:
+        """The files of other code than the present one (of `config`, a `Config`) that the run was made with."""
+        return other_code([self.code, *self.changed_code], self.continues.code if self.continues else None, config)
 
 
 def read_saved(path: str) -> Saved:
@@ -61,6 +66,7 @@ def read_saved(path: str) -> Saved:
         plugins = tuple(map(_saved_plugin, _checked(content["plugins"], list)))
         protocol, config_hash = content["protocol"], _checked(content["config_hash"], str)
         code, continues = _code(content.get("code")), content.get("continues")
+        changed_code = tuple(_code(entry["code"]) for entry in content.get("changed_code", ()))
         if continues is not None:
             kinds = {"run": str, "config_hash": str, "tasks": int, "optimizer": str}
             given = {name: _checked(continues[name], kind) for name, kind in kinds.items()}
@@ -74,7 +80,7 @@ def read_saved(path: str) -> Saved:
             f"{file} was written under protocol {protocol}, this program runs protocol {PROTOCOL}: the same flags "
             "would give other numbers. Use the version that wrote it, or give the flags anew."
         )
-    return Saved(file, config_hash, values, plugins, code, continues)
+    return Saved(file, config_hash, values, plugins, code, changed_code, continues)
 
 
 def parent_of(saved: Saved) -> Parent:
@@ -132,16 +138,24 @@ def _copy(entry: SavedPlugin, saved: Saved) -> Path | None:
     return file if file.is_file() else None
 
 
-def check_code(saved: Saved, code: Mapping[str, str], keep_changed: bool) -> list[str]:
+def check_code(saved: Saved, config: Any, keep_changed: bool) -> list[str]:
     """The files whose meaning has changed since the run was made; raises `UsageError` where there are some, unless
-    `keep_changed`."""
+    `keep_changed`. `config` (`Config`): the run as it would be made now."""
     if saved.code is None:
         complain(f"note: {saved.file} does not say which code made it; it counts as the present one")
-        return []
-    changed = differences(saved.code, code)
+    changed = saved.differs_from(config)
     if changed and not keep_changed:
         raise UsageError(
             f"{saved.folder} was made by other code: {', '.join(changed)} changed since. Go on with the code of then, "
             "or with the present one by --keep_changed 1, or start a new run with --from."
         )
     return changed
+
+
+def other_code(codes: Sequence[Mapping[str, str] | None], parent: Mapping[str, str] | None, config: Any) -> list[str]:
+    """The files in which a run differs from `config` (`Config`) that was made with `codes`, one after the other, and
+    whose parent, if it continues one, was made with `parent`. What is None was not written down, and fits."""
+    pairs = [(code, config.code) for code in codes]
+    if config.continues is not None:
+        pairs.append((parent, config.continues.code))
+    return sorted({file for old, new in pairs if None not in (old, new) for file in differences(old, new)})

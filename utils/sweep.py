@@ -192,7 +192,7 @@ def look(jobs: Sequence[Job], folders: Sequence[Path] | None = None, keep_change
             run for run in alike.get(_selection(job.config.values), [])
             if run.summary.get("config_hash") == job.hash or _same_run(job.config, run)
         ]  # fmt: skip
-        changed = {id(run): [] if keep_changed else run.differs_from(job.config.code) for run in own}
+        changed = {id(run): [] if keep_changed else run.differs_from(job.config) for run in own}
         same = next((run for run in own if not changed[id(run)]), None)
         if same is not None:
             found.done[job.hash] = same
@@ -256,25 +256,32 @@ def run_all(
     on_end: Callable[[Job, int, str], None],
     extra: Sequence[str] = (),
     runner: Runner | None = None,
+    on_wait: Callable[[Job, str], None] = lambda job, why: None,
 ) -> None:
     """Runs all jobs and calls `on_end(job, exit code, why there is no log)` after each; a negative code is the signal
     that killed it.
 
-    A worker is replaced after a failed run, which may have left CUDA or memory unusable. A job that another sweep is
-    at is tried again until that one has finished it, or has died.
+    A worker is replaced after a failed run, which may have left CUDA or memory unusable. A job that another process is
+    at is tried again until that one has finished it, or has died; `on_wait(job, why)` is called once for it.
     """
     waiting = deque(jobs)
     busy: list[tuple[float, Job]] = []  # (when to try again, job), the earliest first
     workers: list[_Worker] = []
     idle: list[_Worker] = []
+    told: set[Job] = set()
     try:
         while waiting or busy or workers:
             while busy and busy[0][0] <= time.monotonic():
                 waiting.append(busy.pop(0)[1])
             while waiting and (idle or len(workers) < num_workers):
                 worker = idle.pop() if idle else _Worker.start(runner)
+                try:
+                    worker.give(waiting[0], extra)
+                except OSError:  # it has died while it had nothing to do
+                    worker.connection.close()
+                    continue
+                waiting.popleft()
                 workers.append(worker)
-                worker.give(waiting.popleft(), extra)
             pause = max(0.0, busy[0][0] - time.monotonic()) if busy else None
             if not workers:
                 time.sleep(pause or 0.0)
@@ -288,6 +295,9 @@ def run_all(
                     connection.close()
                 if code == BUSY:
                     busy.append((time.monotonic() + RETRY_S, job))
+                    if job not in told:
+                        told.add(job)
+                        on_wait(job, why)
                 else:
                     on_end(job, code, why)
     finally:
@@ -299,14 +309,17 @@ def _stop(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         if worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGINT)
+    end = time.monotonic() + STOP_S
     for worker in workers:
-        worker.process.join(STOP_S)
+        worker.process.join(max(0.0, end - time.monotonic()))
+    for worker in workers:
         if worker.process.is_alive():
             worker.process.terminate()
 
 
 def _work(connection, runner: Runner | None) -> None:
     """A worker's life: runs until there are no more, or until one fails."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a sweep in the background has left it ignored
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C in the terminal reaches the sweep alone, which passes it on once
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
@@ -334,9 +347,10 @@ def _run_claimed(argv: list[str], log: Path, label: str, runner: Runner | None) 
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with Lock(log.with_suffix(".lock"), label):
-            return _run_logged(argv, log, runner), ""
-    except Busy:
-        return BUSY, ""
+            code = _run_logged(argv, log, runner)
+            return code, f"see {log}" if code == BUSY else ""
+    except Busy as error:
+        return BUSY, str(error)
     except OSError as error:
         return FAILED, f"its log {log} cannot be written: {error.strerror or error}"
 
@@ -387,7 +401,10 @@ def sweep(
     for line in found.notes():
         print(line)
     failed, interrupted = run_shown(pending, num_workers, extra, runner)
-    runs = look(jobs, keep_changed=keep_changed).done
+    found = look(jobs, keep_changed=keep_changed)
+    runs = found.done
+    if found.changed and not interrupted:  # a file was edited meanwhile
+        print("\n".join(found.notes()))
     if runs:
         axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
         known = set().union(*(run.keys for run in runs.values()))
@@ -418,8 +435,12 @@ def run_shown(
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
 
+        def on_wait(job: Job, why: str) -> None:
+            with bar.external_write_mode():
+                print(f"{job.label} waits: {why}", file=file, flush=True)
+
         try:
-            run_all(jobs, num_workers, on_end, extra, runner)
+            run_all(jobs, num_workers, on_end, extra, runner, on_wait)
         except KeyboardInterrupt:
             return failed, True
     return failed, False
@@ -516,7 +537,7 @@ def catch_stops() -> None:
     """A scheduler's stop is treated as Ctrl-C is, since it must reach the workers as well."""
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"):
-            if hasattr(signal, name):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # as nohup wants
                 signal.signal(getattr(signal, name), signal.default_int_handler)
 
 
@@ -528,12 +549,12 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
     check_jobs(args.jobs)
     grid = _grid(args.grid)
     reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
-    check_rest(rest, reserved)
+    request = check_rest(rest, reserved)
     points = expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid)
     shared = Shared(rest, points)
     if shared.partial:
         print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
-    return plan(points, shared), args.jobs, bool(args.keep_changed)
+    return plan(points, shared), args.jobs, bool(args.keep_changed) or request.keep_changed
 
 
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
