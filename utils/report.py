@@ -133,7 +133,7 @@ def _contents(folder: Path) -> dict[str, Any] | None:
             content[file.removesuffix(".json")] = json.loads((folder / file).read_text())
         except FileNotFoundError:
             continue
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
     if isinstance(content.get("summary"), dict):
         content["summary"].pop("accuracy", None)
@@ -143,7 +143,7 @@ def _contents(folder: Path) -> dict[str, Any] | None:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
