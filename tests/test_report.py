@@ -738,6 +738,18 @@ def test_unfinished_and_foreign_folders_are_said_each_time(indexed):
     assert any("1 interrupted" in line for line in said) and any("elsewhere" in line for line in said)
 
 
+def test_nested_nonsense_in_a_run_folder_is_said_and_harms_nothing(indexed):
+    """Some depths can be read and not be written, others not even read."""
+    for seed, depth in enumerate((100, *range(900, 1000, 10), 10**5), start=50):
+        folder = make_run(indexed, seed=seed)
+        (folder / "environment.json").write_text("[" * depth + "]" * depth)
+    for _ in range(2):
+        said = []
+        found = report.load_runs([indexed], said.append)
+        assert 50 in {run.flags["seed"] for run in found} and len(found) >= 13
+        assert len(found) + len(said) == 24 and any("-61-" in line for line in said)
+
+
 def test_run_folders_are_not_searched_for_runs(indexed, monkeypatch):
     """They hold most of the files: checkpoints, pictures, TensorBoard's."""
     searched, scandir = [], os.scandir

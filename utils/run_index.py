@@ -111,9 +111,9 @@ class _Fresh:
     def write(self, entries: list) -> None:
         if self.made_ns == 0:
             return
-        body = json.dumps(entries).encode()
-        header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode()
-        with suppress(OSError):
+        with suppress(OSError, ValueError, RecursionError):
+            body = json.dumps(entries).encode()
+            header = json.dumps({"format": FORMAT, "crc32": zlib.crc32(body)}).encode()
             self.path.write_bytes(header + b"\n" + body)
             os.replace(self.path, self.target)
 
