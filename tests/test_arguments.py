@@ -279,12 +279,6 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows does not fit lwf", "--n_epochs"),
         (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has nothing to share", "--fitting_epochs"),
         (["--model", "pnn", "--class_il_argmax", "seen"], "--class_il_argmax has no effect on pnn", "Drop it"),
-        (
-            ["--model", "ewc_on", "--backbone", "resnet18"],
-            "--model ewc_on passes images one by one",
-            "another backbone",
-        ),
-        (["--model", "hal", "--backbone", "resnet18"], "--model hal passes images one by one", "another backbone"),
         (["--model", "mer", "--beta", "0"], "--beta must be greater than 0", "got 0"),
         (["--model", "si", "--xi", "0"], "--xi must be greater than 0", "got 0"),
         (["--model", "si", "--si_gradient", "both"], "--si_gradient must be one of total, task", "'both'"),
