@@ -935,13 +935,15 @@ def test_a_state_of_other_parameters_is_refused_and_named(name):
 
 @pytest.mark.parametrize("name", ("msam", "esam"))
 def test_a_part_of_a_batch_is_never_a_single_row_for_batchnorm(name):
-    """On 1 x 1 maps BatchNorm cannot normalise one row."""
+    """On 1 x 1 maps BatchNorm would normalise one row by its running averages, not as the batch is normalised."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
     method, optimizer = make(name, net)
+    sizes = []
+    net[2].register_forward_pre_hook(lambda layer, inputs: sizes.append(len(inputs[0])))
     for x, y in batches(sizes=(12, 2, 3, 5)):
         step(method, optimizer, x, y)
-    assert flat(net).isfinite().all()
+    assert flat(net).isfinite().all() and min(sizes) == 2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
