@@ -48,6 +48,7 @@ def test_tasks_trained_in_two_runs_are_those_of_one(model, tmp_path, assert_same
     for name in ("method", "optimizer", "random", "order"):
         assert_same(states[0][name], states[1][name])
     assert states[1]["cost"]["steps"] == states[0]["cost"]["steps"]
+    assert read(second, "summary")["cost"]["wall_s"] > read(first, "summary")["cost"]["wall_s"]
     lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines if "task" in line] == [2]  # its own alone
 

@@ -258,6 +258,7 @@ class Trainer:
             ]
         seeding.set_generator_state(self.stream.rng, state["order"])
         seeding.set_global_state(state["random"])
+        self._started = time.monotonic() - self.cost.wall_s
 
     def begin_anew(self) -> None:
         """In a folder whose run was stopped before its first checkpoint."""
