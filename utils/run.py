@@ -28,8 +28,8 @@ OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def main(argv: list[str]) -> int:
-    """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + signal for what a signal has
-    ended."""
+    """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 75 `--resume auto` of what another
+    process is at, 128 + signal for what a signal has ended."""
     with guarded():
         try:
             with warnings.catch_warnings():
