@@ -535,3 +535,10 @@ def test_every_backbone_serves(start, name, backbone):
 def test_joint_training_is_one_first_task(start, name):
     trainer = start(name, joint=1, n_epochs=6)
     assert trainer.run()["accuracy"]["task-il"][0][0] > 0.7
+
+
+@pytest.mark.parametrize("size", ["500", "2000"])
+def test_icarl_decays_as_its_published_run_on_cifar100(size):
+    """1e-5 as weight decay of the base optimizer; there is no penalty beside it."""
+    config = resolve(["--model", "icarl", "--dataset", "seq-cifar100", "--buffer_size", size])
+    assert (config.optim_wd, config.wd_reg) == (1e-5, 0.0)

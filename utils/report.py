@@ -143,8 +143,8 @@ def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
 
 
 def _contents(folder: Path) -> dict[str, Any] | None:
-    """What a record keeps of a run folder; None where its files are not JSON. Of the summary without the matrix, which
-    no table needs."""
+    """What a record keeps of a run folder; None where that is no run's. Of the summary without the matrix, which no
+    table needs. The index keeps it, so that it is looked at once."""
     content: dict[str, Any] = {"folder": folder.name}
     for file in run_index.FILES:
         try:
@@ -155,36 +155,42 @@ def _contents(folder: Path) -> dict[str, Any] | None:
             return None
     if isinstance(content.get("summary"), dict):
         content["summary"].pop("accuracy", None)
-    return content
+    return content if _is_of_a_run(content) else None
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        return parse_json(line)
+        content = parse_json(line)
     except ValueError:
         return None
+    return content if _is_of_a_run(content) else None
 
 
-def _as_run(path: Path, content: Any, say: Callable[[str], None]) -> Run | None:
+def _as_run(path: Path, content: dict[str, Any] | None, say: Callable[[str], None]) -> Run | None:
     """A run of any status; None for what is not the summary of one of ours."""
-    try:
-        summary, config = content["summary"], content.get("config", {"flags": {}})
-        flags = {name: entry["value"] for name, entry in config["flags"].items()}
-        if not _is_of_a_run(content, summary, flags):
-            raise ValueError
-        return Run(path, summary, flags, config.get("protocol"), content)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    if content is None:
         say(f"note: left out, since it is not the summary of a run: {path}")
         return None
+    config = content.get("config", {"flags": {}})
+    flags = {name: entry["value"] for name, entry in config["flags"].items()}
+    return Run(path, content["summary"], flags, config.get("protocol"), content)
 
 
-def _is_of_a_run(content: Mapping[str, Any], summary: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+def _is_of_a_run(content: Any) -> bool:
     """Whether everything that a table is made of has the type that our files have."""
+    try:
+        return _has_types(content)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _has_types(content: Mapping[str, Any]) -> bool:
+    summary, config = content["summary"], content.get("config", {"flags": {}})
+    flags = {name: entry["value"] for name, entry in config["flags"].items()}
 
     def plain(value: Any, *kinds: type) -> bool:
         return value is None or (isinstance(value, kinds) and (not isinstance(value, str) or is_writable(value)))
 
-    config = content.get("config", {})
     parts = (*config.get("changed_code", ()), config.get("continues") or {"code": None})
     codes = [config.get("code") or {}, *(part["code"] or {} for part in parts)]
     numbers = [*summary["metrics"].values(), summary.get("cost", {})]

@@ -77,8 +77,8 @@ def main() -> None:
     unknown = sweep.plan(some, [*words, "--lr", "0.123"])
     for _ in range(args.rounds):
         tables = seconds(lambda: report.main([str(args.folder)]))
-        found = seconds(lambda: len(sweep.finished(jobs)) == len(jobs) or sys.exit("not found"))
-        none = seconds(lambda: sweep.finished(unknown) == {} or sys.exit("found"))
+        found = seconds(lambda: len(sweep.look(jobs).done) == len(jobs) or sys.exit("not found"))
+        none = seconds(lambda: not sweep.look(unknown).done or sys.exit("found"))
         print(f"report {tables}, skip check of {len(jobs)} finished runs {found}, of new ones {none}")
 
 
