@@ -246,10 +246,11 @@ class Benchmark(Sequence[Task]):
         end = 0
         for index in range(self.num_tasks if self.setting == "class-il" else 0):
             classes = self.classes_of(index)
-            if classes.start != end or len(classes) != classes.stop - end or not len(classes):
+            is_next = isinstance(classes, range) and classes == range(end, end + len(classes)) and len(classes) > 0
+            if not is_next:
                 raise UsageError(
-                    f"{self.name}: the classes of task {index + 1} must begin with {end} and be at least one, got "
-                    f"{classes}. Mend its `task_sizes` or `classes_of`."
+                    f"{self.name}: the classes of task {index + 1} must be a range that begins with {end}, of at least "
+                    f"one, got {classes}. Mend its `task_sizes` or `classes_of`."
                 )
             end = classes.stop
         if end not in (0, self.num_classes):

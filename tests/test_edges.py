@@ -85,6 +85,12 @@ class Overlap(Even):
         return range(index, index + 2)
 
 
+@DATASETS.register("edge-listed")
+class Listed(Even):
+    def classes_of(self, index):
+        return [2 * index, 2 * index + 1]
+
+
 @DATASETS.register("edge-one-row")
 class OneRow(Even):
     rows_of_class = 1
@@ -589,7 +595,14 @@ def test_the_number_of_tasks_follows_from_their_sizes(begin):
     "dataset, words",
     [
         ("edge-gaps", "edge-gaps: its tasks must have all 6 classes, they have 4"),
-        ("edge-overlap", "edge-overlap: the classes of task 2 must begin with 2 and be at least one, got range(1, 3)"),
+        (
+            "edge-overlap",
+            "edge-overlap: the classes of task 2 must be a range that begins with 2, of at least one, got r",
+        ),
+        (
+            "edge-listed",
+            "edge-listed: the classes of task 1 must be a range that begins with 0, of at least one, got [",
+        ),
     ],
 )
 def test_classes_that_do_not_follow_one_another_are_refused(begin, dataset, words):
