@@ -13,13 +13,14 @@ from functools import cached_property, reduce
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
 from utils.errors import mistake
-from utils.optim._driver import frozen_statistics
+from utils.optim._driver import Wanted, frozen_statistics
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
 
@@ -48,6 +49,19 @@ class Block:
         """The rows of the stream, then those of the memory; a source without rows is left out."""
         cut = len(self) - self.memory
         return [rows for rows in (range(cut), range(cut, len(self))) if rows]
+
+    @property
+    def form(self) -> tuple:
+        """All but the numbers in it: steps on blocks of equal forms run the same operations."""
+        columns = {"x": self.x, **self.columns}
+        return (
+            self.memory, self.apart, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
+        )  # fmt: skip
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Block":
+        """Each column changed by the same function, which keeps the rows."""
+        columns = {name: change(column) for name, column in self.columns.items()}
+        return Block(change(self.x), self.memory, self.apart, **columns)
 
     def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
         """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
@@ -137,11 +151,15 @@ class Objective:
     The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
     all of it was wanted), the gradients of the method's guides and references in `guides`. With `trace`, the losses and
     gradients of all passes are kept in `passes`.
-    Gradients are handed out, not copied: whoever gets one must not change it in place.
+    Gradients are handed out, not copied: whoever gets one must not change it in place. One that is `recorded`, to be
+    replayed, is of a network that draws nothing.
     """
 
-    def __init__(self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False):
-        self.method, self.params, self.trace = method, params, trace
+    def __init__(
+        self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False,
+        recorded: bool = False,
+    ):  # fmt: skip
+        self.method, self.params, self.trace, self.recorded = method, params, trace, recorded
         self.blocks = tuple(block for block in blocks if not block.apart)
         self.apart = tuple(block for block in blocks if block.apart)
         self.loss: Loss | None = None
@@ -153,12 +171,19 @@ class Objective:
         self.skipped = False  # set by an optimizer that did not take the step
         self.extra: tuple[str, Callable[[list[Tensor]], list[Tensor]]] | None = None  # see `add`
         self.weights: list[float] | None = None  # of each block's terms, in a shard whose parts are uneven
-        self.noise = seeding.global_state()  # a network may draw (dropout): every pass draws the same
+        self.noise = self._generators()  # a network may draw (dropout): every pass draws the same
         self._has_drawn, self._is_clean = False, True
+
+    def _generators(self) -> dict:
+        return {} if self.recorded else seeding.global_state()
 
     @property
     def num_rows(self) -> int:
         return sum(len(block) for block in self.blocks)
+
+    @property
+    def form(self) -> tuple:
+        return tuple(block.form for block in self.blocks)
 
     @property
     def used(self) -> list[bool]:
@@ -186,23 +211,31 @@ class Objective:
         """The gradient of the whole loss at the present weights."""
         return self.gradients()[0]
 
-    def gradients(self, climb: str = "all", wanted: list[bool] | None = None) -> tuple[Grads, Grads]:
+    def gradients(self, climb: str = "all", wanted: Wanted = None) -> tuple[Grads, Grads]:
         """(gradient of the whole loss, gradient of the part that is climbed), at the present weights, in one forward.
 
         `climb` is 'all', 'current' (the stream's rows) or 'memory' (the memory's rows, and the penalties, which speak
-        of the past). Parameters that are not `wanted` have zeros and cost no weight gradient, except in guides.
+        of the past). Parameters that are not `wanted` (P,) bool have zeros and, if the host knows which, cost no weight
+        gradient, except in guides.
         """
         clean, self._is_clean = self._is_clean, False
         if clean and self.method.references_first:
             self._refer()
         loss = self()
         weighted = loss if self.weights is None else self._weighted(loss)
-        gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), wanted)
+        known = None if isinstance(wanted, Tensor) else wanted
+        gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), known)
+        if known is not wanted:
+            gradient, climbed = (
+                [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
+                for part in (gradient, climbed)
+            )
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
         self.tally.totals.append(weighted.total.detach())
         if clean:
-            self.loss, self.clean = loss.detach(), gradient if wanted is None or all(wanted) else None
+            self.loss = loss.detach()
+            self.clean = gradient if wanted is None or (known is not None and all(known)) else None
             if not self.method.references_first:
                 self._refer()
         if self.trace:
@@ -227,7 +260,7 @@ class Objective:
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
         if not self._has_drawn:
-            self.noise = seeding.global_state()  # what the clean pass draws
+            self.noise = self._generators()  # what the clean pass draws
 
     def _named(self, found: Any) -> tuple[str, Tensor]:
         """What `references` has yielded, if it is a name and a loss ()."""
@@ -290,7 +323,7 @@ class Objective:
     def snapshot(self) -> dict[str, Any]:
         """Blocks, noise and used parameters as plain data, from which `later` makes an objective again."""
         blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.blocks]
-        return {"blocks": blocks, "noise": self.noise, "used": self.used}
+        return {"form": self.form, "blocks": blocks, "noise": self.noise, "used": self.used}
 
     def later(self, snapshot: dict[str, Any]) -> "Objective":
         """The same loss on the blocks of an earlier step, with their noise; its passes count for this step."""
@@ -300,7 +333,7 @@ class Objective:
     def _on(self, blocks: tuple[Block, ...], noise: dict | None = None) -> "Objective":
         """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
         pass is a clean one."""
-        other = Objective(self.method, blocks, self.params)
+        other = Objective(self.method, blocks, self.params, recorded=self.recorded)
         other.tally, other.handed = self.tally, self.handed
         if noise is not None:
             other.noise, other._has_drawn, other._is_clean = noise, True, False
@@ -361,7 +394,7 @@ class Objective:
     @contextmanager
     def _same_noise(self) -> Iterator[None]:
         """Every pass draws what the first one drew, and leaves the generators where the first one left them."""
-        if not self._has_drawn:
+        if not self._has_drawn or not self.noise:
             self._has_drawn = True
             yield
             return
@@ -376,7 +409,7 @@ class Objective:
         """Autocast of one pass. A context of its own for each: within one, casts of weights are kept, moved or not."""
         if self.method.amp is None:
             return nullcontext()
-        return torch.autocast(self.params[0].device.type, self.method.amp)
+        return torch.autocast(self.params[0].device.type, self.method.amp, cache_enabled=not self.recorded)
 
     @contextmanager
     def _logits(self) -> Iterator[dict[int, Tensor]]:
@@ -458,7 +491,7 @@ class Objective:
         ]
 
     def _backward_parts(
-        self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: list[bool] | None
+        self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: np.ndarray | None
     ) -> tuple[Grads, Grads]:
         """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
         gradient = climbed_gradient = None
@@ -476,7 +509,7 @@ class Objective:
         zeros = [torch.zeros_like(p) for p in self.params] if gradient is None or climbed_gradient is None else None
         return gradient or zeros, climbed_gradient or zeros
 
-    def _backward(self, part: Tensor, wanted: list[bool] | None, keep_graph: bool) -> Grads:
+    def _backward(self, part: Tensor, wanted: np.ndarray | None, keep_graph: bool) -> Grads:
         rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
         grads: list[Tensor | None] = [None] * len(self.params)
         if not part.requires_grad:  # a reference that no weight has a say in

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Grads = list[Tensor]
+Numbers = list[list[float]]  # rows of one number for each parameter; as a tensor (rows, parameters) on the device
 
 
 class Base:
@@ -19,13 +20,26 @@ class Base:
         self.params, self.lr, self.weight_decay = params, lr, weight_decay
         self.state: dict[str, list[Any]] = {}  # name -> one entry for each parameter, None before its first step
 
-    @torch.no_grad()
     def step(self, grads: Grads, used: list[bool]) -> None:
+        self.advance(used)
+        self.apply(grads, used, self.numbers())
+
+    @torch.no_grad()
+    def apply(self, grads: Grads, used: list[bool], numbers: Any) -> None:
+        """The arithmetic of a step, after the host has counted it (`advance`)."""
         rows = range(len(self.params)) if all(used) else [i for i, is_used in enumerate(used) if is_used]
         if len(rows) > 0:
-            self.update([self.params[i] for i in rows], [grads[i] for i in rows], rows)
+            self.update([self.params[i] for i in rows], [grads[i] for i in rows], rows, numbers)
 
-    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+    def advance(self, used: list[bool]) -> None:
+        """Counts a step, where a rule needs the number of steps."""
+
+    def numbers(self) -> Numbers:
+        """What the arithmetic needs of the host and is another number in each step, for each parameter. A step that is
+        recorded reads them from tensors of the device."""
+        return []
+
+    def update(self, params: list[Tensor], grads: Grads, rows: Any, numbers: Any) -> None:
         """Steps these parameters, which are `rows` of all."""
         raise NotImplementedError
 
@@ -53,7 +67,7 @@ class SGD(Base):
         if momentum:
             self.state["momentum"] = [None] * len(params)
 
-    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+    def update(self, params: list[Tensor], grads: Grads, rows: Any, numbers: Any) -> None:
         if self.weight_decay:
             grads = torch._foreach_add(grads, params, alpha=self.weight_decay)
         if self.momentum:
@@ -97,22 +111,34 @@ class Adam(Base):
         for name in ("step", "mean", "square"):
             self.state[name] = [None] * len(params)
 
-    def update(self, params: list[Tensor], grads: Grads, rows: Any) -> None:
+    def advance(self, used: list[bool]) -> None:
         steps, means, squares = (self.state[name] for name in ("step", "mean", "square"))
-        for i, p in zip(rows, params, strict=True):
-            if steps[i] is None:
+        for i, (p, is_used) in enumerate(zip(self.params, used, strict=True)):
+            if is_used and steps[i] is None:
                 steps[i], means[i], squares[i] = 0, torch.zeros_like(p), torch.zeros_like(p)
-            steps[i] += 1
+            if is_used:
+                steps[i] += 1
+
+    def numbers(self) -> Numbers:
+        """Both corrections of the averages' bias: what the root is divided by, and the size of the step."""
+        steps = [step or 1 for step in self.state["step"]]
+        roots = {step: (1 - self.beta2**step) ** 0.5 for step in {*steps}}
+        sizes = {step: -self.lr / (1 - self.beta1**step) for step in {*steps}}
+        return [[roots[step] for step in steps], [sizes[step] for step in steps]]
+
+    def update(self, params: list[Tensor], grads: Grads, rows: Any, numbers: Any) -> None:
+        roots, sizes = ([of_each[i] for i in rows] for of_each in numbers)
         if self.weight_decay and self.decoupled:
             torch._foreach_mul_(params, 1 - self.lr * self.weight_decay)
         elif self.weight_decay:
             grads = torch._foreach_add(grads, params, alpha=self.weight_decay)
-        mean, square = [means[i] for i in rows], [squares[i] for i in rows]
+        mean, square = ([self.state[name][i] for i in rows] for name in ("mean", "square"))
         torch._foreach_lerp_(mean, grads, 1 - self.beta1)
         torch._foreach_mul_(square, self.beta2)
         torch._foreach_addcmul_(square, grads, grads, 1 - self.beta2)
         denominator = torch._foreach_sqrt(square)
-        torch._foreach_div_(denominator, [(1 - self.beta2 ** steps[i]) ** 0.5 for i in rows])
+        torch._foreach_div_(denominator, roots)
         torch._foreach_add_(denominator, self.eps)
-        sizes = [-self.lr / (1 - self.beta1 ** steps[i]) for i in rows]
-        torch._foreach_addcdiv_(params, mean, denominator, sizes)
+        moves = torch._foreach_mul(mean, sizes)
+        torch._foreach_div_(moves, denominator)
+        torch._foreach_add_(params, moves)

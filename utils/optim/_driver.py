@@ -2,14 +2,14 @@
 
 A step is a direction, found over a frozen objective, that goes to a base optimizer. Whatever happens on the way, an
 exception or a loss that is not finite, weights, state and BatchNorm statistics are then what they were before. The
-primitives are here once: weights moved and put back by copy, global norms and dot products, frozen statistics.
+primitives are here once: passes at moved weights, global norms and dot products, frozen statistics.
 
 On the CPU the host sees whether a step is finite and does not take it. Elsewhere the device decides, so that the host
 need not wait for it: what a step changes is kept beside it for a moment (about four times the weights), whole numbers
 that the host counts go on, and images of a bad step are remembered, with zeros for logits that are not finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from utils import seeding
 from utils.arguments import flag
 from utils.optim._base import SGD, Base, Grads
+
+Wanted = np.ndarray | Tensor | None  # (P,) bool: the parameters whose gradients are asked for; None: all
 
 WATCHED = 3  # first steps of a task in which it is checked what is made of the gradients
 
@@ -97,8 +99,12 @@ class Driver:
 
     What a variant keeps from step to step is in `state[name]`, a list of tensors aligned with `params`, and in
     `clock[name]`, a whole number; it draws from `rng`. All three are in the checkpoint, and a state grows with its
-    parameters (new entries are 0, or `fill[name]`). A step reads them, but writes `pending[name]`, which moves over
-    only if the step is taken. Whatever else a variant keeps, it writes in `settle` and adds to `state_dict` itself.
+    parameters (new entries are 0, or `fill[name]`). A step reads them, but writes `pending[name]`, which is copied over
+    only if the step is taken; the clock goes on in `tick`. Whatever else a variant keeps, it writes in `settle`, in
+    place, and adds to `state_dict` itself.
+
+    A step may be recorded once and replayed (`utils/program.py`): of the variant's Python code only `phase`, `draw` and
+    `tick` run then.
     """
 
     name: str
@@ -120,7 +126,8 @@ class Driver:
         self.base = self.make_base(self.params, lr, weight_decay)
         self.state: dict[str, Grads] = {}
         self.clock: dict[str, int] = {"task": 0, "epoch": 0}
-        self.pending: dict[str, Any] = {}
+        self.pending: dict[str, Grads] = {}
+        self.drawn: dict[str, Any] = {}  # what `draw` gave for this step; in one that is recorded, as tensors
         self.device = self.params[0].device if self.params else torch.device("cpu")
         self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
         self._batchnorms = normalise_single_values(method)
@@ -142,12 +149,56 @@ class Driver:
         """The direction, and what all variants of a family do to it."""
         return self.direction(objective)
 
+    def phase(self) -> Hashable:
+        """What the variant's code may decide anew from step to step, beside the blocks' shapes: two steps of one phase
+        run the same operations. Here nothing. A class that overrides `direction` and the like has a `phase` of its own.
+        """
+        return ()
+
+    def draw(self, objective: Any) -> dict[str, np.ndarray]:
+        """The variant's random numbers for a step, by name: the same number of them in each step of a phase."""
+        return {}
+
+    def tick(self, objective: Any) -> None:
+        """What the host notes after a step that was taken: on the clock, for the most part."""
+
     def step(self, objective: Any) -> Grads:
         """One update of the weights; returns it as it went into the base optimizer.
 
         A step whose losses or update are not finite is not taken. On the CPU the objective is then marked as `skipped`;
         elsewhere the device decides by itself, since the host does not wait for it.
         """
+        self.drawn = self.draw(objective)
+        update, finite, before = self._find(objective)
+        with torch.no_grad():
+            if self.device.type != "cpu":
+                self.base.advance(objective.used)
+                self._step_where(finite, update, objective, before, self.base.numbers())
+            elif finite:
+                self.skips[1] = 0
+                self.base.step(update, objective.used)
+                self._commit()
+            else:
+                self.skips += 1
+                objective.skipped = True
+                self._restore_statistics(before)
+            if not objective.skipped:
+                self.settle(objective)
+                self.tick(objective)
+        return update
+
+    @torch.no_grad()
+    def record(self, objective: Any, numbers: Any) -> Grads:
+        """The operations of a step and nothing else, for a recorder: what the host decides and counts in a step was
+        done before it. `numbers` are the base's."""
+        update, finite, before = self._find(objective)
+        self._step_where(finite, update, objective, before, numbers)
+        self.settle(objective)
+        return update
+
+    @torch.enable_grad()
+    def _find(self, objective: Any) -> tuple[Grads, Tensor, Grads]:
+        """(update, whether the step is finite (), BatchNorm's statistics before it)."""
         self.pending = {}
         statistics = self._statistics()
         before = torch._foreach_mul(statistics, 1) if statistics else []
@@ -164,38 +215,28 @@ class Driver:
             raise
         with torch.no_grad():
             finite = (torch.stack(torch._foreach_norm(update)).sum() + sum(objective.tally.totals)).isfinite()
-            if self.device.type != "cpu":
-                self._step_where(finite, update, objective.used, before)
-                if objective.loss.logits is not None:
-                    objective.loss.logits = objective.loss.logits.nan_to_num(0.0, 0.0, 0.0)
-            elif finite:
-                self.skips[1] = 0
-                self.base.step(update, objective.used)
-                self._commit(self.pending)
-            else:
-                self.skips += 1
-                objective.skipped = True
-                self._restore_statistics(before)
-            if not objective.skipped:
-                self.settle(objective)
-        return update
+        return update, finite, before
 
     def settle(self, objective: Any) -> None:
-        """Called after a step that was taken, without gradients: averages of the weights, records of the outputs."""
+        """What else a step that was taken leaves behind, without gradients: averages of the weights, records of the
+        outputs. Elsewhere than on the CPU also called after one that was not finite."""
 
     @contextmanager
     def at(self, offset: Grads, frozen: bool = True) -> Iterator[None]:
-        """Inside, the weights are moved by `offset` and BatchNorm statistics are frozen, unless told otherwise; after
-        it, and after any exception, the weights are bitwise what they were."""
+        """Inside, the parameters are at the weights moved by `offset`, and BatchNorm statistics are frozen unless told
+        otherwise. The weights themselves are not touched: moved ones take their place, and leave it in any case."""
         with torch.no_grad():
-            saved = [param.detach().clone() for param in self.params]
-            try:
-                torch._foreach_add_(self.params, offset)
-                del offset  # as large as the weights, and not needed any more
-                with frozen_statistics(self._batchnorms if frozen else []), torch.enable_grad():
-                    yield
-            finally:
-                torch._foreach_copy_(self.params, saved)
+            moved = torch._foreach_add(self.params, offset)
+        del offset  # as large as the weights, and not needed any more
+        weights = [param.data for param in self.params]
+        try:
+            for param, there in zip(self.params, moved, strict=True):
+                param.data = there
+            with frozen_statistics(self._batchnorms if frozen else []):
+                yield
+        finally:
+            for param, here in zip(self.params, weights, strict=True):
+                param.data = here
 
     def set_lr(self, lr: float) -> None:
         self.base.lr = lr
@@ -266,10 +307,14 @@ class Driver:
         self.skips = state["skips"].to(self.device).clone()
         seeding.set_generator_state(self.rng, state["rng"])
 
-    def _commit(self, pending: dict[str, Any]) -> None:
-        for name, value in pending.items():
-            assert isinstance(value, int) or len(value) == len(self.params), f"pending['{name}'] is no list for params"
-            (self.clock if isinstance(value, int) else self.state)[name] = value
+    def _commit(self) -> None:
+        """Each state stays in its tensors, which a recorded step has in use."""
+        for name, value in self.pending.items():
+            assert len(value) == len(self.params), f"pending['{name}'] is no list for params"
+            if name in self.state:
+                torch._foreach_copy_(self.state[name], value)
+            else:
+                self.state[name] = torch._foreach_mul(value, 1)  # it may share memory with a gradient
 
     def _statistics(self) -> list[Tensor]:
         return [buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False)]
@@ -278,12 +323,12 @@ class Driver:
         if before:
             torch._foreach_copy_(self._statistics(), before)
 
-    def _step_where(self, finite: Tensor, update: Grads, used: list[bool], statistics: Grads) -> None:
+    def _step_where(self, finite: Tensor, update: Grads, objective: Any, statistics: Grads, numbers: Any) -> None:
         """The step, then everything that it changed put back where `finite` is false, without a wait for the device."""
         base = {name: [*entries] for name, entries in self.base.state.items()}
         tensors = [entry for entries in base.values() for entry in entries if isinstance(entry, Tensor)]
         before = [*torch._foreach_mul([*self.params, *tensors], 1), *statistics]
-        self.base.step(update, used)
+        self.base.apply(update, objective.used, numbers)
         new = [  # what the base optimizer has made in this step starts from zero
             entry
             for name, entries in self.base.state.items()
@@ -291,15 +336,35 @@ class Driver:
             if isinstance(entry, Tensor) and old is None
         ]
         before += [torch.zeros_like(entry) for entry in new]
-        _keep_where(finite, [*self.params, *tensors, *self._statistics(), *new], before)
+        _write_where(~finite, [*self.params, *tensors, *self._statistics(), *new], before)
         for name, value in self.pending.items():
-            if not isinstance(value, int):
-                value = self.pending[name] = torch._foreach_mul(value, 1)  # it may share memory with a gradient
-                fill = self.fill.get(name, 0.0)
-                _keep_where(finite, value, self.state.get(name) or [torch.full_like(entry, fill) for entry in value])
-        self._commit(self.pending)
+            if name not in self.state:
+                self.state[name] = [torch.full_like(part, self.fill.get(name, 0.0)) for part in value]
+            _write_where(finite, self.state[name], value)
         skipped = (~finite).long()
-        self.skips = torch.stack((self.skips[0] + skipped, (self.skips[1] + 1) * skipped))
+        self.skips.copy_(torch.stack((self.skips[0] + skipped, (self.skips[1] + 1) * skipped)))
+        if objective.loss.logits is not None:
+            objective.loss.logits = objective.loss.logits.nan_to_num(0.0, 0.0, 0.0)
+
+
+class Beside:
+    """Operations that need not wait for those that come before them in the code, from where this is made: a recorder on
+    a GPU lets both run at once. After the `with` block, everything waits for both. Elsewhere nothing is changed."""
+
+    def __init__(self):
+        self.stream = None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        self._inside = torch.cuda.stream(self.stream)  # of None: no change
+
+    def __enter__(self) -> None:
+        self._inside.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.__exit__(*error)
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def _trainable(method: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
@@ -322,13 +387,13 @@ def keep_corner(old: Tensor | None, new: Tensor) -> Tensor:
     return new
 
 
-def _keep_where(finite: Tensor, after: Grads, before: Grads) -> None:
-    """Writes `before` into `after` if `finite` is false; one call for each type of number."""
-    for dtype in {tensor.dtype for tensor in after}:
-        pairs = [(a, b) for a, b in zip(after, before, strict=True) if a.dtype == dtype]
-        old = torch.cat([b.reshape(-1) for _, b in pairs])
-        new = torch.cat([a.reshape(-1) for a, _ in pairs])
-        parts = torch.where(finite, new, old).split([a.numel() for a, _ in pairs])
+def _write_where(condition: Tensor, into: Grads, values: Grads) -> None:
+    """Writes `values` into `into` if `condition` () is true; one call for each type of number."""
+    for dtype in {tensor.dtype for tensor in into}:
+        pairs = [(a, b) for a, b in zip(into, values, strict=True) if a.dtype == dtype]
+        old = torch.cat([a.reshape(-1) for a, _ in pairs])
+        new = torch.cat([b.reshape(-1) for _, b in pairs])
+        parts = torch.where(condition, new, old).split([a.numel() for a, _ in pairs])
         torch._foreach_copy_(
             [a for a, _ in pairs], [part.view_as(a) for part, (a, _) in zip(parts, pairs, strict=True)]
         )

@@ -2,10 +2,10 @@
 
 A variant overrides `ascent` (where the weights go for the second pass) or `descent` (the update), or, for another
 number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
-moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state as `Driver`
-says. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be flat is the same for
-all: which rows are climbed, which parameters are moved, from which task on. Weight decay acts in the base optimizer
-alone, at the unmoved weights.
+moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state and says its
+`phase` as `Driver` does. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be
+flat is the same for all: which rows are climbed, which parameters are moved, from which task on. Weight decay acts in
+the base optimizer alone, at the unmoved weights.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.arguments import flag
 from utils.optim._base import Grads
-from utils.optim._driver import Driver, dot, frozen_statistics, norm
+from utils.optim._driver import Driver, Wanted, dot, frozen_statistics, norm
 from utils.registry import BACKBONES
 
 __all__ = ["Grads", "SharpnessAware", "dot", "frozen_statistics", "norm"]
@@ -88,7 +88,7 @@ class SharpnessAware(Driver):
             g_adv = objective.gradient()
         return self.descent(g, g_adv)
 
-    def gradients(self, objective: Any, wanted: list[bool] | None = None) -> tuple[Grads, Grads]:
+    def gradients(self, objective: Any, wanted: Wanted = None) -> tuple[Grads, Grads]:
         """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
         g, climbed = objective.gradients(self.args.ascent_on, wanted)
         return g, self._moved(climbed)
@@ -97,6 +97,8 @@ class SharpnessAware(Driver):
     def fewest_rows(self) -> int:
         """Of a forward that takes a part of a block: of a single one, BatchNorm may have no statistics."""
         return 2 if self._batchnorms else 1
+
+    phase = Driver.phase  # --sam_from_task and --ascent_on: one answer for a task and its blocks
 
     def is_sharp(self, objective: Any) -> bool:
         """Whether this step is one of the variant's, and not the base optimizer's."""

@@ -26,6 +26,8 @@ class ASAM(SharpnessAware):
         rho: float = flag(0.5, "radius of the scaled ball in which the worst point is sought", low=0)
         asam_eta: float = flag(0.01, "added to |w|, so that a weight of zero still moves", low=0)
 
+    phase = SharpnessAware.phase
+
     @torch.no_grad()
     def ascent(self, g: Grads, objective) -> Grads:
         scaled = [i for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)) if _is_weight(name, p)]

@@ -28,6 +28,8 @@ class CFlat(SharpnessAware):
         rho: float = flag(0.2, "radius of the ball in which the worst points are sought", low=0)
         cflat_lambda: float = flag(0.2, "weight of first-order flatness", low=0)
 
+    phase = SharpnessAware.phase
+
     def direction(self, objective) -> Grads:
         _, climbed = self.gradients(objective)
         with self.at(self.ascent(climbed, objective)):

@@ -30,6 +30,8 @@ class CRSAM(SharpnessAware):
         cr_beta: float = flag(0.01, "weight of the slope along the ascent", low=0)
         cr_log: bool = flag(False, "the paper's logarithmic penalty instead of the code's")
 
+    phase = SharpnessAware.phase
+
     def direction(self, objective) -> Grads:
         g, climbed = self.gradients(objective)
         offset = self.ascent(climbed, objective)

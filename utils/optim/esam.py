@@ -13,7 +13,9 @@ Memory: 2 P (saved weights, clean gradient)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from utils.arguments import flag
@@ -38,8 +40,26 @@ class ESAM(SharpnessAware):
             )
         return problems
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.clock["started"] = 0
+
+    def phase(self) -> int:
+        """Whether a task has begun: tensors are drawn."""
+        return self.clock["started"]
+
+    def draw(self, objective) -> dict[str, np.ndarray]:
+        """`moved` (P,) bool: the tensors of this step."""
+        if not self.phase() or not self.is_sharp(objective):
+            return {}
+        draws = self.rng.random(len(self.params))
+        return {"moved": (draws < self.args.esam_beta) | (draws == draws.min())}
+
+    def tick(self, objective) -> None:
+        self.clock["started"] |= self.is_sharp(objective)
+
     def direction(self, objective) -> Grads:
-        _, climbed = self.gradients(objective, self._draw_tensors())
+        _, climbed = self.gradients(objective, self.drawn.get("moved"))
         offset = torch._foreach_mul(climbed, self.args.rho / self.args.esam_beta / (norm(climbed) + 1e-7))
         with self.at(offset):
             if self.args.esam_gamma == 1:
@@ -48,13 +68,6 @@ class ESAM(SharpnessAware):
                 raised = objective()
             worst = objective.hardest(self.args.esam_gamma, objective.loss, raised, self.fewest_rows)
             return worst.gradient()
-
-    def _draw_tensors(self) -> list[bool] | None:
-        self.pending["started"] = 1
-        if not self.clock.get("started", 0):
-            return None
-        draws = self.rng.random(len(self.params))
-        return ((draws < self.args.esam_beta) | (draws == draws.min())).tolist()
 
     def begin_task(self, task) -> None:
         super().begin_task(task)

@@ -27,6 +27,8 @@ class FriendlySAM(SharpnessAware):
         friendly_sigma: float = flag(1.0, "how much of the averaged gradient is taken off the ascent", low=0)
         friendly_lambda: float = flag(0.6, "decay of the averaged gradient", low=0, high=1)
 
+    phase = SharpnessAware.phase
+
     def ascent(self, g: Grads, objective) -> Grads:
         m = self.state.get("m")
         if m is None:

@@ -44,6 +44,8 @@ class GSAM(SharpnessAware):
             )
         return problems
 
+    phase = SharpnessAware.phase  # rho follows the learning rate, which a phase has anyway
+
     def ascent(self, g: Grads, objective) -> Grads:
         rho, rho_min = self.args.rho, self.args.gsam_rho_min
         if rho_min is not None:

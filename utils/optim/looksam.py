@@ -13,6 +13,7 @@ Memory: 3 P (saved weights, clean gradient, g_v)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,10 +30,19 @@ class LookSAM(SharpnessAware):
         looksam_every: int = flag(5, "k: every k-th step is SAM's", low=1)
         looksam_alpha: float = flag(0.1, "length of the part that is used again, in norms of the gradient", low=0)
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.clock["t"] = 0
+
+    def phase(self) -> bool:
+        """Whether the next sharp step climbs."""
+        return self.clock["t"] % self.args.looksam_every == 0
+
+    def tick(self, objective) -> None:
+        self.clock["t"] += self.is_sharp(objective)
+
     def direction(self, objective) -> Grads:
-        t = self.clock.get("t", 0)
-        self.pending["t"] = t + 1
-        if t % self.args.looksam_every == 0:
+        if self.phase():
             return super().direction(objective)
         g, g_v = objective.gradient(), self.state["g_v"]
         length = self.args.looksam_alpha * norm(g) / (norm(g_v) + EPS)

@@ -49,8 +49,12 @@ class MESA(Driver):
             "use the optimizer sgd."
         ]
 
+    def phase(self) -> bool:
+        """Whether it has begun."""
+        return self.clock["epoch"] >= self.args.mesa_start
+
     def direction(self, objective) -> Grads:
-        if self.clock["epoch"] >= self.args.mesa_start:
+        if self.phase():
             tau, total = self.args.mesa_tau, objective.num_rows
             targets = objective.outputs_of(self.teacher)
 

@@ -29,6 +29,8 @@ class MSAM(SharpnessAware):
     class Args(SharpnessAware.Args):
         msam_shards: int = flag(4, "m: shards of the batch", low=1, high=10**6)
 
+    phase = SharpnessAware.phase
+
     def direction(self, objective) -> Grads:
         update = clean = None
         number = objective.num_shards(self.args.msam_shards, self.fewest_rows)

@@ -56,6 +56,10 @@ class SAF(Driver):
             )
         return []
 
+    def phase(self) -> torch.Size:
+        """The room in the records: they are new ones when there are more classes."""
+        return self.logits.shape
+
     def direction(self, objective) -> Grads:
         known = [index for index, block in enumerate(objective.blocks) if "ids" in block.columns]
         slots = {index: self._slots(objective.blocks[index].ids) for index in known}

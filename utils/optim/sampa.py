@@ -5,10 +5,11 @@
     h' = gradient of B_t at y_(t+1) = x_t - what the base optimizer makes of h
     u  = (1 - sampa_lambda) * a + sampa_lambda * h'
 
-a and h' do not wait for each other, so two devices take the time of one pass; here they run one after the other, and
-SAMPa costs what SAM does. As the authors' code: the batch that was climbed on is the one that a is taken on, one step
-later, and the look-ahead has the base's momentum and weight decay. Unlike that code, h is kept and not recovered from
-the sum (with sampa_lambda 0 it would be lost), and BatchNorm's running statistics move with the newest batch.
+a and h' do not wait for each other, so two devices take the time of one pass. Here they run one after the other, and
+SAMPa costs what SAM does; in a step that is recorded on a GPU, side by side. As the authors' code: the batch that was
+climbed on is the one that a is taken on, one step later, and the look-ahead has the base's momentum and weight decay.
+Unlike that code, h is kept and not recovered from the sum (with sampa_lambda 0 it would be lost), and BatchNorm's
+running statistics move with the newest batch.
 The clean pass, from which guides, stored logits and the loss come, is the one at y. A task's first step is the base's.
 
 Passes: 2 forward, 2 backward
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from utils.arguments import flag
+from utils.optim._driver import Beside
 from utils.optim._sharpness import Grads, SharpnessAware
 from utils.registry import OPTIMIZERS
 
@@ -37,14 +39,19 @@ class SAMPa(SharpnessAware):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.previous: dict[str, Any] | None = None  # a snapshot of the step before
+        self._kept: dict[Any, dict[str, Any]] = {}  # this task's snapshots, by the form of their blocks
+
+    def phase(self) -> Any:
+        """The form of the previous batch."""
+        return self.previous and (self.previous["form"], tuple(self.previous["used"]))
 
     def direction(self, objective) -> Grads:
         if self.previous is None:
             return self._remember_gradients(objective)
-        h = self.state["h"]
+        h, beside = self.state["h"], Beside()
         with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
             newest = self._remember_gradients(objective)
-        with self.at(self.ascent(self.state.get("h_climbed", h), objective)):
+        with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
             a = objective.later(self.previous).gradient()
         return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
 
@@ -56,12 +63,22 @@ class SAMPa(SharpnessAware):
         return gradient
 
     def settle(self, objective) -> None:
-        self.previous = objective.snapshot() if "h" in self.pending else None
+        """Keeps the batch, in the place of the last one of its form: a program reads it there."""
+        new = objective.snapshot()
+        old = self._kept.setdefault(new["form"], _each_tensor(new, torch.clone))
+        old |= {"noise": new["noise"], "used": new["used"]}
+        for into, block in zip(old["blocks"], new["blocks"], strict=True):
+            into["x"].copy_(block["x"])
+            for name, column in block["columns"].items():
+                into["columns"][name].copy_(column)
+
+    def tick(self, objective) -> None:
+        self.previous = self._kept[objective.form] if self.is_sharp(objective) else None
 
     def begin_task(self, task) -> None:
         super().begin_task(task)
         self.forget("h", "h_climbed")
-        self.previous = None
+        self.previous, self._kept = None, {}
 
     def follow(self) -> bool:
         before = self.names
@@ -76,9 +93,10 @@ class SAMPa(SharpnessAware):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.previous = _each_tensor(state["previous"], lambda tensor: tensor.to(self.device))
+        self.previous, self._kept = _each_tensor(state["previous"], lambda tensor: tensor.to(self.device)), {}
         if self.previous is not None:
             self.previous["noise"] = state["previous"]["noise"]  # of generators, which live where they live
+            self._kept[self.previous["form"]] = self.previous
 
 
 def _each_tensor(content: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -31,6 +31,7 @@ from utils.arguments import flag
 from utils.optim._driver import flat
 from utils.optim._sharpness import Grads, SharpnessAware, norm
 from utils.passes import eval_mode, row_gradients
+from utils.phase import Ordinary
 from utils.registry import OPTIMIZERS
 
 OWN_FLAGS = {
@@ -68,6 +69,13 @@ class SparseSAM(SharpnessAware):
             )
         return problems
 
+    def phase(self) -> bool | Ordinary:
+        return Ordinary("sparse_sam renews its mask in this step") if self._is_due else False
+
+    def tick(self, objective) -> None:
+        if self._is_due and self.is_sharp(objective):
+            self.clock["renewed"] = self.clock["epoch"]
+
     def direction(self, objective) -> Grads:
         self._renew_mask(objective)
         g, climbed = self.gradients(objective)
@@ -88,7 +96,6 @@ class SparseSAM(SharpnessAware):
     def _renew_mask(self, objective) -> None:
         if not self._is_due:
             return
-        self.pending["renewed"] = self.clock["epoch"]
         if self.args.sparse_mask != "dynamic":
             scores = self._fisher(objective)
             nm = self.args.sparse_mask == "nm"

@@ -1,0 +1,30 @@
+"""What methods and optimizers say about their steps, so that a step can be recorded once and replayed.
+
+A replay (`utils/program.py`) does what the recorded step did, with other rows and other weights. So a part says in one
+line, `phase`, what its Python code may decide anew from step to step within a task. Most have nothing to say: blocks
+and weights decide all.
+"""
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """A phase whose steps cannot be replayed, and why."""
+
+    why: str
+
+
+def phase_of(part: object, rooms: Iterable[str]) -> Hashable:
+    """The phase of a method or optimizer; `Ordinary` where the class that fills one of the `rooms`, the functions that
+    make a step, does not say what its phase is: it may depend on anything."""
+    for cls in type(part).__mro__:
+        if "phase" in vars(cls):
+            return part.phase()
+        if any(room in vars(cls) for room in rooms):
+            return Ordinary(
+                f"{part.name} does not say on what its steps depend. Where that is blocks and weights alone, as long "
+                f"as a task lasts, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
+            )
+    raise AssertionError(f"{part} has no phase")
