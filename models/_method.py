@@ -8,7 +8,7 @@ optimizer (`utils/optim/_driver.py`), which sees a method as an `Objective` (`mo
 of the weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -120,6 +120,13 @@ class Method(nn.Module):
             )
         return problems
 
+    def phase(self) -> Hashable:
+        """What the host may decide anew from step to step, within a task, about what `loss`, `references` and `combine`
+        do, beside the blocks' columns: two steps of one phase run the same operations. Here nothing. A class that
+        overrides one of these has a `phase` of its own, or its steps are not recorded (`utils/program.py`).
+        """
+        return ()
+
     def begin_task(self, task: Any) -> None:
         """Called before a task's first batch. On a general-continual stream: once, at its start."""
 
@@ -194,14 +201,20 @@ class Method(nn.Module):
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
         """Everything that is learned from one batch: an objective and its update for each optimizer step."""
-        done, steps = [], self.steps(batch)
+        done, loss, steps = [], None, self.steps(batch)
         if not hasattr(steps, "__next__"):
             raise mistake(self, not_steps(steps))
         for blocks in steps:
             self._check(blocks, optimizer.params)
-            objective = Objective(self, blocks, optimizer.params, trace)
-            done.append((objective, optimizer.step(objective)))
-        loss = done[0][0].loss if done else None
+            if optimizer.programs is None:
+                objective = Objective(self, blocks, optimizer.params, trace)
+                update = optimizer.step(objective)
+            else:
+                if len(done) == 1:  # a program has its results where its next step writes them
+                    loss = loss.mapped(torch.clone)
+                objective, update = optimizer.programs.step(blocks, trace)
+            loss = loss or objective.loss
+            done.append((objective, update))
         if loss is not None and loss.logits is not None and len(loss.logits) != len(batch.y):
             problem = f"Loss(logits=...) must have the stream's {len(batch.y)} rows alone, got {shown(loss.logits)}."
             raise mistake(self, problem)

@@ -39,6 +39,8 @@ class AGem(SharedMemory):
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (batch.block, *(block.set_apart() for block in self.replay()))
 
+    phase = SharedMemory.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         return Loss({"current": cross_entropy(logits, stream.y, reduction="none")}, logits)

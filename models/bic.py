@@ -99,6 +99,8 @@ class BiC(WithExemplars):
         soft = (old[:, : self.past] / self.args.temp).softmax(1)
         return (Block(batch.inputs, y=batch.y, ids=batch.ids, old=soft),)
 
+    phase = WithExemplars.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         costs = cross_entropy(logits[:, : self.seen], stream.y, reduction="none")

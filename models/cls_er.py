@@ -99,6 +99,8 @@ class ClsEr(ReplayMethod):
         is_better = stable.softmax(1).gather(1, y) > plastic.softmax(1).gather(1, y)
         return torch.where(is_better, stable, plastic)
 
+    phase = ReplayMethod.phase
+
     def loss(self, joint: Block, memory: Block | None = None) -> Loss:
         logits = self.net(joint.x)
         rows = {"replay": (joint, cross_entropy(logits, joint.y, reduction="none"))}

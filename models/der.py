@@ -51,6 +51,8 @@ class Der(ReplayMethod):
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (batch.block, *self.replay())
 
+    phase = ReplayMethod.phase
+
     def loss(self, stream: Block, memory: Block | None = None) -> Loss:
         logits = self.net(stream.x)
         rows = {"current": (stream, cross_entropy(logits, stream.y, reduction="none"))}

@@ -53,6 +53,8 @@ class DerPP(Der):
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (batch.block, *self.replay(draws=2))
 
+    phase = Der.phase
+
     def loss(self, stream: Block, for_logits: Block | None = None, for_labels: Block | None = None) -> Loss:
         logits = self.net(stream.x)
         rows = {"current": (stream, cross_entropy(logits, stream.y, reduction="none"))}

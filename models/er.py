@@ -28,6 +28,8 @@ class ER(ReplayMethod):
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         return (self.replay_jointly(batch),)
 
+    phase = ReplayMethod.phase
+
     def loss(self, joint: Block) -> Loss:
         return Loss({"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")})
 

@@ -54,6 +54,8 @@ class ErAce(ReplayMethod):
         highest = torch.where(self.seen | present, classes, 0).max()
         return present | ((classes >= highest) & (highest < len(present) - 1))
 
+    phase = ReplayMethod.phase
+
     def loss(self, stream: Block, memory: Block | None = None) -> Loss:
         logits = self.net(stream.x)
         masked = logits.masked_fill(~stream.competing, float("-inf"))

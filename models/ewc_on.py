@@ -62,6 +62,8 @@ class EwcOn(Drawing, Method):
         """(P,): all weights that are trained."""
         return flat(trainable(self.net))
 
+    phase = Method.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         penalty = self.args.e_lambda * (self.fisher * (self.theta() - self.anchor).square()).sum()

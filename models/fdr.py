@@ -46,6 +46,8 @@ class FDR(SharedMemory):
         for block in self.draw(batch):
             yield (block,)
 
+    phase = SharedMemory.phase
+
     def loss(self, block: Block) -> Loss:
         logits = self.net(block.x)
         if not block.memory:

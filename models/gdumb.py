@@ -132,6 +132,8 @@ class GDumb(Method):
         share = torch.full_like(mixed[:, 0, 0, 0], box)
         return (Block(mixed, y=batch.y, ids=batch.ids, other=batch.y[order], share=share),)
 
+    phase = Method.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         rows = cross_entropy(logits, stream.y, reduction="none")

@@ -25,6 +25,7 @@ from models.agem import AGem
 from models.sgd import DER
 from utils.arguments import flag
 from utils.optim._driver import flat
+from utils.phase import Ordinary
 from utils.registry import METHODS
 
 RIDGE = 1e-3
@@ -82,6 +83,9 @@ class Gem(AGem):
     def references(self, *memories: Block) -> Iterator[tuple[str, Tensor]]:
         for k, memory in enumerate(memories):
             yield f"task {k}", cross_entropy(self.net(memory.x), memory.y)
+
+    def phase(self) -> Ordinary:
+        return Ordinary("gem solves its programme on the host, in the middle of a step")
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if not guides:  # the first task

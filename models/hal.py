@@ -108,6 +108,8 @@ class HAL(ReplayMethod):
         with torch.no_grad():
             return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-self.lr), strict=True))
 
+    phase = ReplayMethod.phase
+
     def loss(self, joint: Block, anchors: Block | None = None) -> Loss:
         rows = {"replay": (joint, cross_entropy(self.net(joint.x), joint.y, reduction="none"))}
         if anchors is not None:

@@ -122,6 +122,8 @@ class Lucir(WithExemplars):
             old = normalize(self.teacher.net.features(batch.inputs))
         return (Block(batch.inputs, y=batch.y, ids=batch.ids, old=old),)
 
+    phase = WithExemplars.phase
+
     def loss(self, stream: Block) -> Loss:
         features = normalize(self.net.features(stream.x).float())
         rows, logits = self._costs_of(features, stream.y)

@@ -96,6 +96,8 @@ class LwF(Incremental):
     def _rows(self, ids: Tensor) -> Tensor:
         return torch.searchsorted(self.ids, ids).clamp_(max=len(self.ids) - 1)
 
+    phase = Incremental.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         rows = {"current": cross_entropy(logits[:, : self.seen], stream.y, reduction="none")}

@@ -34,6 +34,8 @@ class LwfMc(WithTeacher, Incremental):
             targets[:, : self.past] = self.taught(batch.inputs)[:, : self.past].sigmoid()
         return (Block(batch.inputs, y=batch.y, ids=batch.ids, targets=targets),)
 
+    phase = Incremental.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         costs = binary_cross_entropy_with_logits(logits[:, : self.seen].float(), stream.targets, reduction="none")

@@ -38,6 +38,8 @@ class MgserSam(DerPP):
         if args.guide > 0:
             self.guides = {"memory": ("logits", "labels") if args.guide_on == "memory" else (args.guide_on,)}
 
+    phase = DerPP.phase
+
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if "memory" not in guides:  # the first steps, before there is a memory
             return update

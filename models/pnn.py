@@ -142,6 +142,8 @@ class PNN(Method):
         self.count(forward=len(batch.y) * (len(self.net.columns) - 1))
         return (Block(batch.inputs, y=batch.y, ids=batch.ids, **{f"past_{i}": h for i, h in enumerate(past)}),)
 
+    phase = Method.phase
+
     def loss(self, stream: Block) -> Loss:
         past = [column for name, column in stream.columns.items() if name.startswith("past_")]
         logits = self.net(stream.x, past)

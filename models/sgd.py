@@ -23,6 +23,8 @@ class SGD(Method):
         },
     ) | published(XDER, {("seq-cifar100",): dict(lr=0.03, batch_size=32, n_epochs=50)})
 
+    phase = Method.phase
+
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
         return Loss({"current": cross_entropy(logits, stream.y, reduction="none")}, logits)

@@ -46,12 +46,16 @@ class SI(Method):
         self.params = trainable(net)
         for name in ("importance", "path", "anchor"):  # Omega, omega, theta*
             self.register_buffer(name, torch.zeros(sum(p.numel() for p in self.params)))
+        for name in ("gradient", "before"):  # of the step under way, for `remember`, which is called after it
+            self.register_buffer(name, torch.zeros_like(self.path), persistent=False)
         if args.si_gradient == "task":
             self.guides = {"task": ("current",)}
 
     def begin_task(self, task) -> None:
         self.path.zero_()
         self.anchor.copy_(flat(self.params).detach())
+
+    phase = Method.phase
 
     def loss(self, stream: Block) -> Loss:
         logits = self.net(stream.x)
@@ -60,14 +64,15 @@ class SI(Method):
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         update = torch._foreach_clamp_max(torch._foreach_clamp_min(update, -1.0), 1.0)
-        # for `remember`, which is called after the step
-        self._step = flat(guides.get("task", update)), flat(self.params).detach()
+        self.gradient.copy_(flat(guides.get("task", update)))
+        self.before.copy_(flat(self.params).detach())
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        gradient, before = self._step
-        moved = before - flat(self.params).detach()
-        self.path += (gradient * moved).nan_to_num(0.0, 0.0, 0.0)  # a step that was not taken on a GPU moves nothing
+        moved = self.before - flat(self.params).detach()
+        self.path += (self.gradient * moved).nan_to_num(
+            0.0, 0.0, 0.0
+        )  # a step that was not taken on a GPU moves nothing
 
     def end_task(self, task) -> None:
         theta = flat(self.params).detach()

@@ -118,6 +118,8 @@ class XDer(ReplayMethod):
             views = (views - augment.mean) / augment.std
         return Block(views, memory=len(y) - number * len(batch.y), y=y, ids=ids)
 
+    phase = ReplayMethod.phase
+
     def loss(self, stream: Block, *others: Block) -> Loss:
         replayed, views = (others[:2], others[2:]) if len(others) > 1 else ((), others)
         args, past, seen = self.args, self.classes.start, self.classes.stop

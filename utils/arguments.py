@@ -107,6 +107,10 @@ class EngineArgs:
         "auto", "where the images live: 'device', 'cpu', or auto (on the device where they fit)",
         choices=("auto", "cpu", "device"), result=False,
     )  # fmt: skip
+    cuda_graph: str = flag(
+        "0", "steps are recorded once as CUDA graphs and replayed: 1, or auto where that is possible",
+        choices=("auto", "0", "1"), result=False,
+    )  # fmt: skip
     threads: int = flag(
         1, "CPU threads of a run; some sums, and so its numbers, depend on them in the last digits", low=1, high=4096
     )

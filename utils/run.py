@@ -223,7 +223,21 @@ def build(config: Config, device, folder):
             f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
             "requires_grad False. Leave some of them to be trained."
         )
+    _record_steps(config.cuda_graph, method, optimizer, device)
     return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _record_steps(wish: str, method, optimizer, device) -> None:
+    """From now on the optimizer's steps are recorded and replayed, if that is wished for and possible."""
+    from utils import program
+
+    recorder = program.recorder(device) if wish != "0" else None
+    if wish == "1" and recorder is None:
+        raise UsageError(f"--cuda_graph 1 needs a CUDA device, this run is on {device}. Use auto or 0.")
+    if recorder is not None:
+        optimizer.programs = program.Programs(method, optimizer, recorder)
+        if wish == "1":
+            optimizer.programs.check()
 
 
 def _write_decided(benchmark, folder) -> None:

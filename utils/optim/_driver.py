@@ -132,6 +132,12 @@ class Driver:
         self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
         self._batchnorms = normalise_single_values(method)
         self._to_watch = WATCHED
+        self.programs: Any = None  # `utils.program.Programs`, where steps are recorded
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the next step is one of a task's first ones, in which gradients are watched."""
+        return self._to_watch > 0
 
     @classmethod
     def check(cls, config: Any, method: type) -> list[str]:
@@ -244,6 +250,7 @@ class Driver:
     def begin_task(self, task: Any) -> None:
         """What a variant forgets at a task boundary. The base optimizer goes on, unless the method wants a new one."""
         self.follow()
+        self._drop_programs()
         self._to_watch = WATCHED
         self.clock["task"] = task.index
         if self.method.new_optimizer:
@@ -280,7 +287,12 @@ class Driver:
         self.base.state = {name: carried(entries, None) for name, entries in self.base.state.items()}
         self.state = {name: carried(entries, self.fill.get(name, 0.0)) for name, entries in self.state.items()}
         self.names, self.params = names, params
+        self._drop_programs()
         return True
+
+    def _drop_programs(self) -> None:
+        if self.programs is not None:
+            self.programs.drop()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -305,6 +317,7 @@ class Driver:
         }
         self.clock = dict(state["clock"])
         self.skips = state["skips"].to(self.device).clone()
+        self._drop_programs()
         seeding.set_generator_state(self.rng, state["rng"])
 
     def _commit(self) -> None:

@@ -1,0 +1,207 @@
+"""A step as a program: recorded once, then replayed on other rows, without the Python code that made it.
+
+A step starts some hundred to some thousand small operations, and on a GPU it is the host that takes the time. Its loss
+is pure, its randomness is drawn beforehand, and all that it changes stays in its tensors. So for blocks of one form and
+one phase (`utils/phase.py`) the operations are always the same: they are recorded with tensors of their own for the
+blocks, and a later step copies its blocks there and replays them. What is another number in each step (Adam's
+corrections, drawn tensors) is copied in too; the learning rate is a part of the program, as it stays for an epoch.
+
+A step is taken as ever, not replayed: the first ones of a task and the first of each form and phase, in which state
+appears and checks are made; those that are logged; those of a network that draws (dropout); and those of which a method
+or an optimizer says so. A new task drops all programs.
+
+The recorder is a function: operations -> a function that repeats them. On a GPU it is `CudaGraphs`. That a replay is
+the step is tested without a GPU, by a recorder for the CPU (tests/tape.py).
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models._method import Method
+from models._objective import Block, Grads, Objective
+from utils import seeding
+from utils.errors import UsageError
+from utils.optim._driver import Driver
+from utils.phase import Ordinary, phase_of
+
+KEPT = 8  # programs; each has the memory of a step for itself
+OF_METHOD = ("loss", "references", "combine")
+OF_OPTIMIZER = ("direction", "update", "gradients", "ascent", "descent", "settle", "at")
+
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class CudaGraphs:
+    """Records what is started on the current CUDA device. All graphs share their memory: one is replayed at a time."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, operations: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.current_stream()):  # after an error, too, this is the current stream again
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                operations()
+        return graph.replay
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """For steps on this device; None where there is none."""
+    return CudaGraphs() if device.type == "cuda" else None
+
+
+class Programs:
+    """The steps of a method under an optimizer. `replayed` counts those that were replays, `others` the rest, and
+    `ordinary` those of the rest that cannot be replays, by the reason."""
+
+    def __init__(self, method: Method, optimizer: Driver, record: Recorder):
+        self.method, self.optimizer, self.record = method, optimizer, record
+        self.replayed, self.others, self.ordinary = 0, 0, Counter()
+        self.drop()
+
+    def drop(self) -> None:
+        self.kept: OrderedDict[tuple, Program] = OrderedDict()  # the one that was used last stands last
+        self.known: dict[tuple, str | None] = {}  # forms and phases that were seen -> why they are not recorded
+
+    def check(self) -> None:
+        """Raises `UsageError` where no step could be replayed."""
+        method, optimizer = self._method_phase(), phase_of(self.optimizer, OF_OPTIMIZER)
+        for phase in (method, optimizer):
+            if isinstance(phase, Ordinary):
+                raise UsageError(f"--cuda_graph 1: {phase.why}. Use --cuda_graph auto or 0.")
+
+    def step(self, blocks: tuple[Block, ...], trace: bool = False) -> tuple[Objective, Grads]:
+        """One step on these blocks. Of a replay: its objective has loss and rows, and no update is given."""
+        phases = self._method_phase(), phase_of(self.optimizer, OF_OPTIMIZER)
+        why = next((phase.why for phase in phases if isinstance(phase, Ordinary)), None)
+        if why is not None:
+            self.ordinary[why] += 1
+            return self._ordinary(blocks, trace)
+        make = (*phases, *self.optimizer.state, *(block.form for block in blocks))
+        if trace or self.optimizer.is_watching or make not in self.known:
+            return self._first(make, blocks, trace)
+        if self.known[make] is None:
+            program = self._program((self.optimizer.base.lr, self.method.lr, *make), make, blocks)
+            if program is not None:
+                self.replayed += 1
+                return program.run(blocks), []
+        self.ordinary[self.known[make]] += 1
+        return self._ordinary(blocks, trace)
+
+    def _method_phase(self) -> Any:
+        return phase_of(self.method, OF_METHOD)
+
+    def _ordinary(self, blocks: tuple[Block, ...], trace: bool) -> tuple[Objective, Grads]:
+        self.others += 1
+        objective = Objective(self.method, blocks, self.optimizer.params, trace)
+        return objective, self.optimizer.step(objective)
+
+    def _first(self, make: tuple, blocks: tuple[Block, ...], trace: bool) -> tuple[Objective, Grads]:
+        """An ordinary step, after which others of its make can be recorded."""
+        if make in self.known:
+            return self._ordinary(blocks, trace)
+        before = seeding.global_state()
+        done = self._ordinary(blocks, trace)
+        if not done[0].skipped:
+            has_drawn = any(map(_differ, _states(before), _states(seeding.global_state())))
+            self.known[make] = "the network draws random numbers (dropout)" if has_drawn else None
+        return done
+
+    def _program(self, key: tuple, make: tuple, blocks: tuple[Block, ...]) -> "Program | None":
+        """The program of these blocks, recorded if it is new; None, and a reason noted, where that fails."""
+        program = self.kept.get(key)
+        if program is None:
+            if len(self.kept) == KEPT:
+                self.kept.popitem(last=False)
+            optimizer = self.optimizer
+            state = {name: [*entries] for name, entries in optimizer.state.items()}
+            base = {name: [*entries] for name, entries in optimizer.base.state.items()}
+            try:
+                program = Program(self.method, optimizer, blocks, self.record)
+            except RuntimeError as error:
+                self.known[make] = f"it cannot be recorded ({str(error).splitlines()[0]})"
+            if not (_same(state, optimizer.state) and _same(base, optimizer.base.state)):
+                program, self.known[make] = None, "it makes new state"
+            optimizer.state, optimizer.base.state = state, base
+            if program is None:
+                return None
+            self.kept[key] = program
+        self.kept.move_to_end(key)
+        return program
+
+
+class Program:
+    """One recorded step. `run` takes it again, on other blocks of the same form."""
+
+    def __init__(self, method: Method, optimizer: Driver, blocks: tuple[Block, ...], record: Recorder):
+        self.optimizer = optimizer
+        self.blocks = tuple(block.map(torch.empty_like) for block in blocks)
+        self.objective = Objective(method, self.blocks, optimizer.params, recorded=True)
+        before = seeding.generator_state(optimizer.rng)
+        self.drawn = {name: self._here(numbers) for name, numbers in optimizer.draw(self.objective).items()}
+        seeding.set_generator_state(optimizer.rng, before)  # the step itself draws in `run`
+        self.numbers = self._here(np.array(optimizer.base.numbers()))
+        self._write(blocks)
+        optimizer.drawn = self.drawn
+        self.replay = record(lambda: optimizer.record(self.objective, self.numbers))
+        self.loss = self.objective.loss
+        self.objective.clean, self.objective.guides = (
+            None,
+            {},
+        )  # nobody reads them, and they are as large as the weights
+
+    def run(self, blocks: tuple[Block, ...]) -> Objective:
+        optimizer, objective = self.optimizer, self.objective
+        self._write(blocks)
+        for name, numbers in optimizer.draw(objective).items():
+            self.drawn[name].copy_(_pinned(numbers, self.drawn[name].device), non_blocking=True)
+        optimizer.base.advance(objective.used)
+        if len(self.numbers):
+            self.numbers.copy_(_pinned(np.array(optimizer.base.numbers()), self.numbers.device), non_blocking=True)
+        self.replay()
+        objective.loss = self.loss
+        optimizer.tick(objective)
+        return objective
+
+    def _here(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self.optimizer.device)
+
+    def _write(self, blocks: tuple[Block, ...]) -> None:
+        """Copies the blocks' columns to where the operations read them, one call for each type of number."""
+        columns = [(own, new) for pair in zip(self.blocks, blocks, strict=True) for own, new in _columns(*pair)]
+        for dtype in {own.dtype for own, _ in columns}:
+            torch._foreach_copy_(*zip(*(pair for pair in columns if pair[0].dtype == dtype), strict=True))
+
+
+def _columns(a: Block, b: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    yield a.x, b.x
+    for name, column in a.columns.items():
+        yield column, b.columns[name]
+
+
+def _pinned(numbers: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return not torch.equal(a, b)
+
+
+def _states(state: dict) -> list[Tensor]:
+    """The states of torch's global generators, one after the other."""
+    return [state["cpu"], *state.get("cuda", [])]
+
+
+def _same(before: dict[str, list], after: dict[str, list]) -> bool:
+    """Whether both have the same tensors."""
+    return before.keys() == after.keys() and all(
+        a is b or not isinstance(a, Tensor) and not isinstance(b, Tensor)
+        for name in before
+        for a, b in zip(before[name], after[name], strict=True)
+    )
