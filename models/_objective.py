@@ -406,10 +406,11 @@ class Objective:
             seeding.set_global_state(present)
 
     def _precision(self):
-        """Autocast of one pass. A context of its own for each: within one, casts of weights are kept, moved or not."""
+        """Autocast of one pass. Casts of weights are not kept: weights move between passes, gradients of several blocks
+        add up in float32, and a recorder cannot know what was cast before."""
         if self.method.amp is None:
             return nullcontext()
-        return torch.autocast(self.params[0].device.type, self.method.amp, cache_enabled=not self.recorded)
+        return torch.autocast(self.params[0].device.type, self.method.amp, cache_enabled=False)
 
     @contextmanager
     def _logits(self) -> Iterator[dict[int, Tensor]]:

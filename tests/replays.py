@@ -27,13 +27,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import kills
-from tape import Tape
+import kills  # noqa: E402
+from tape import Tape  # noqa: E402
 
-from models._method import Method
-from utils import program, results, run
-from utils.logs import Logs
-from utils.registry import METHODS, OPTIMIZERS, load_plugin
+from models._method import Method  # noqa: E402
+from utils import program, results, run  # noqa: E402
+from utils.logs import Logs  # noqa: E402
+from utils.registry import METHODS, OPTIMIZERS, load_plugin  # noqa: E402
 
 FILE = "replays.jsonl"
 FLAGS = {"n_epochs": 3, "log_every": 10}  # a step that is logged is no replay
@@ -105,7 +105,11 @@ def check_pair(model: str, optimizer: str, plugin: str) -> dict[str, Any]:
             if "'noise'" not in problem and "replayed_steps" not in problem
         ]
     programs = replayed.optimizer.programs
-    line |= {"steps": programs.replayed + programs.others, "replayed": programs.replayed, "why": dict(programs.ordinary)}
+    line |= {
+        "steps": programs.replayed + programs.others,
+        "replayed": programs.replayed,
+        "why": dict(programs.ordinary),
+    }
     line |= {"resumed": resumed.optimizer.programs.replayed, "equal": not problems, "differences": problems[:10]}
     return {**line, "seconds": round(time.monotonic() - start, 2)}
 

@@ -55,8 +55,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in WAITS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        for argument, given in zip(func._schema.arguments, [*args, *(None for _ in func._schema.arguments)]):
-            given = kwargs.get(argument.name, given)
+        for position, argument in enumerate(func._schema.arguments):
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tree_leaves(given):
                     self._keep(tensor)

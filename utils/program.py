@@ -75,6 +75,11 @@ class Programs:
             if isinstance(phase, Ordinary):
                 raise UsageError(f"--cuda_graph 1: {phase.why}. Use --cuda_graph auto or 0.")
 
+    def __str__(self) -> str:
+        """For the end of a run: how many steps were replays, and why others cannot be."""
+        line = f"{self.replayed:,} of {self.replayed + self.others:,} steps were replays of recorded ones"
+        return "\n".join([line, *(f"{number:,} could not be: {why}" for why, number in self.ordinary.items())])
+
     def step(self, blocks: tuple[Block, ...], trace: bool = False) -> tuple[Objective, Grads]:
         """One step on these blocks. Of a replay: its objective has loss and rows, and no update is given."""
         phases = self._method_phase(), phase_of(self.optimizer, OF_OPTIMIZER)

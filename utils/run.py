@@ -307,6 +307,8 @@ def _finish(trainer, summary: dict) -> int:
             _settle_checkpoint(trainer)
             _draw(lambda: logs.finish(summary, tasks, trainer.joint))
     say(closing_table(summary, tasks, folder))
+    if trainer.optimizer.programs is not None:
+        say(str(trainer.optimizer.programs))
     if unwritten is not None:
         raise RunFailed(
             f"the results cannot be written to {folder.path} ({reason(unwritten)}): they stand only on the console. "
