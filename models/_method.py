@@ -84,6 +84,7 @@ class Method(nn.Module):
     new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
+    ranks: Any = None  # `utils.ranks.Ranks`, where several processes train this run; set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
 

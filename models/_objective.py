@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
 from utils.errors import mistake
-from utils.optim._driver import Wanted, frozen_statistics
+from utils.optim._driver import Wanted, batchnorms, frozen_statistics
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
 
@@ -153,14 +153,17 @@ class Objective:
     gradients of all passes are kept in `passes`.
     Gradients are handed out, not copied: whoever gets one must not change it in place. One that is `recorded`, to be
     replayed, is of a network that draws nothing.
+
+    Where several processes train a run (`utils/ranks.py`), `blocks` are this one's rows of the `whole` blocks. What
+    an objective gives, gradients and the clean loss, is of all rows.
     """
 
     def __init__(
         self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False,
-        recorded: bool = False,
+        recorded: bool = False, split: bool = True,
     ):  # fmt: skip
         self.method, self.params, self.trace, self.recorded = method, params, trace, recorded
-        self.blocks = tuple(block for block in blocks if not block.apart)
+        self.whole = tuple(block for block in blocks if not block.apart)
         self.apart = tuple(block for block in blocks if block.apart)
         self.loss: Loss | None = None
         self.clean: Grads | None = None
@@ -170,7 +173,11 @@ class Objective:
         self.tally = Tally([False] * len(params))
         self.skipped = False  # set by an optimizer that did not take the step
         self.extra: tuple[str, Callable[[list[Tensor]], list[Tensor]]] | None = None  # see `add`
-        self.weights: list[float] | None = None  # of each block's terms, in a shard whose parts are uneven
+        self.weights: list[float] | None = None  # of each block's terms, in a part whose blocks are cut unevenly
+        self.ranks = method.ranks if split else None
+        self.blocks, self.pieces = self.whole, [block.sources for block in self.whole]
+        if self.ranks is not None:
+            self._take_own_rows()
         self.noise = self._generators()  # a network may draw (dropout): every pass draws the same
         self._has_drawn, self._is_clean = False, True
 
@@ -179,11 +186,16 @@ class Objective:
 
     @property
     def num_rows(self) -> int:
-        return sum(len(block) for block in self.blocks)
+        return sum(len(block) for block in self.whole)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of all rows, the part that each block has."""
+        return [len(block) / self.num_rows for block in self.whole]
 
     @property
     def form(self) -> tuple:
-        return tuple(block.form for block in self.blocks)
+        return tuple(block.form for block in self.whole)
 
     @property
     def used(self) -> list[bool]:
@@ -230,17 +242,26 @@ class Objective:
                 [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
                 for part in (gradient, climbed)
             )
+        self.tally.totals.append(weighted.total.detach())
+        loss = loss.detach()
+        if self.ranks is not None:
+            loss, gradient, climbed = self._meet(loss, gradient, climbed, clean)
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
-        self.tally.totals.append(weighted.total.detach())
         if clean:
-            self.loss = loss.detach()
+            self.loss = loss
             self.clean = gradient if wanted is None or (known is not None and all(known)) else None
             if not self.method.references_first:
                 self._refer()
         if self.trace:
-            self.passes.append((loss.detach(), gradient))
+            self.passes.append((loss, gradient))
         return gradient, climbed
+
+    def values(self) -> Loss:
+        """The loss of all rows at the present weights, without its graph."""
+        with torch.no_grad():
+            loss = self()
+            return loss if self.ranks is None else self._exchanged(self._placed([(self, loss)]), self.is_own, [])[0]
 
     def _refer(self) -> None:
         """The gradients of the references, at the present weights."""
@@ -259,6 +280,12 @@ class Objective:
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
+        if self.ranks is not None:  # each has passed all of them; what rounds otherwise on another GPU must not stay
+            names = [name for name in self.guides if name not in self.method.guides]
+            found = self.ranks.sum(
+                torch._foreach_mul([g for name in names for g in self.guides[name]], 1 / self.ranks.size)
+            )
+            self.guides |= {name: [found.pop(0) for _ in self.params] for name in names}
         if not self._has_drawn:
             self.noise = self._generators()  # what the clean pass draws
 
@@ -307,7 +334,7 @@ class Objective:
 
     def has(self, climb: str) -> bool:
         """Whether there are rows to climb."""
-        memory = sum(block.memory for block in self.blocks)
+        memory = sum(block.memory for block in self.whole)
         return {"all": True, "current": memory < self.num_rows, "memory": memory > 0}[climb]
 
     def add(self, name: str, term: Callable[[list[Tensor]], list[Tensor]]) -> None:
@@ -322,7 +349,7 @@ class Objective:
 
     def snapshot(self) -> dict[str, Any]:
         """Blocks, noise and used parameters as plain data, from which `later` makes an objective again."""
-        blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.blocks]
+        blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.whole]
         return {"form": self.form, "blocks": blocks, "noise": self.noise, "used": self.used}
 
     def later(self, snapshot: dict[str, Any]) -> "Objective":
@@ -330,10 +357,10 @@ class Objective:
         blocks = (Block(block["x"], block["memory"], **block["columns"]) for block in snapshot["blocks"])
         return self._on(tuple(blocks), snapshot["noise"])
 
-    def _on(self, blocks: tuple[Block, ...], noise: dict | None = None) -> "Objective":
+    def _on(self, blocks: tuple[Block, ...], noise: dict | None = None, split: bool = True) -> "Objective":
         """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
         pass is a clean one."""
-        other = Objective(self.method, blocks, self.params, recorded=self.recorded)
+        other = Objective(self.method, blocks, self.params, recorded=self.recorded, split=split)
         other.tally, other.handed = self.tally, self.handed
         if noise is not None:
             other.noise, other._has_drawn, other._is_clean = noise, True, False
@@ -341,27 +368,43 @@ class Objective:
 
     def num_shards(self, number: int, least: int = 1) -> int:
         """`number`, or as many as the smallest source of any block has rows, and as leave `least` rows to a forward."""
-        rows = [len(rows) for block in self.blocks for rows in block.sources]
-        return max(1, min(number, *rows, *(len(block) // least for block in self.blocks)))
+        rows = [len(rows) for block in self.whole for rows in block.sources]
+        return max(1, min(number, *rows, *(len(block) // least for block in self.whole)))
 
     def shards(self, number: int) -> Iterator[tuple[float, "Objective"]]:
         """(share, objective) of disjoint shards, one after the other, each with every block's mix of sources.
 
         There are `number` of them, at most `num_shards`. The shares, parts of all rows, sum to 1, and the losses
-        weighted with them to the whole loss. After the last one, `loss` and `guides` are those of all.
+        weighted with them to the whole loss. After the last one, `loss` and `guides` are those of all. Each rank has
+        its own (`own_shards`), or all where they are fewer than the ranks; `of_all_shards` sums what it makes of them.
         """
-        done = []
+        done, before = [], (self.tally.forward_rows, self.tally.backward_rows)
         if self.method.references_first:
             self._refer()
-        for index in range(number):
-            pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.blocks]
-            shard = self._on(tuple(map(_take_pieces, self.blocks, pieces)))
+        for index in self.own_shards(number):
+            pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.whole]
+            shard = self._on(tuple(map(_take_pieces, self.whole, pieces)), split=False)
             share = shard.num_rows / self.num_rows
-            weights = [len(part) / len(whole) / share for part, whole in zip(shard.blocks, self.blocks, strict=True)]
+            weights = [len(part) / len(whole) / share for part, whole in zip(shard.blocks, self.whole, strict=True)]
             shard.weights = weights if any(weight != 1 for weight in weights) else None
+            shard.pieces = pieces
             yield share, shard
             done.append((share, shard))
-        self._join(done)
+        self._join(done, number, before)
+
+    def own_shards(self, number: int) -> range:
+        """Which of so many shards are this rank's."""
+        if self.ranks is None or number < self.ranks.size:
+            return range(number)
+        return range(self.ranks.number, number, self.ranks.size)
+
+    def of_all_shards(self, parts: list[Tensor], number: int) -> list[Tensor]:
+        """The sums over all of `number` shards, from those over this rank's."""
+        if self.ranks is None:
+            return parts
+        if len(self.own_shards(number)) == number:  # each rank has done all of them
+            parts = torch._foreach_mul(parts, 1 / self.ranks.size)
+        return self.ranks.sum(parts)
 
     def hardest(self, fraction: float, before: Loss, after: Loss, least: int = 1) -> "Objective":
         """The same loss on the rows whose cost has grown most from `before` to `after`: of each block's rows of the
@@ -371,10 +414,10 @@ class Objective:
         """
         growth: list[Tensor | None] = [None] * len(self.blocks)
         for name, cost in after.costs.items():
-            index = _place(after.rows[name], self.blocks)
+            index = _place(after.rows[name], self.whole)
             rise = cost.detach() - before.costs[name].detach()
             growth[index] = rise if growth[index] is None else growth[index] + rise
-        worst = tuple(_worst(block, rise, fraction, least) for block, rise in zip(self.blocks, growth, strict=True))
+        worst = tuple(_worst(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
         return self._on(worst, self.noise)
 
     def _check(self, loss: Any) -> None:
@@ -470,7 +513,7 @@ class Objective:
         return {
             key: (
                 reduce(operator.add, [piece for piece, _ in group]),
-                sum(len(self.blocks[block]) for block in {block for _, block in group if block is not None}),
+                sum(len(self.whole[block]) for block in {block for _, block in group if block is not None}),
             )
             for key, group in pieces.items()
         }
@@ -523,29 +566,130 @@ class Objective:
             self.tally.used[i] |= grad is not None
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
-    def _join(self, done: list[tuple[float, "Objective"]]) -> None:
-        """Clean loss and guides of all rows, from those of the shards."""
-        first = done[0][1].loss
-
-        def whole(column: Callable[[Loss], Of]) -> Of:
-            """Puts a column's pieces in the order of the block's rows: all of the stream's, then the memory's."""
-            index, pieces = _place(column(first), done[0][1].blocks), []
-            for _, shard in done:
-                of = column(shard.loss)
-                part = of[1] if isinstance(of, tuple) else of
-                pieces.append(part.split([len(rows) for rows in shard.blocks[index].sources]))
-            joined = torch.cat([piece for source in zip(*pieces, strict=True) for piece in source])
-            return (self.blocks[index], joined) if isinstance(column(first), tuple) else joined
-
-        rows = {name: whole(lambda loss, name=name: loss.rows[name]) for name in first.rows}
-        logits = None if first.logits is None else torch.cat([shard.loss.logits for _, shard in done])
-        outputs = {name: whole(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
-        self.loss = Loss(rows, logits, first.penalties, outputs)
+    def _join(self, done: list[tuple[float, "Objective"]], number: int, before: tuple[int, int]) -> None:
+        """Clean loss and guides of all rows, from those of the shards done here, of `number`; rows counted `before`."""
+        self.loss = self._placed([(shard, shard.loss) for _, shard in done])
+        guides: dict[str, Grads] = {}
         for share, shard in done:
             for guide, grads in shard.guides.items():
-                self.guides[guide] = _sum(self.guides.get(guide), torch._foreach_mul(grads, share))
+                guides[guide] = _sum(guides.get(guide), torch._foreach_mul(grads, share))
+        if self.ranks is not None:
+            guides = self._join_ranks(guides, before, is_complete=len(done) == number)
+        self.guides |= guides
         if not self.method.references_first:
             self._refer()
+
+    def _join_ranks(self, guides: dict[str, Grads], before: tuple[int, int], is_complete: bool) -> dict[str, Grads]:
+        """The same from the shards of all ranks. `is_complete`: each of them has done all."""
+        tally, part = self.tally, 1 / self.ranks.size if is_complete else 1.0
+        rows = torch.tensor([tally.forward_rows - before[0], tally.backward_rows - before[1]], dtype=torch.float64)
+        sums = [
+            sum(tally.totals),
+            rows.to(self.params[0].device),
+            *(grad for grads in guides.values() for grad in grads),
+        ]
+        sums = [*torch._foreach_mul(sums, part), *torch._foreach_mul(self._averages(), 1 / self.ranks.size)]
+        is_own = not is_complete or self.ranks.number == 0
+        self.loss, (total, rows, *sums) = self._exchanged(self.loss, [is_own] * len(self.whole), sums)
+        tally.totals[:] = [total]
+        tally.forward_rows, tally.backward_rows = (int(a + b) for a, b in zip(before, rows.tolist(), strict=True))
+        found = {name: [sums.pop(0) for _ in grads] for name, grads in guides.items()}
+        self._keep_averages(sums)
+        return found
+
+    def _take_own_rows(self) -> None:
+        """Of each block this rank's rows; all of one that has fewer than there are ranks, from the stream or from the
+        memory. Terms are weighted so that the mean over the ranks is the whole loss."""
+        number, size, parts = self.ranks.number, self.ranks.size, []
+        self.pieces, self.is_own, weights = [], [], []
+        for block in self.whole:
+            is_cut = all(len(rows) >= size for rows in block.sources)
+            pieces = [_piece(rows, number, size) for rows in block.sources] if is_cut else block.sources
+            parts.append(_take_pieces(block, pieces) if is_cut else block)
+            self.pieces.append(pieces)
+            self.is_own.append(is_cut or number == 0)  # whose rows of results are taken
+            weights.append(len(parts[-1]) * size / len(block) if is_cut else 1.0)
+        self.blocks = tuple(parts)
+        self.weights = weights if any(weight != 1 for weight in weights) else None
+
+    @torch.no_grad()
+    def _meet(self, loss: Loss, gradient: Grads, climbed: Grads, clean: bool) -> tuple[Loss, Grads, Grads]:
+        """The loss of all rows and its gradients, from those of the ranks' rows, in one exchange. The loss only of the
+        clean pass and for `passes`."""
+        names = [name for name in self.guides if name in self.method.guides] if clean else []
+        lists = [gradient, *([] if climbed is gradient else [climbed]), *(self.guides[name] for name in names)]
+        sums = [self.tally.totals.pop(), *(grad for grads in lists for grad in grads)]
+        sums = torch._foreach_mul([*sums, *(self._averages() if clean else [])], 1 / self.ranks.size)
+        if clean or self.trace:
+            loss, sums = self._exchanged(self._placed([(self, loss)]), self.is_own, sums)
+        else:
+            sums = self.ranks.sum(sums)
+        self.tally.totals.append(sums.pop(0))
+        found = [[sums.pop(0) for _ in grads] for grads in lists]
+        self.guides |= dict(zip(names[::-1], found[::-1], strict=False))
+        if clean:
+            self._keep_averages(sums)
+        return loss, found[0], found[0] if climbed is gradient else found[1]
+
+    def _averages(self) -> list[Tensor]:
+        """BatchNorm's running averages, where a pass has moved them."""
+        layers = [layer for layer in batchnorms(self.method) if layer.training and layer.track_running_stats]
+        return [average for layer in layers for average in (layer.running_mean, layer.running_var)]
+
+    def _keep_averages(self, found: list[Tensor]) -> None:
+        if found:
+            torch._foreach_copy_(self._averages(), found)
+
+    def _exchanged(self, loss: Loss, is_own: list[bool], sums: list[Tensor]) -> tuple[Loss, list[Tensor]]:
+        """A loss whose rows are those of all ranks, zeros where they are another's, and the sums over all."""
+        given = [*loss.rows.values(), *loss.outputs.values(), *([] if loss.logits is None else [loss.logits])]
+        tensors = []
+        for of in given:
+            values = of[1] if isinstance(of, tuple) else of
+            tensors.append(values if is_own[_place(of, self.whole)] else torch.zeros_like(values))
+        found = self.ranks.sum([*tensors, *sums])
+        loss = loss.mapped(lambda values: values)
+        for column in (loss.rows, loss.outputs):
+            column.update({name: _changed(of, lambda _: found.pop(0)) for name, of in column.items()})
+        if loss.logits is not None:
+            loss.logits = found.pop(0)
+        return loss, found
+
+    def of_all_rows(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        """{block: (n, ...) of its rows}, from what `blocks` have."""
+        if self.ranks is None:
+            return parts
+        rows = {str(index): (self.blocks[index], part) for index, part in parts.items()}
+        loss, _ = self._exchanged(self._placed([(self, Loss(rows))]), self.is_own, [])
+        return {int(name): values for name, (_, values) in loss.rows.items()}
+
+    def _placed(self, parts: list[tuple["Objective", Loss]]) -> Loss:
+        """The loss of all rows, from those of parts of them: zeros for rows that are in none."""
+        first = parts[0][1]
+
+        def placed(column: Callable[[Loss], Of]) -> Of:
+            """Each part's rows where they belong in their block."""
+            index, found = _place(column(first), parts[0][0].blocks), None
+            for part, loss in parts:
+                of = column(loss)
+                values = of[1] if isinstance(of, tuple) else of
+                if found is None:
+                    found = values.new_zeros(len(self.whole[index]), *values.shape[1:])
+                for rows, piece in zip(part.pieces[index], values.split([*map(len, part.pieces[index])]), strict=True):
+                    found[rows.start : rows.stop] = piece
+            return (self.whole[index], found) if isinstance(column(first), tuple) else found
+
+        rows = {name: placed(lambda loss, name=name: loss.rows[name]) for name in first.rows}
+        outputs = {name: placed(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
+        logits = None
+        if first.logits is not None:  # of the first block, of its rows of the stream or of all
+            sources = self.whole[0].sources[: 1 if len(first.logits) < len(parts[0][0].blocks[0]) else None]
+            logits = first.logits.new_zeros(sum(map(len, sources)), *first.logits.shape[1:])
+            for part, loss in parts:
+                pieces = part.pieces[0][: len(sources)]
+                for rows_of, piece in zip(pieces, loss.logits.split([*map(len, pieces)]), strict=True):
+                    logits[rows_of.start : rows_of.stop] = piece
+        return Loss(rows, logits, first.penalties, outputs)
 
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:

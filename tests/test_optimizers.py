@@ -840,8 +840,8 @@ def test_saf_takes_an_image_that_is_there_twice_as_one_visit_and_keeps_its_last_
     method, optimizer = make("saf", conv_bn_linear())
     ids = torch.tensor([3, 7, 3, 99, 1000])  # 1000 is not of this task
     z = torch.arange(5.0).double()[:, None].expand(5, CLASSES)
-    optimizer._seen = [(optimizer._slots(ids), z)]
-    optimizer.settle(None)
+    optimizer._seen = {0: optimizer._slots(ids)}, {0: z}
+    optimizer.settle(Objective(method, (), optimizer.params))
     assert optimizer.visits[:-1].nonzero().flatten().tolist() == [3, 7, 99]
     assert optimizer.visits.max() == 1
     assert [optimizer.logits[i, 0, 0].item() for i in (3, 7, 99)] == [2.0, 1.0, 3.0]

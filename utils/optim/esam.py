@@ -64,9 +64,7 @@ class ESAM(SharpnessAware):
         with self.at(offset):
             if self.args.esam_gamma == 1:
                 return objective.gradient()
-            with torch.no_grad():
-                raised = objective()
-            worst = objective.hardest(self.args.esam_gamma, objective.loss, raised, self.fewest_rows)
+            worst = objective.hardest(self.args.esam_gamma, objective.loss, objective.values(), self.fewest_rows)
             return worst.gradient()
 
     def begin_task(self, task) -> None:

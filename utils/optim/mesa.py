@@ -55,13 +55,13 @@ class MESA(Driver):
 
     def direction(self, objective) -> Grads:
         if self.phase():
-            tau, total = self.args.mesa_tau, objective.num_rows
+            tau, shares = self.args.mesa_tau, objective.shares
             targets = objective.outputs_of(self.teacher)
 
             def term(logits):
                 return [
-                    self.args.mesa_lambda * len(z) / total * divergence(z_v, z, tau)
-                    for z_v, z in zip(targets, logits, strict=True)
+                    self.args.mesa_lambda * share * divergence(z_v, z, tau)
+                    for share, z_v, z in zip(shares, targets, logits, strict=True)
                 ]
 
             objective.add("mesa", term)

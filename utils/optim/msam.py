@@ -35,15 +35,15 @@ class MSAM(SharpnessAware):
         update = clean = None
         number = objective.num_shards(self.args.msam_shards, self.fewest_rows)
         for share, shard in objective.shards(number):
-            with self._slower_statistics(number):
+            with self._slower_statistics(len(objective.own_shards(number))):
                 g, climbed = self.gradients(shard)
             with self.at(self.ascent(climbed, shard)):
                 g_adv = shard.gradient()
             update = _add_share(update, g_adv, share)
             if self.args.renormalize:
                 clean = _add_share(clean, g, share)
-        objective.clean = clean
-        return update
+        objective.clean = None if clean is None else objective.of_all_shards(clean, number)
+        return objective.of_all_shards(update, number)
 
     @contextmanager
     def _slower_statistics(self, number: int) -> Iterator[None]:

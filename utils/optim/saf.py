@@ -63,12 +63,12 @@ class SAF(Driver):
     def direction(self, objective) -> Grads:
         known = [index for index, block in enumerate(objective.blocks) if "ids" in block.columns]
         slots = {index: self._slots(objective.blocks[index].ids) for index in known}
-        total, self._seen = objective.num_rows, []
+        shares, self._seen = objective.shares, (slots, {})
 
         def term(logits: list[Tensor]) -> list[Tensor]:
-            self._seen = [(slots[index], logits[index].detach()) for index in known]
+            self._seen = slots, {index: logits[index].detach() for index in known}
             return [
-                self._rows(slots[index], z, len(z) / total) if index in slots else torch.zeros_like(z[:, 0])
+                self._rows(slots[index], z, shares[index]) if index in slots else torch.zeros_like(z[:, 0])
                 for index, z in enumerate(logits)
             ]
 
@@ -77,10 +77,10 @@ class SAF(Driver):
 
     def settle(self, objective) -> None:
         """Records the clean pass. Of an image that was there twice, one visit and its last logits."""
-        if not self._seen:
+        if not self._seen[1]:
             return
-        slots, z = (torch.cat(column) for column in zip(*self._seen, strict=True))
-        self._seen = []
+        slots, z = (torch.cat([*objective.of_all_rows(parts).values()]) for parts in self._seen)
+        self._seen = {}, {}
         self._widen(z.shape[1], z.dtype)
         last = torch.zeros_like(self.visits).scatter_reduce_(
             0, slots, torch.arange(len(slots), device=slots.device), "amax", include_self=False

@@ -106,7 +106,7 @@ class SparseSAM(SharpnessAware):
 
     def _fisher(self, objective) -> Grads:
         """Sum over rows of the squared gradients of the cross entropy, sample by sample, nothing else moved."""
-        blocks = [block for block in objective.blocks if "y" in block.columns]
+        blocks = [block for block in objective.whole if "y" in block.columns]
         x, y = (torch.cat([getattr(block, name) for block in blocks]) for name in ("x", "y"))
         number = min(self.args.fisher_rows, len(y))
         rows = torch.arange(number, device=y.device) * len(y) // number
