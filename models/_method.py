@@ -82,6 +82,7 @@ class Method(nn.Module):
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
     new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
+    rows_are_apart = True  # a row's cost depends on no other row (but in BatchNorm), so that processes can share them
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
     ranks: Any = None  # `utils.ranks.Ranks`, where several processes train this run; set by the engine
@@ -93,6 +94,7 @@ class Method(nn.Module):
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
         self.checked_blocks: set[tuple] = set()  # (shape, memory, apart) of each block of a step, once looked at
+        self.has_drawn: bool | None = None  # whether the network draws (dropout); asked for where it matters
         self.checked_losses: set[tuple] = set()  # (terms, sizes of the blocks) of a loss, once looked at
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

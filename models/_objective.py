@@ -21,6 +21,7 @@ from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
 from utils.errors import mistake
 from utils.optim._driver import Wanted, batchnorms, frozen_statistics
+from utils.ranks import refuse_draws
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
 
@@ -245,6 +246,7 @@ class Objective:
         self.tally.totals.append(weighted.total.detach())
         loss = loss.detach()
         if self.ranks is not None:
+            self._refuse_draws()
             loss, gradient, climbed = self._meet(loss, gradient, climbed, clean)
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
@@ -588,7 +590,7 @@ class Objective:
             rows.to(self.params[0].device),
             *(grad for grads in guides.values() for grad in grads),
         ]
-        sums = [*torch._foreach_mul(sums, part), *torch._foreach_mul(self._averages(), 1 / self.ranks.size)]
+        sums = [*torch._foreach_mul(sums, part), *(average / self.ranks.size for average in self._averages())]
         is_own = not is_complete or self.ranks.number == 0
         self.loss, (total, rows, *sums) = self._exchanged(self.loss, [is_own] * len(self.whole), sums)
         tally.totals[:] = [total]
@@ -611,6 +613,13 @@ class Objective:
             weights.append(len(parts[-1]) * size / len(block) if is_cut else 1.0)
         self.blocks = tuple(parts)
         self.weights = weights if any(weight != 1 for weight in weights) else None
+
+    def _refuse_draws(self) -> None:
+        """Where the first pass of a run has drawn."""
+        if self.method.has_drawn is None:
+            self.method.has_drawn = seeding.differ(self.noise, seeding.global_state())
+            if self.method.has_drawn:
+                refuse_draws("in its forward")
 
     @torch.no_grad()
     def _meet(self, loss: Loss, gradient: Grads, climbed: Grads, clean: bool) -> tuple[Loss, Grads, Grads]:

@@ -56,6 +56,7 @@ def places(y: Tensor) -> Tensor:
 @METHODS.register("xder")
 class XDer(ReplayMethod):
     settings = ("class-il",)
+    rows_are_apart = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,
         {

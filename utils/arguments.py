@@ -111,6 +111,9 @@ class EngineArgs:
         "0", "steps are recorded once as CUDA graphs and replayed: 1, or auto where that is possible",
         choices=("auto", "0", "1"), result=False,
     )  # fmt: skip
+    sync_bn: bool = flag(
+        False, "BatchNorm sees the rows of all processes of a run that several train (GPUs only), not of each alone"
+    )
     threads: int = flag(
         1, "CPU threads of a run; some sums, and so its numbers, depend on them in the last digits", low=1, high=4096
     )

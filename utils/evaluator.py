@@ -1,6 +1,7 @@
 """Accuracy on the tasks, in large batches; class-il and task-il from one forward, one wait for the device."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ def rows_per_pass(shape: tuple[int, ...], device: torch.device, low: int = 1) ->
 class Evaluator:
     """Measures a method on the tasks of a benchmark. `sizes`: the number of test images of each task."""
 
-    def __init__(self, benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False):
-        """`needs_task`: the method is told the task of each image; then only task-il is defined."""
+    def __init__(
+        self, benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False, ranks: Any = None
+    ):
+        """`needs_task`: the method is told the task of each image; then only task-il is defined. `ranks`: the processes
+        that share the images, if there are several."""
+        self.ranks = ranks
         self.benchmark, self.augment, self.argmax, self.needs_task = benchmark, augment, class_il_argmax, needs_task
         both = benchmark.setting == "class-il"
         self.settings = ("class-il", "task-il") if both else (benchmark.setting,)
@@ -75,7 +80,8 @@ class Evaluator:
         last = torch.tensor([task.classes.stop - 1 for task in tasks], device=device)
         width = torch.arange(max(len(task.classes) for task in tasks), device=device)
         correct = torch.zeros(len(tasks), len(self.settings), dtype=torch.int64, device=device)
-        for start in range(0, len(labels), step):
+        starts = range(0, len(labels), step)
+        for start in starts if self.ranks is None else starts[self.ranks.number :: self.ranks.size]:
             rows = slice(start, start + step)
             y, owner = labels[rows].to(device, non_blocking=True), owners[rows]
             inputs = self.augment.plain(images[rows])
@@ -88,7 +94,7 @@ class Evaluator:
                 own = torch.minimum(first[owner, None] + width, last[owner, None])  # outputs of the image's task
                 right.append(own.gather(1, logits.gather(1, own).argmax(1, keepdim=True)).squeeze(1) == y)
             correct.index_add_(0, owner, torch.stack(right, 1).long())
-        return correct
+        return correct if self.ranks is None else self.ranks.sum([correct])[0]
 
     def _images(self, tasks: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """The tasks' test images, their labels, and the position in `tasks` that each belongs to."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from utils import launch
 from utils.arguments import MANY_TASKS, Config
 from utils.console import complain, reason, say
 from utils.results import RunFolder
@@ -118,7 +119,8 @@ class Logs:
 
     def open_bar(self, task: int, num_tasks: int, steps: int, done: int) -> None:
         self._images, self._since = 0, time.monotonic()
-        hidden = True if self.config.non_verbose or sys.stderr is None else None  # None: unless a person is looking
+        is_silent = self.config.non_verbose or sys.stderr is None or launch.number() > 0
+        hidden = True if is_silent else None  # None: unless a person is looking
         try:
             self.bar = tqdm(
                 total=steps, initial=done, desc=f"Task {task + 1}", unit="step", disable=hidden, leave=False,

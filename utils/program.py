@@ -113,7 +113,7 @@ class Programs:
         before = seeding.global_state()
         done = self._ordinary(blocks, trace)
         if not done[0].skipped:
-            has_drawn = any(map(_differ, _states(before), _states(seeding.global_state())))
+            has_drawn = seeding.differ(before, seeding.global_state())
             self.known[make] = "the network draws random numbers (dropout)" if has_drawn else None
         return done
 
@@ -192,15 +192,6 @@ def _columns(a: Block, b: Block) -> Iterator[tuple[Tensor, Tensor]]:
 def _pinned(numbers: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return not torch.equal(a, b)
-
-
-def _states(state: dict) -> list[Tensor]:
-    """The states of torch's global generators, one after the other."""
-    return [state["cpu"], *state.get("cuda", [])]
 
 
 def _same(before: dict[str, list], after: dict[str, list]) -> bool:

@@ -8,44 +8,31 @@ BatchNorm sees a part of the rows (`--sync_bn 1`: all of them); its running aver
 Rank 0 writes and prints. Where a rank dies, the others end with a message.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from utils import launch
 from utils.errors import RunFailed, UsageError
 
 
-def number() -> int:
-    """Of this process; 0 where there is only one."""
-    return _environment("RANK", 0)
-
-
-def size() -> int:
-    """How many processes train this run; torchrun says so."""
-    return _environment("WORLD_SIZE", 1)
-
-
 def device_of(device: torch.device) -> torch.device:
-    """The one of several GPUs that is this process's."""
-    if size() > 1 and device.type == "cuda" and device.index is None:
-        return torch.device("cuda", _environment("LOCAL_RANK", 0))
+    """Of several GPUs, this process's."""
+    if launch.size() > 1 and device.type == "cuda" and device.index is None:
+        return torch.device("cuda", launch.number_here())
     return device
 
 
-def _environment(name: str, otherwise: int) -> int:
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else otherwise
+class Lost(RunFailed):
+    """Another process of the run has ended."""
 
 
 class Ranks:
-    """What the processes exchange. Each call is made by all of them, in the same order.
-
-    Raises `RunFailed` where one of them is no longer there.
-    """
+    """What the processes exchange. Each call is made by all of them, in the same order; it raises `Lost` where one of
+    them is no longer there."""
 
     def __init__(self, device: torch.device):
         self.number, self.size, self.device = distributed.get_rank(), distributed.get_world_size(), device
@@ -67,6 +54,10 @@ class Ranks:
         self._reduce(tensor, distributed.ReduceOp.MAX)
         return int(tensor)
 
+    def wait(self) -> None:
+        """Until all are here."""
+        self.greatest(0)
+
     def are_equal(self, tensor: Tensor) -> bool:
         """Whether it is the same on all ranks."""
         both = torch.stack((tensor, -tensor))
@@ -77,26 +68,57 @@ class Ranks:
         try:
             distributed.all_reduce(tensor, how)
         except RuntimeError as error:
-            raise RunFailed(
+            raise Lost(
                 f"rank {self.number} of {self.size} has lost the others: one of them has ended "
                 f"({str(error).splitlines()[0][:200]})."
             ) from None
 
 
+def check(config: Any) -> None:
+    """Raises `UsageError` where several processes cannot train this run."""
+    if launch.size() == 1:
+        return
+    problems = []
+    if not config.learner.rows_are_apart:
+        problems.append(
+            f"--model {config.model} cannot be trained by several processes: a row's cost depends on other rows of its "
+            "step, and each process has only some. Start one process."
+        )
+    if config.cuda_graph == "1":
+        problems.append("--cuda_graph 1 is for one process: what several exchange is not recorded. Use auto or 0.")
+    if config.sync_bn and config.device == "cpu":
+        problems.append("--sync_bn 1 needs GPUs, as torch's SyncBatchNorm does, got --device cpu. Drop it.")
+    if problems:
+        raise UsageError(*problems)
+
+
+def check_network(net: nn.Module) -> None:
+    """Raises `UsageError` where a network draws: each rank would draw for its own rows, and generators part."""
+    draws = [name for name, part in net.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd) and part.p]
+    if draws:
+        refuse_draws(f"its {', '.join(draws[:3])}")
+
+
+def refuse_draws(what: str) -> None:
+    raise UsageError(
+        f"a network that draws random numbers ({what}) cannot be trained by several processes: each would draw for its "
+        "own rows, and they would no longer draw the same blocks. Start one process, or drop dropout."
+    )
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks | None]:
     """Inside, this process exchanges with the others of its run; None where it is the only one."""
-    if size() == 1:
+    if launch.size() == 1:
         yield None
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0]
         raise UsageError(
-            f"{size()} processes were to train this run, and cannot find each other ({str(error).splitlines()[0]}). "
-            "Start them by torchrun, or unset WORLD_SIZE and RANK."
+            f"{launch.size()} processes were to train this run, and cannot find each other ({why}). Start them by "
+            "torchrun, or unset WORLD_SIZE and RANK."
         ) from None
     try:
         yield Ranks(device)

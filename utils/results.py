@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from utils import launch
 from utils.arguments import Config
 from utils.console import complain, reason
 from utils.errors import UsageError
@@ -183,6 +184,7 @@ def environment(device: str) -> dict[str, Any]:
         "device_name": name,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": launch.size(),
     }
 
 

@@ -3,11 +3,12 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from utils import launch
 from utils.arguments import (
     MANY_TASKS,
     SELECTORS,
@@ -31,12 +32,15 @@ def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit code: 0 finished, 1 failed, 2 bad input, 75 `--resume auto` of what another
     process is at, 128 + signal for what a signal has ended."""
     with guarded():
+        is_first = launch.number() == 0
+        if not is_first:  # rank 0 speaks for all
+            silence("stdout")
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = _show_warning if is_first else lambda *args, **kwargs: None
                 return _main(argv)
         except UsageError as error:
-            for problem in error.problems:
+            for problem in error.problems if is_first else ():
                 complain(f"error: {problem}")
             return USAGE
         except RunFailed as error:
@@ -58,6 +62,8 @@ def _main(argv: list[str]) -> int:
     if request.wants_help:
         return _shown(_help, request)
     if request.resume == "auto":
+        if launch.size() > 1:
+            raise UsageError("--resume auto is for one process: several cannot agree what to do. Use --resume RUN.")
         return _resume_auto(request)
     if request.resume is not None:
         return _resume(request)
@@ -83,11 +89,14 @@ def _shown(show: Callable[[Any], int], what: Any) -> int:
 
 def train(config: Config) -> int:
     """One whole run, from an empty network."""
+    from utils import ranks
+
+    ranks.check(config)
     device = resolve_device(config.device)
     state = _state_of(config.continues)
-    with _new_folder(config) as folder, cpu_threads(config.threads):
+    with ranks.joined(device) as group, _new_folder(config, group) as folder, cpu_threads(config.threads):
         try:
-            trainer = build(config, device, folder)
+            trainer = build(config, device, folder, group)
             _take_over(trainer, state)
             _begin(trainer)
         except BaseException:
@@ -150,11 +159,13 @@ def _fitting(folder) -> Iterator[None]:
 
 
 @contextmanager
-def _new_folder(config: Config) -> Iterator:
-    """A run folder whose lock says, inside, that the run is alive; None for a run that writes nothing."""
+def _new_folder(config: Config, group) -> Iterator:
+    """A run folder whose lock says, inside, that the run is alive; None for a run that writes nothing, and for all
+    processes of a run but the first."""
     from utils.results import RunFolder
 
-    folder = None if config.disable_log else RunFolder.create(config)
+    is_silent = config.disable_log or (group is not None and group.number > 0)
+    folder = None if is_silent else RunFolder.create(config)
     try:
         yield folder
     finally:
@@ -192,12 +203,13 @@ def cpu_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def build(config: Config, device, folder):
-    """Benchmark, network, method, optimizer: each built once. Returns the trainer."""
+def build(config: Config, device, folder, group=None):
+    """Benchmark, network, method, optimizer: each built once. Returns the trainer. `group`: the processes that train
+    this run, if there are several."""
     import torch
 
     from models._method import Context
-    from utils import seeding
+    from utils import ranks, seeding
     from utils.augment import Augment
     from utils.augment_check import look_at, pipeline
     from utils.registry import BACKBONES, OPTIMIZERS
@@ -211,9 +223,14 @@ def build(config: Config, device, folder):
     look_at(augment, benchmark)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
+    if config.sync_bn and group is not None:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
     method = config.learner(net, config.view(config.learner), context).to(device)
     method.amp = torch.bfloat16 if config.amp == "bf16" else None
+    if group is not None:
+        method.ranks = group
+        ranks.check_network(method)
     optimizer_type = OPTIMIZERS.load(config.optimizer)
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
@@ -223,7 +240,8 @@ def build(config: Config, device, folder):
             f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
             "requires_grad False. Leave some of them to be trained."
         )
-    _record_steps(config.cuda_graph, method, optimizer, device)
+    if group is None:
+        _record_steps(config.cuda_graph, method, optimizer, device)
     return Trainer(config, benchmark, method, optimizer, augment, folder)
 
 
@@ -254,6 +272,7 @@ def _write_decided(benchmark, folder) -> None:
 
 def _train(trainer) -> int:
     """Runs a trainer to its end and writes how it ended, whatever that is."""
+    from utils import ranks
     from utils.lock import Busy
     from utils.trainer import Interrupted, SignalWatch
 
@@ -271,6 +290,10 @@ def _train(trainer) -> int:
         except Busy as error:
             status = None  # the folder is another process's
             raise RunFailed(str(error)) from None
+        except ranks.Lost as error:
+            status = "interrupted"
+            where = f" Continue with: torchrun ... main.py --resume {folder.path}" if folder else ""
+            raise RunFailed(f"{error}{where}") from None
         except RunFailed:
             status = "diverged" if status == "crashed" else status
             raise
@@ -406,7 +429,7 @@ def _without_result() -> set[str]:
 
 def _resume(request: Request) -> int:
     """Goes on with a run. Of a finished one, draws and logs what is missing; 0 too where that is nothing."""
-    from utils import checkpoint
+    from utils import checkpoint, ranks
     from utils.results import RunFolder
 
     saved = read_saved(request.resume)
@@ -422,21 +445,32 @@ def _resume(request: Request) -> int:
     if config.dry_run:
         return _shown(_describe, config)
     device = resolve_device(config.device)
-    folder = RunFolder(path)
-    with folder.held(), cpu_threads(config.threads):
-        if _status(path) == "finished":
+    ranks.check(config)
+    is_finished, is_first = _status(path) == "finished", launch.number() == 0
+    folder = RunFolder(path) if is_first else None
+    holding = folder.held() if is_first else nullcontext()
+    with ranks.joined(device) as group, holding, cpu_threads(config.threads):
+        if is_finished and is_first:
             checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)
-        state = None if _has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=True)
+        if is_finished:
+            return OK
+        if not is_first:
+            group.wait()  # until what rank 0 mends is mended
+        state = None if _has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
+        if is_first and group is not None:
+            group.wait()
         parents = _state_of(config.continues) if state is None else None
-        trainer = build(config, device, folder)
+        trainer = build(config, device, folder, group)
         if state is None:
             trainer.begin_anew()
             _take_over(trainer, parents)
         else:
             with _fitting(path):
                 trainer.load_checkpoint(state)
-        if changed_files:
+        if group is not None:
+            group.wait()  # until all have read what rank 0 will write anew
+        if changed_files and is_first:
             folder.note_changed_code(trainer.cost.steps, config.code)
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
@@ -475,10 +509,12 @@ def resolve_device(name: str):
     """torch.device of --device, with its index, as tensors name it; raises `UsageError` if it is not there."""
     import torch
 
+    from utils import ranks
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.empty(1, device=ranks.device_of(torch.device(name))).device
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():

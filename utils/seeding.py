@@ -45,3 +45,13 @@ def set_global_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+
+
+def differ(before: dict, after: dict) -> bool:
+    """Whether torch's global generators have been drawn from."""
+    pairs = zip(_states(before), _states(after), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
+
+
+def _states(state: dict) -> list[torch.Tensor]:
+    return [state["cpu"], *state.get("cuda", [])]

@@ -155,7 +155,8 @@ class Trainer:
     ):
         self.config, self.benchmark, self.method, self.optimizer = config, benchmark, method, optimizer
         self.augment, self.folder, self.device = augment, folder, augment.device
-        self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax, method.needs_task)
+        self.ranks = method.ranks
+        self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax, method.needs_task, self.ranks)
         self.sizes = self.evaluate.sizes  # test images of each task
         rng = seeding.generator(config.seed, "order")
         self.stream = Stream(augment, config.batch_size, rng, DEBUG_BATCHES if config.debug_mode else None)
@@ -235,7 +236,8 @@ class Trainer:
         if state["stream"] is not None:
             self.stream.load_state_dict(state["stream"])
             self._mid_epoch = True
-        self.folder.truncate_metrics(state["metrics_size"])
+        if self.folder is not None:
+            self.folder.truncate_metrics(state["metrics_size"])
         self.logs.resume(self.cost.steps)
 
     def continue_from(self, state: dict[str, Any], same_optimizer: bool) -> None:
@@ -262,7 +264,8 @@ class Trainer:
 
     def begin_anew(self) -> None:
         """In a folder whose run was stopped before its first checkpoint."""
-        self.folder.truncate_metrics(0)
+        if self.folder is not None:
+            self.folder.truncate_metrics(0)
         self.logs.resume(steps=-1)
 
     def _task_indices(self) -> range:
@@ -346,21 +349,32 @@ class Trainer:
             if logged or self.device.type == "cpu":
                 self._check_skips()
             self.logs.advance(len(batch.y))
-            if self._stop_signal is not None or self._checkpoint_is_due():
+            stop = self._signal(logged)
+            if stop is not None or self._checkpoint_is_due():
                 self.cost.train_s += time.monotonic() - start
                 start = time.monotonic()
                 self._try_to_keep(self.save_checkpoint, "a checkpoint")
-                if self._stop_signal is not None:
-                    raise Interrupted(self._stop_signal)
+                if stop is not None:
+                    raise Interrupted(stop)
         self._mid_epoch = False
         self._check_weights()
         if len(split) > 0:  # an epoch without rows takes no step, and none has failed
             self._check_skips(limit=most * self.stream.num_batches(split))
         self.cost.train_s += time.monotonic() - start
 
+    def _signal(self, logged: bool) -> int | None:
+        """The signal that ends the run after this step. Several processes end it after the same one."""
+        if self.ranks is None:
+            return self._stop_signal
+        if logged or self.device.type == "cpu":  # elsewhere it is a wait for the device
+            return self.ranks.greatest(self._stop_signal or 0) or None
+        return None
+
     def _check_weights(self) -> None:
         """Once an epoch; also waits for the device, so that training time is all there."""
         norms = torch.stack(torch._foreach_norm(self.optimizer.params))
+        if self.ranks is not None and not self.ranks.are_equal(norms.nan_to_num()):
+            raise RunFailed(f"the processes' weights are no longer the same after step {self.cost.steps}.")
         if not norms.isfinite().all():
             raise RunFailed(
                 f"the weights are not finite after step {self.cost.steps}. Try a smaller --lr (now "
