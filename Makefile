@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench gpu clean
 
 run: .venv/.run
 	$(BIN)/python main.py --model mgser_sam --dataset seq-digits
@@ -16,6 +16,9 @@ lint: .venv/.test
 
 bench: .venv/.run
 	$(BIN)/python -m utils.bench
+
+gpu: .venv/.run
+	$(BIN)/python -m utils.gpu --out tests/records/gpu
 
 clean:
 	rm -rf .venv

@@ -94,7 +94,7 @@ def train(config: Config) -> int:
     ranks.check(config)
     device = resolve_device(config.device)
     state = _state_of(config.continues)
-    with ranks.joined(device) as group, _new_folder(config, group) as folder, cpu_threads(config.threads):
+    with ranks.joined(device) as group, _new_folder(config, group) as folder, computing(config, device):
         try:
             trainer = build(config, device, folder, group)
             _take_over(trainer, state)
@@ -191,16 +191,20 @@ def _begin(trainer, is_new: bool = True) -> None:
 
 
 @contextmanager
-def cpu_threads(number: int) -> Iterator[None]:
-    """torch computes with so many threads inside. Other runs of the process are not touched."""
+def computing(config: Config, device) -> Iterator[None]:
+    """Inside, torch computes as this run wants it to: with its number of threads, and, where steps are recorded on a
+    GPU, with convolutions whose kernels are chosen by measurement. Other runs of the process are not touched."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    is_chosen = cudnn.benchmark
+    torch.set_num_threads(config.threads)
+    cudnn.benchmark = is_chosen or (device.type == "cuda" and config.cuda_graph != "0")
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        cudnn.benchmark = is_chosen
 
 
 def build(config: Config, device, folder, group=None):
@@ -449,7 +453,7 @@ def _resume(request: Request) -> int:
     is_finished, is_first = _status(path) == "finished", launch.number() == 0
     folder = RunFolder(path) if is_first else None
     holding = folder.held() if is_first else nullcontext()
-    with ranks.joined(device) as group, holding, cpu_threads(config.threads):
+    with ranks.joined(device) as group, holding, computing(config, device):
         if is_finished and is_first:
             checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)
