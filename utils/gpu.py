@@ -27,6 +27,7 @@ import torch
 
 from utils import bench, results, run
 from utils.arguments import resolve
+from utils.errors import UsageError
 from utils.files import write_json
 from utils.registry import METHODS, OPTIMIZERS, ROOT
 
@@ -56,6 +57,10 @@ SPEEDS: list[tuple[str, str, dict[str, Any], float | None]] = [  # (what, model,
     ("resnet18, 32 + 32", "er under sam", RESNET | SMALL | {"optimizer": "sam"}, None),
     ("resnet18, 32 + 32", "er under sampa", RESNET | SMALL | {"optimizer": "sampa"}, None),
     ("resnet18, 32 + 32, one stream", "er under sampa", RESNET | SMALL | {"optimizer": "sampa"}, None),
+]
+SEVERAL: list[tuple[str, dict[str, Any], int, int]] = [  # (what, flags, runs, turns of each)
+    ("mnistmlp, 128 + 128", MLP, 10, 20),
+    ("resnet18, 32 + 32", RESNET | SMALL, 4, 5),
 ]
 
 
@@ -216,10 +221,8 @@ def streams(number: int, flags: dict[str, Any], count: int, device: torch.device
 
 def several(device: torch.device, count: int) -> list[dict[str, Any]]:
     found = []
-    for what, flags, many, steps in (
-        ("mnistmlp, 128 + 128", MLP, 10, 20 * count),
-        ("resnet18, 32 + 32", RESNET | SMALL, 4, 5 * count),
-    ):
+    for what, flags, many, turns in SEVERAL:
+        steps = turns * count
         one = median(processes(1, flags, steps, device) for _ in range(3))
         line = {"what": what, "steps": steps, "one_s": round(one, 3), "runs": many}
         line |= {"processes_s": round(processes(many, flags, steps, device), 3)}
@@ -257,9 +260,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=20, help="steps of a turn (default 20)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device = run.resolve_device(args.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    torch.set_num_threads(1)
+    try:
+        device = run.resolve_device(args.device)
+    except UsageError as error:
+        parser.error(str(error))
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark or device.type == "cuda"
     if args.worker:
         flags, count = json.loads(args.worker)
         worker(flags, count, device)
