@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from made import make_mnist
+from tape import Tape
 
-from utils import checkpoint, run
+from utils import checkpoint, program, run
 from utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
 from utils.errors import UsageError
 from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT
@@ -907,6 +908,21 @@ def check_threads(tmp_path, capsys, monkeypatch):
     assert "at most the number of this machine's cores 3, got 4" in capsys.readouterr().err
 
 
+def check_cuda_graph(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "recorder", lambda device: Tape())
+    for wish in ("0", "auto", "1"):
+        assert run.main([*FAST, "--n_tasks", "1", "--cuda_graph", wish, "--results_path", str(tmp_path)]) == 0
+        assert ("were replays of recorded ones" in capsys.readouterr().out) == (wish != "0")
+
+
+def check_sync_bn(tmp_path, capsys, monkeypatch):
+    assert run.main([*FAST, "--sync_bn", "1"]) == 2
+    assert "--sync_bn 1 has no effect in one process" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run.main([*FAST, "--sync_bn", "1", "--device", "cpu"]) == 2
+    assert "--sync_bn 1 needs GPUs" in capsys.readouterr().err
+
+
 def check_base_path(tmp_path, capsys, monkeypatch):
     images = []
     for seed in (0, 1):
@@ -1028,6 +1044,8 @@ OBSERVED = {
     "debug_mode": differs("--debug_mode", "0"),
     "device": check_device,
     "data_device": check_data_device,
+    "cuda_graph": check_cuda_graph,
+    "sync_bn": check_sync_bn,
     "threads": check_threads,
     "base_path": check_base_path,
     "results_path": check_results_path,

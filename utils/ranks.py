@@ -74,9 +74,11 @@ class Ranks:
             ) from None
 
 
-def check(config: Any) -> None:
-    """Raises `UsageError` where several processes cannot train this run."""
+def check(config: Any, is_new: bool = True) -> None:
+    """Raises `UsageError` where several processes cannot train this run, or where it `is_new` and needs several."""
     if launch.size() == 1:
+        if config.sync_bn and is_new:
+            raise UsageError("--sync_bn 1 has no effect in one process. Start several by torchrun, or drop it.")
         return
     problems = []
     if not config.learner.rows_are_apart:

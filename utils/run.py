@@ -449,7 +449,7 @@ def _resume(request: Request) -> int:
     if config.dry_run:
         return _shown(_describe, config)
     device = resolve_device(config.device)
-    ranks.check(config)
+    ranks.check(config, is_new=False)
     is_finished, is_first = _status(path) == "finished", launch.number() == 0
     folder = RunFolder(path) if is_first else None
     holding = folder.held() if is_first else nullcontext()
