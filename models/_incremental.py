@@ -16,6 +16,7 @@ from models._passes import WithTeacher
 from utils.arguments import flag
 from utils.buffer import Buffer
 from utils.evaluator import rows_per_pass
+from utils.layout import rows_of_forward
 from utils.optim._driver import trainable
 from utils.passes import eval_mode
 
@@ -40,13 +41,15 @@ class Incremental(Method):
     def outputs_of(self, part: Callable[[Tensor], Tensor], images: Tensor, convert: Callable | None = None) -> Tensor:
         """What a part of the network gives for stored images (N, C, H, W) uint8, un-augmented, in eval mode; counted.
 
-        `convert` makes its inputs of them: as for evaluation unless told otherwise.
+        `convert` makes its inputs of them, a chunk at a time: as for evaluation unless told otherwise.
         """
         convert = convert or self.context.augment.plain
         self.count(forward=len(images))
-        step = rows_per_pass(images.shape[1:], self.context.device)
+        shape, device = images.shape[1:], self.context.device
+        chunk = rows_per_pass(shape, device)
+        step = rows_of_forward(self.net, shape, device, chunk)
         with eval_mode(self.net):
-            return torch.cat([part(convert(images[i : i + step])) for i in range(0, len(images), step)])
+            return torch.cat([part(x) for raw in images.split(chunk) for x in convert(raw).split(step)])
 
     def get_extra_state(self) -> dict:
         return {"past": self.past, "seen": self.seen}

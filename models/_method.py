@@ -86,6 +86,7 @@ class Method(nn.Module):
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
     ranks: Any = None  # `utils.ranks.Ranks`, where several processes train this run; set by the engine
+    channels_last = False  # the memory layout of its convolutions (`utils/layout.py`); set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
 

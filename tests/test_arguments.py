@@ -1041,6 +1041,7 @@ OBSERVED = {
     "model_config": check_model_config,
     "budget_rows": differs("--budget_rows", "20000", base=("--debug_mode", "0")),
     "amp": differs("--amp", "bf16"),
+    "channels_last": differs("--channels_last", "0", base=("--backbone", "reduced-resnet18")),
     "debug_mode": differs("--debug_mode", "0"),
     "device": check_device,
     "data_device": check_data_device,

@@ -101,6 +101,12 @@ class EngineArgs:
         low=1,
     )
     amp: str = flag("none", "the passes of a step in bfloat16 (autocast), weights in float32", choices=("none", "bf16"))
+    channels_last: str = flag(
+        "auto",
+        "memory layout of convolutions, 1: channels last, faster on CPUs, or 0: as the network is made; sums differ in "
+        "the last digits; auto: 1 on the CPU",
+        choices=("auto", "0", "1"),
+    )
     debug_mode: bool = flag(False, "a quick look: 1 epoch of 5 batches for each task")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...", result=False)
     data_device: str = flag(

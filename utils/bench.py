@@ -242,11 +242,12 @@ def bench_buffer(device: torch.device, rounds: int) -> None:
     print(f"a step of er with a buffer of 1,000,000 / of 200: {times['large'] / times['small']:.3f}")
 
 
-def bench_evaluation(device: torch.device, rounds: int) -> None:
-    trainer = build("er", "perm-mnist", device, num_images=50_000)
+def bench_evaluation(dataset: str, num_images: int, device: torch.device, rounds: int, **flags: Any) -> None:
+    trainer = build("er", dataset, device, num_images, **flags)
     images = sum(len(task.test) for task in trainer.benchmark)
     times = in_turn({"e": lambda: trainer.evaluate(trainer.method, 10)}, {"e": 1}, max(3, rounds // 2), device)
-    print(f"evaluation, mnistmlp: {1e3 * images / times['e']:,.0f} MNIST images/s")
+    shape = "x".join(map(str, trainer.benchmark.shape))
+    print(f"evaluation, {trainer.config.backbone}: {1e3 * images / times['e']:,.0f} images/s of {shape}")
 
 
 def whole_run(device: torch.device) -> None:
@@ -300,7 +301,8 @@ def main(argv: list[str]) -> int:
     bench_pipeline("seq-cifar10", device, rounds)
     bench_pipeline("seq-tinyimg", device, rounds)
     bench_buffer(device, rounds)
-    bench_evaluation(device, rounds)
+    bench_evaluation("perm-mnist", 50_000, device, rounds)
+    bench_evaluation("seq-cifar10", 12_000, device, rounds, backbone="reduced-resnet18")
     if not args.quick:
         words = ["--whole_run", "1", "--device", args.device, "--threads", str(args.threads)]
         done = subprocess.run([sys.executable, "-m", "utils.bench", *words], capture_output=True, text=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Accuracy on the tasks, in large batches; class-il and task-il from one forward, one wait for the device."""
+"""Accuracy on the tasks, in batches that suit the device; class-il and task-il from one forward, waited for once."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from utils.augment import Augment
 from utils.errors import DataError
+from utils.layout import rows_of_forward
 
 CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
 
@@ -75,7 +76,8 @@ class Evaluator:
         tasks = [self.benchmark[index] for index in indices]
         images, labels, owners = self._images(tasks)
         device = self.augment.device
-        step = rows_per_pass(images.shape[1:], device)
+        shape = images.shape[1:]
+        step = rows_of_forward(method, shape, device, rows_per_pass(shape, device))
         first = torch.tensor([task.classes.start for task in tasks], device=device)
         last = torch.tensor([task.classes.stop - 1 for task in tasks], device=device)
         width = torch.arange(max(len(task.classes) for task in tasks), device=device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, cross_entropy, instance_norm, unfold
 from torch.nn.grad import conv2d_weight
 
+from utils.layout import has_convolutions
 from utils.optim._driver import batchnorms, trainable
 
 GRADIENT_FLOATS = 2**26  # of gradients of single rows at a time
@@ -70,7 +71,7 @@ def gram(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def _parts(net: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """All rows at once where that is cheap, else what a network of convolutions can keep of one pass."""
-    size = ROWS if any(isinstance(part, nn.Conv2d) for part in net.modules()) else len(x)
+    size = ROWS if has_convolutions(net) else len(x)
     yield from zip(x.split(size), y.split(size), strict=True)
 
 

@@ -110,11 +110,11 @@ def train(config: Config) -> int:
 
 def _hint_at_threads(trainer) -> None:
     """One is the default, so that a run's numbers do not depend on the machine's cores; large networks are slow so."""
-    from torch.nn import Conv2d
+    from utils.layout import has_convolutions
 
     config, cores = trainer.config, os.cpu_count() or 1
     is_default = config.origins["threads"] == "default" and cores > config.threads
-    if trainer.device.type == "cpu" and is_default and any(isinstance(m, Conv2d) for m in trainer.method.modules()):
+    if trainer.device.type == "cpu" and is_default and has_convolutions(trainer.method):
         say(
             f"note: convolutions on {config.threads} CPU thread of {cores}; --threads {cores} is faster, and another "
             "run: sums differ in the last digits"
@@ -216,6 +216,7 @@ def build(config: Config, device, folder, group=None):
     from utils import ranks, seeding
     from utils.augment import Augment
     from utils.augment_check import look_at, pipeline
+    from utils.layout import lay_out, wants_channels_last
     from utils.registry import BACKBONES, OPTIMIZERS
     from utils.trainer import Trainer
 
@@ -229,9 +230,12 @@ def build(config: Config, device, folder, group=None):
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
     if config.sync_bn and group is not None:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    channels_last = wants_channels_last(config.channels_last, net, benchmark.shape, device)
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
     method = config.learner(net, config.view(config.learner), context).to(device)
     method.amp = torch.bfloat16 if config.amp == "bf16" else None
+    method.channels_last = channels_last
+    lay_out(method, channels_last)
     if group is not None:
         method.ranks = group
         ranks.check_network(method)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from utils import seeding
 from utils.arguments import flag
+from utils.layout import lay_out
 from utils.optim._base import SGD, Base, Grads
 
 Wanted = np.ndarray | Tensor | None  # (P,) bool: the parameters whose gradients are asked for; None: all
@@ -267,6 +268,7 @@ class Driver:
     def follow(self) -> bool:
         """Takes in what the method has done to its parameters since: added, replaced, enlarged, dropped. Returns
         whether it has. A parameter is known by its name; its state keeps the old entries in their corner."""
+        lay_out(self.method, self.method.channels_last)
         self._batchnorms = normalise_single_values(self.method)
         names, params = _trainable(self.method)
         if len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True)):

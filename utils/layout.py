@@ -1,0 +1,55 @@
+"""How the tensors of a network with convolutions lie in memory, and how many images it takes at a time.
+
+TABLE
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+CPU_PIXELS = 64 * 32 * 32  # of the images of one forward without gradients, where there are convolutions
+
+
+def has_convolutions(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def wants_channels_last(choice: str, net: nn.Module, shape: tuple[int, int, int], device: torch.device) -> bool:
+    """What --channels_last stands for with this network, still on the CPU, and images (C, H, W)."""
+    if choice != "auto":
+        return choice == "1"
+    return device.type == "cpu" and has_convolutions(net) and _bears_channels_last(net, shape)
+
+
+def _bears_channels_last(net: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Whether a copy of the network passes images in this layout: one that takes a `view` of a map does not."""
+    try:
+        trial = copy.deepcopy(net).eval()
+        lay_out(trial, channels_last=True)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            trial(torch.zeros(2, *shape))
+    except Exception:  # code of users, which fails in many ways; what is wrong anyway is said where it trains
+        return False
+    return True
+
+
+def lay_out(module: nn.Module, channels_last: bool) -> None:
+    """Puts the weights of all Conv2d layers into channels_last where that is wanted; maps and gradients follow them.
+
+    The parameters stay the same objects with the same values. To be called again when a network has grown.
+    """
+    if not channels_last:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            for p in layer.parameters(recurse=False):
+                if p.ndim == 4:
+                    p.data = p.data.to(memory_format=torch.channels_last)
+
+
+def rows_of_forward(module: nn.Module, shape: tuple[int, ...], device: torch.device, most: int) -> int:
+    """Images of this shape (C, H, W) that pass the module at a time where no gradient is asked for, at most `most`."""
+    if device.type != "cpu" or not has_convolutions(module):
+        return most
+    return min(most, max(1, CPU_PIXELS // (shape[1] * shape[2])))
