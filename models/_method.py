@@ -215,7 +215,7 @@ class Method(nn.Module):
                 update = optimizer.step(objective)
             else:
                 if len(done) == 1:  # a program has its results where its next step writes them
-                    loss = loss.mapped(torch.clone)
+                    loss = loss.copied()
                 objective, update = optimizer.programs.step(blocks, trace)
             loss = loss or objective.loss
             done.append((objective, update))

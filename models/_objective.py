@@ -129,6 +129,24 @@ class Loss:
             {name: _changed(output, change) for name, output in self.outputs.items()},
         )
 
+    def copied(self) -> "Loss":
+        """The same in tensors of its own, and the blocks too."""
+        blocks: dict[int, Block] = {}
+
+        def copy(of: Of) -> Of:
+            if not isinstance(of, tuple):
+                return of.clone()
+            if id(of[0]) not in blocks:
+                blocks[id(of[0])] = of[0].map(torch.clone)
+            return blocks[id(of[0])], of[1].clone()
+
+        return Loss(
+            {name: copy(cost) for name, cost in self.rows.items()},
+            None if self.logits is None else self.logits.clone(),
+            {name: term.clone() for name, term in self.penalties.items()},
+            {name: copy(output) for name, output in self.outputs.items()},
+        )
+
     def detach(self) -> "Loss":
         loss = self.mapped(Tensor.detach)
         loss.terms = {name: term.detach() for name, term in self.terms.items()}
@@ -365,7 +383,7 @@ class Objective:
         other = Objective(self.method, blocks, self.params, recorded=self.recorded, split=split)
         other.tally, other.handed = self.tally, self.handed
         if noise is not None:
-            other.noise, other._has_drawn, other._is_clean = noise, True, False
+            other.noise, other._has_drawn, other._is_clean = {} if self.recorded else noise, True, False
         return other
 
     def num_shards(self, number: int, least: int = 1) -> int:

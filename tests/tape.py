@@ -51,6 +51,9 @@ class Tape(TorchDispatchMode):
                 whole.copy_(content)
         return tape.replay
 
+    def renew(self) -> None:
+        """Nothing is shared."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in WAITS:

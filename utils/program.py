@@ -16,7 +16,7 @@ the step is tested without a GPU, by a recorder for the CPU (tests/tape.py).
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,26 +33,57 @@ KEPT = 8  # programs; each has the memory of a step for itself
 OF_METHOD = ("loss", "references", "combine")
 OF_OPTIMIZER = ("direction", "update", "gradients", "ascent", "descent", "settle", "at")
 
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+class Recorder(Protocol):
+    def __call__(self, operations: Callable[[], None]) -> Callable[[], None]:
+        """Keeps what `operations` does, and returns what repeats it. Raises `RuntimeError` where that fails."""
+
+    def renew(self) -> None:
+        """All that was recorded so far is dropped."""
 
 
 class CudaGraphs:
-    """Records what is started on the current CUDA device. All graphs share their memory: one is replayed at a time."""
+    """Records what is started on a CUDA device, on a stream of its own. Its graphs share their memory: one is replayed
+    at a time. Kernels that were chosen by measurement are used; none is measured while recording."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.failed: list[torch.cuda.CUDAGraph] = []  # what the allocator may still point to
+        self.renew()
+
+    def renew(self) -> None:
+        # the libraries' work spaces stay in the old memory, which cannot be taken again once its graphs are gone
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, operations: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):  # after an error, too, this is the current stream again
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                operations()
+        graph, cudnn = torch.cuda.CUDAGraph(), torch.backends.cudnn
+        is_measuring, cudnn.benchmark = cudnn.benchmark, False
+        try:
+            self._capture(graph, operations)
+        except BaseException:
+            self._recover(graph)
+            raise
+        finally:
+            cudnn.benchmark = is_measuring
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, operations: Callable[[], None]) -> None:
+        here = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(here):  # after an error, too, they are as before
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                operations()
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a failure torch (2.11) takes the device's generator to be recording, until a recording succeeds."""
+        self.renew()
+        trivial = torch.cuda.CUDAGraph()
+        self.failed += [graph, trivial]
+        self._capture(trivial, lambda: torch.zeros(1, device=self.device))
 
 
 def recorder(device: torch.device) -> Recorder | None:
     """For steps on this device; None where there is none."""
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class Programs:
@@ -62,10 +93,12 @@ class Programs:
     def __init__(self, method: Method, optimizer: Driver, record: Recorder):
         self.method, self.optimizer, self.record = method, optimizer, record
         self.replayed, self.others, self.ordinary = 0, 0, Counter()
+        self.kept: OrderedDict[tuple, Program] = OrderedDict()  # the one that was used last stands last
         self.drop()
 
     def drop(self) -> None:
-        self.kept: OrderedDict[tuple, Program] = OrderedDict()  # the one that was used last stands last
+        self.kept.clear()
+        self.record.renew()
         self.known: dict[tuple, str | None] = {}  # forms and phases that were seen -> why they are not recorded
 
     def check(self) -> None:
@@ -129,7 +162,9 @@ class Programs:
             try:
                 program = Program(self.method, optimizer, blocks, self.record)
             except RuntimeError as error:
-                self.known[make] = f"it cannot be recorded ({str(error).splitlines()[0]})"
+                while error.__context__ is not None:  # what is said last is that recording has failed
+                    error = error.__context__
+                self.known[make] = f"it cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
             if not (_same(state, optimizer.state) and _same(base, optimizer.base.state)):
                 program, self.known[make] = None, "it makes new state"
             optimizer.state, optimizer.base.state = state, base

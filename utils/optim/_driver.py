@@ -10,7 +10,7 @@ that the host counts go on, and images of a bad step are remembered, with zeros 
 """
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,6 +133,7 @@ class Driver:
         self.skips = torch.zeros(2, dtype=torch.int64, device=self.device)  # steps not taken: in all, now in a row
         self._batchnorms = normalise_single_values(method)
         self._to_watch = WATCHED
+        self._side: Any = None  # a second stream
         self.programs: Any = None  # `utils.program.Programs`, where steps are recorded
 
     @property
@@ -244,6 +245,21 @@ class Driver:
         finally:
             for param, here in zip(self.params, weights, strict=True):
                 param.data = here
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[Any]:
+        """Gives a context; what is in there need not wait for the rest of this one. Where a step is recorded on a GPU,
+        both then run at once, and what follows waits for both. Elsewhere nothing is changed."""
+        if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            yield nullcontext()
+            return
+        here = torch.cuda.current_stream()
+        self._side = self._side or torch.cuda.Stream(self.device)
+        self._side.wait_stream(here)
+        try:
+            yield torch.cuda.stream(self._side)
+        finally:
+            here.wait_stream(self._side)
 
     def set_lr(self, lr: float) -> None:
         self.base.lr = lr
@@ -360,26 +376,6 @@ class Driver:
         self.skips.copy_(torch.stack((self.skips[0] + skipped, (self.skips[1] + 1) * skipped)))
         if objective.loss.logits is not None:
             objective.loss.logits = objective.loss.logits.nan_to_num(0.0, 0.0, 0.0)
-
-
-class Beside:
-    """Operations that need not wait for those that come before them in the code, from where this is made: a recorder on
-    a GPU lets both run at once. After the `with` block, everything waits for both. Elsewhere nothing is changed."""
-
-    def __init__(self):
-        self.stream = None
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self.stream = torch.cuda.Stream()
-            self.stream.wait_stream(torch.cuda.current_stream())
-        self._inside = torch.cuda.stream(self.stream)  # of None: no change
-
-    def __enter__(self) -> None:
-        self._inside.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._inside.__exit__(*error)
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def _trainable(method: nn.Module) -> tuple[list[str], list[nn.Parameter]]:

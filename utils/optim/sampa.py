@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from utils.arguments import flag
-from utils.optim._driver import Beside
 from utils.optim._sharpness import Grads, SharpnessAware
 from utils.registry import OPTIMIZERS
 
@@ -48,11 +47,12 @@ class SAMPa(SharpnessAware):
     def direction(self, objective) -> Grads:
         if self.previous is None:
             return self._remember_gradients(objective)
-        h, beside = self.state["h"], Beside()
-        with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
-            newest = self._remember_gradients(objective)
-        with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
-            a = objective.later(self.previous).gradient()
+        h = self.state["h"]
+        with self.side_by_side() as beside:
+            with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
+                newest = self._remember_gradients(objective)
+            with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
+                a = objective.later(self.previous).gradient()
         return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
 
     def _remember_gradients(self, objective) -> Grads:
@@ -65,7 +65,9 @@ class SAMPa(SharpnessAware):
     def settle(self, objective) -> None:
         """Keeps the batch, in the place of the last one of its form: a program reads it there."""
         new = objective.snapshot()
-        old = self._kept.setdefault(new["form"], _each_tensor(new, torch.clone))
+        if new["form"] not in self._kept:
+            self._kept[new["form"]] = _each_tensor(new, torch.clone)
+        old = self._kept[new["form"]]
         old |= {"noise": new["noise"], "used": new["used"]}
         for into, block in zip(old["blocks"], new["blocks"], strict=True):
             into["x"].copy_(block["x"])
