@@ -1,13 +1,14 @@
 """What only a GPU can tell: `python -m utils.gpu [--out FOLDER] [--device cuda] [--seconds N]`, under ten minutes.
 
-1. Replays of recorded steps (CUDA graphs) against ordinary steps: each method under its default optimizer and `derpp`
-   and `mgser_sam` under each optimizer, on seq-digits. The same run twice in the ordinary way and once recorded: final
-   accuracies, and whether the recorded run is nearer to one of the two than these are to each other.
+1. Replays of recorded steps (CUDA graphs) against ordinary steps: `derpp` and `mgser_sam` under each optimizer, each
+   method under its default one, and some with convolutions, BatchNorm and augmentation. The same run twice in the
+   ordinary way and once recorded: do the final accuracies agree, how many steps were replays, and why were others not.
 2. Milliseconds of a step, ordinary, recorded and bare (`utils/bench.py`), in turn in one process; goals beside them.
 3. Several runs on one device: processes, and programs on streams of their own in one process.
 
-A line for each measurement as it comes, a short table last; FOLDER gets all of it as gpu.json, written after each part.
-Random images have the shapes of the benchmarks named; only part 1 trains on real data (seq-digits, no download).
+A line for each measurement as it comes, a short table last; FOLDER gets all of it as gpu.json, written after each line.
+Random images have the shapes of the benchmarks named; only part 1 trains on real data (seq-digits, no download). Each
+part is a process of its own: an error of the device ends it, and the next measurement begins in another.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +32,7 @@ from utils import bench, results, run
 from utils.arguments import resolve
 from utils.errors import UsageError
 from utils.files import write_json
+from utils.optim._driver import Driver
 from utils.registry import METHODS, OPTIMIZERS, ROOT
 
 RESNET = {"dataset": "seq-cifar10", "backbone": "resnet18", "buffer_size": 500}
@@ -64,115 +68,83 @@ SEVERAL: list[tuple[str, dict[str, Any], int, int]] = [  # (what, flags, runs, t
 ]
 
 
-class Report:
-    """What was measured so far, on the console and in a file."""
-
-    def __init__(self, folder: Path | None, device: torch.device):
-        self.folder = folder
-        self.found: dict[str, Any] = {"environment": results.environment(str(device)), "seconds": {}}
-
-    def part(self, name: str, measure: Callable[[], Any]) -> None:
-        """One measurement; what goes wrong in it is written down, and the next one begins."""
-        start = time.monotonic()
-        try:
-            self.found[name] = measure()
-        except Exception as error:
-            self.found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            print(f"{name}: failed: {type(error).__name__}: {error}", flush=True)
-        self.found["seconds"][name] = round(time.monotonic() - start, 1)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "gpu.json", self.found)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+PARTS = {"agreement": 0.35, "speed": 0.4, "several": 0.25}  # and their shares of the time
+MARK = "line: "  # before what a process has measured
+IMAGES = 2 / 160  # of a final average, by which runs that agree may differ: two test images of seq-synth
+LIMIT_S = 120
+MIB = 2**20
 
 
 # 1. the same run, ordinary and recorded
 
 
-def pairs() -> list[tuple[str, str]]:
-    found = [(model, METHODS.load(model).default_optimizer) for model in METHODS.names()]
-    return found + [(model, optimizer) for model in ("derpp", "mgser_sam") for optimizer in OPTIMIZERS.names()]
+def pairs() -> list[tuple[str, str, str]]:
+    """(model, optimizer, benchmark and network)."""
+    found = [(model, optimizer, "digits") for optimizer in OPTIMIZERS.names() for model in ("derpp", "mgser_sam")]
+    convolutions = [("er", "esam"), ("er", "sampa"), ("mgser_sam", "sam"), ("derpp", "msam"), ("xder", "sgd")]
+    found += [(model, optimizer, "convolutions") for model, optimizer in convolutions]
+    return found + [(model, METHODS.load(model).default_optimizer, "digits") for model in METHODS.names()]
 
 
-def outcome(model: str, optimizer: str, device: torch.device, cuda_graph: str) -> tuple[list[float], torch.Tensor, str]:
-    """(final average accuracies, weights, what was replayed) of a short run on seq-digits."""
-    epochs = ["--fitting_epochs", "3"] if model == "gdumb" else ["--n_epochs", "1"]
-    words = ["--model", model, "--optimizer", optimizer, "--dataset", "seq-digits", "--device", str(device), *epochs]
-    words += ["--disable_log", "--non_verbose", "--cuda_graph", cuda_graph]
-    trainer = run.build(resolve(words), device, None)
+def outcome(model: str, optimizer: str, what: str, device: torch.device, cuda_graph: str) -> tuple[list[float], Any]:
+    """(final average accuracies, programs) of a short run."""
+    words = ["--model", model, "--optimizer", optimizer, "--device", str(device), "--cuda_graph", cuda_graph]
+    words += ["--fitting_epochs", "3"] if model == "gdumb" else ["--n_epochs", "1" if what == "digits" else "2"]
+    words += ["--dataset", "seq-digits"] if what == "digits" else ["--dataset", "seq-synth", "--backbone", "resnet32"]
+    trainer = run.build(resolve([*words, "--disable_log", "--non_verbose"]), device, None)
     with mock.patch("utils.logs.say", lambda text: None):
         metrics = trainer.run()["metrics"]
-    weights = torch.cat([p.detach().flatten() for p in trainer.method.parameters()])
-    return [m["final_average_accuracy"] for m in metrics.values()], weights, str(trainer.optimizer.programs)
+    programs = trainer.optimizer.programs
+    if programs is not None:
+        programs.drop()
+    return [metric["final_average_accuracy"] for metric in metrics.values()], programs
 
 
-def agreement(device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """As many pairs as the time allows; says how many are left."""
-    start, found = time.monotonic(), []
-    wanted = dict.fromkeys(pairs())
-    for model, optimizer in wanted:
-        if time.monotonic() - start > seconds:
-            print(f"agreement: {len(wanted) - len(found)} of {len(wanted)} pairs not run, the time is up", flush=True)
-            break
-        found.append(line := {"model": model, "optimizer": optimizer})
-        try:
-            (first, w, _), (second, v, _) = (outcome(model, optimizer, device, "0") for _ in range(2))
-            recorded, u, replayed = outcome(model, optimizer, device, "auto")
-        except Exception as error:
-            line |= {"failed": f"{type(error).__name__}: {error}"}
-        else:
-            spread = (w - v).abs().max().item()
-            away = min((u - w).abs().max().item(), (u - v).abs().max().item())
-            line |= {
-                "ordinary": first, "again": second, "recorded": recorded, "spread of weights": spread,
-                "recorded away": away, "replayed": replayed,
-                "agrees": recorded in (first, second) or away <= max(2 * spread, 1e-6),
-            }  # fmt: skip
-        print(json.dumps(line), flush=True)
-    return found
+def agreements(device: torch.device, skip: int) -> Iterator[dict[str, Any]]:
+    for model, optimizer, what in pairs()[skip:]:
+        (first, _), (again, _) = (outcome(model, optimizer, what, device, "0") for _ in range(2))
+        recorded, programs = outcome(model, optimizer, what, device, "auto")
+        spread = max(abs(a - b) for a, b in zip(first, again, strict=True))
+        away = min(max(abs(a - b) for a, b in zip(recorded, other, strict=True)) for other in (first, again))
+        why = dict(programs.ordinary) if programs is not None else {}
+        is_declared = not any("cannot be recorded" in reason or "new state" in reason for reason in why)
+        yield {
+            "model": model, "optimizer": optimizer, "what": what, "ordinary": first, "again": again,
+            "recorded": recorded, "replayed": 0 if programs is None else programs.replayed,
+            "others": 0 if programs is None else programs.others, "why": why,
+            "agrees": away <= max(spread, IMAGES) and is_declared,
+        }  # fmt: skip
+        gc.collect()
 
 
 # 2. milliseconds of a step
 
 
-def speeds(device: torch.device, rounds: int, count: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    for what, name, flags, goal in SPEEDS:
-        yield (
-            f"{what}: {name}",
-            lambda what=what, name=name, flags=flags, goal=goal: speed(what, name, flags, goal, device, rounds, count),
-        )
+def speeds(device: torch.device, skip: int, rounds: int, count: int) -> Iterator[dict[str, Any]]:
+    for what, name, flags, goal in SPEEDS[skip:]:
+        one_stream = mock.patch.object(Driver, "side_by_side", lambda self: nullcontext(nullcontext()))
+        with one_stream if "one stream" in what else nullcontext():
+            yield {"what": what, "model": name, "goal_ms": goal, **speed(name, flags, device, rounds, count)}
+        gc.collect()
 
 
-class InTurn:
-    """In place of `Beside`: one stream."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: Any) -> None: ...
-
-
-def speed(
-    what: str, name: str, flags: dict[str, Any], goal: float | None, device: torch.device, rounds: int, count: int
-) -> dict[str, Any]:
-    model = name.split()[0]
-    steps, line = {}, {"what": what, "model": name, "goal_ms": goal}
-    for kind, wish in (("ordinary", "0"), ("recorded", "auto")):
-        trainer = bench.build(model, device=device, cuda_graph=wish, num_images=4_000, **flags)
-        steps[kind] = bench.Engine(trainer).step
-    if "amp" not in flags and model in bench.METHODS and "optimizer" not in flags:
-        steps["bare"] = bench.Bare(bench.build(model, device=device, num_images=4_000, **flags)).step
-    with mock.patch("utils.optim.sampa.Beside", InTurn) if "one stream" in what else mock.patch.dict({}):
-        times = bench.in_turn(steps, dict.fromkeys(steps, count), rounds, device)
-    line |= {f"{kind}_ms": round(value, 3) for kind, value in times.items()}
-    line["programs"] = str(trainer.optimizer.programs)
-    if device.type == "cuda":
+def speed(name: str, flags: dict[str, Any], device: torch.device, rounds: int, count: int) -> dict[str, Any]:
+    """Medians of a step, in turn; before that, with nothing else there, the peak memory of recording and replaying."""
+    model, is_gpu = name.split()[0], device.type == "cuda"
+    if is_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        steps["recorded"]()
-        line["peak_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-    print(json.dumps(line), flush=True)
-    return line
+    trainer = bench.build(model, device=device, cuda_graph="auto", num_images=4_000, **flags)
+    steps = {"recorded": bench.Engine(trainer).step}
+    bench.time_steps(steps["recorded"], 10, device)
+    peak = round(torch.cuda.max_memory_allocated(device) / MIB) if is_gpu else None
+    ordinary = bench.build(model, device=device, cuda_graph="0", num_images=4_000, **flags)
+    steps["ordinary"] = bench.Engine(ordinary).step
+    if "amp" not in flags and "optimizer" not in flags:
+        steps["bare"] = bench.Bare(bench.build(model, device=device, num_images=4_000, **flags)).step
+    times = bench.in_turn(steps, dict.fromkeys(steps, count), rounds, device)
+    found = {f"{kind}_ms": round(value, 3) for kind, value in times.items()}
+    return {**found, "peak_mib": peak, "programs": str(trainer.optimizer.programs)}
 
 
 # 3. several runs on one device
@@ -191,15 +163,19 @@ def processes(number: int, flags: dict[str, Any], count: int, device: torch.devi
     """Seconds until the last of `number` processes has done its steps, all begun at once."""
     words = [sys.executable, "-m", "utils.gpu", "--device", str(device), "--worker", json.dumps([flags, count])]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(words, env=environment, **options) for _ in range(number)]
-    for process in started:
-        if process.stdout.readline().strip() != "ready":
-            raise RuntimeError("a process has ended before its first step")
-    for process in started:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return max(float(process.communicate()[0]) for process in started)
+    started = [subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options) for _ in range(number)]
+    try:
+        for process in started:
+            if process.stdout.readline().strip() != "ready":
+                raise RuntimeError("a process has ended before its first step")
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return max(float(process.communicate(timeout=LIMIT_S)[0]) for process in started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def streams(number: int, flags: dict[str, Any], count: int, device: torch.device) -> float:
@@ -209,6 +185,8 @@ def streams(number: int, flags: dict[str, Any], count: int, device: torch.device
         for _ in range(number)
     ]
     own = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in engines]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
     def step() -> None:
         for engine, stream in zip(engines, own, strict=True):
@@ -219,35 +197,73 @@ def streams(number: int, flags: dict[str, Any], count: int, device: torch.device
     return bench.time_steps(step, count, device) * count / 1e3
 
 
-def several(device: torch.device, count: int) -> list[dict[str, Any]]:
-    found = []
-    for what, flags, many, turns in SEVERAL:
+def several(device: torch.device, skip: int, count: int) -> Iterator[dict[str, Any]]:
+    for what, flags, many, turns in SEVERAL[skip:]:
         steps = turns * count
         one = median(processes(1, flags, steps, device) for _ in range(3))
-        line = {"what": what, "steps": steps, "one_s": round(one, 3), "runs": many}
+        line = {"what": what, "steps": steps, "runs": many, "one_s": round(one, 3)}
         line |= {"processes_s": round(processes(many, flags, steps, device), 3)}
-        line |= {"streams_s": round(streams(many, flags, steps, device), 3)}
-        print(json.dumps(line), flush=True)
-        found.append(line)
-    return found
+        yield {**line, "streams_s": round(streams(many, flags, steps, device), 3)}
+
+
+# all of it
+
+
+def measured(part: str, skip: int, device: torch.device, rounds: int, count: int) -> Iterator[dict[str, Any]]:
+    """The lines of a part, without the first `skip`."""
+    if part == "agreement":
+        return agreements(device, skip)
+    return speeds(device, skip, rounds, count) if part == "speed" else several(device, skip, count)
+
+
+def lines_of(
+    part: str, total: int, words: list[str], seconds: float, command: tuple[str, ...] = ("-m", "utils.gpu")
+) -> Iterator[dict[str, Any]]:
+    """The lines of a part from processes of their own: where one ends early, another goes on behind what has failed."""
+    end, done = time.monotonic() + seconds, 0
+    while done < total:
+        process = subprocess.Popen(
+            [sys.executable, *command, "--part", part, "--skip", str(done), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        timer = threading.Timer(max(1.0, end - time.monotonic()), process.kill)
+        timer.start()
+        last, found = "", 0
+        for text in process.stdout:
+            last = text.strip() or last
+            if text.startswith(MARK):
+                found += 1
+                yield json.loads(text.removeprefix(MARK))
+        process.wait()
+        timer.cancel()
+        done += found
+        if done < total and time.monotonic() > end:
+            yield {"left": total - done, "failed": f"the {seconds:.0f} seconds of this part are up"}
+            return
+        if done < total:
+            done += 1
+            yield {"failed": f"line {done} of {total}, exit code {process.returncode}: {last[:300]}"}
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = [f"{'':38}{'model':16}{'ordinary':>10}{'recorded':>10}{'bare':>8}{'goal':>7}{'MiB':>7}"]
-    for line in found.values():
-        if isinstance(line, dict) and "recorded_ms" in line:
+    lines = [f"{'':38}{'model':22}{'ordinary':>10}{'recorded':>10}{'bare':>8}{'goal':>7}{'MiB':>7}"]
+    for line in found["speed"]:
+        if "failed" not in line:
             numbers = [line.get(name) for name in ("ordinary_ms", "recorded_ms", "bare_ms", "goal_ms", "peak_mib")]
             cells = ("–" if number is None else f"{number:g}" for number in numbers)
             columns = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (10, 10, 8, 7, 7), strict=True))
-            lines.append(f"{line['what']:38}{line['model']:16}{columns}")
-    agreed = found.get("agreement", [])
-    if isinstance(agreed, list):
-        wrong = [f"{line['model']} under {line['optimizer']}" for line in agreed if not line.get("agrees")]
-        numbers = f"{len(agreed) - len(wrong)} of {len(agreed)}"
-        lines.append(f"recorded runs that agree with ordinary ones: {numbers}. Not: {', '.join(wrong) or 'none'}")
-    for line in found.get("several", []) if isinstance(found.get("several"), list) else []:
-        many = "".join(f", {name} {line[f'{name}_s'] / line['one_s']:.2f}" for name in ("processes", "streams"))
-        lines.append(f"{line['what']}: {line['runs']} runs in times of one{many}")
+            lines.append(f"{line['what']:38}{line['model']:22}{columns}")
+    compared = [line for line in found["agreement"] if "failed" not in line]
+    wrong = [f"{line['model']} under {line['optimizer']}" for line in compared if not line["agrees"]]
+    numbers = f"{len(compared) - len(wrong)} of {len(compared)}"
+    lines.append(f"recorded runs that agree with ordinary ones: {numbers}. Not: {', '.join(wrong) or 'none'}")
+    replayed, others = (sum(line[name] for line in compared) for name in ("replayed", "others"))
+    lines.append(f"of their steps {replayed:,} of {replayed + others:,} were replays")
+    for line in found["several"]:
+        if "failed" not in line:
+            many = "".join(f", {name} {line[f'{name}_s'] / line['one_s']:.2f}" for name in ("processes", "streams"))
+            lines.append(f"{line['what']}: {line['runs']} runs in times of one{many}")
+    lines += [f"{part}: {line['failed']}" for part in PARTS for line in found[part] if "failed" in line]
     return "\n".join(lines)
 
 
@@ -255,10 +271,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.gpu", description="what only a GPU can tell")
     parser.add_argument("--out", type=Path, help="folder of gpu.json; default: none is written")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
-    parser.add_argument("--seconds", type=float, default=200.0, help="for the comparison of runs (default 200)")
+    parser.add_argument("--seconds", type=float, default=570.0, help="for all of it (default 570)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that medians are taken over (default 5)")
     parser.add_argument("--count", type=int, default=20, help="steps of a turn (default 20)")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    for name in ("part", "skip", "worker"):  # for processes that this one starts
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         device = run.resolve_device(args.device)
@@ -266,15 +283,23 @@ def main(argv: list[str]) -> int:
         parser.error(str(error))
     torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark or device.type == "cuda"
     if args.worker:
-        flags, count = json.loads(args.worker)
-        worker(flags, count, device)
+        worker(*json.loads(args.worker), device)
         return 0
-    report = Report(args.out, device)
-    report.part("agreement", lambda: agreement(device, args.seconds))
-    for name, measure in speeds(device, args.rounds, args.count):
-        report.part(name, measure)
-    report.part("several", lambda: several(device, args.count))
-    print(table(report.found))
+    if args.part:
+        for line in measured(args.part, int(args.skip), device, args.rounds, args.count):
+            print(f"{MARK}{json.dumps(line)}", flush=True)
+        return 0
+    found: dict[str, Any] = {"environment": results.environment(str(device)), **{part: [] for part in PARTS}}
+    words = ["--device", str(device), "--rounds", str(args.rounds), "--count", str(args.count)]
+    totals = {"agreement": len(pairs()), "speed": len(SPEEDS), "several": len(SEVERAL)}
+    for part, share in PARTS.items():
+        for line in lines_of(part, totals[part], words, share * args.seconds):
+            print(json.dumps(line), flush=True)
+            found[part].append(line)
+            if args.out is not None:
+                args.out.mkdir(parents=True, exist_ok=True)
+                write_json(args.out / "gpu.json", found)
+    print(table(found))
     return 0
 
 
