@@ -1,6 +1,8 @@
 """How the tensors of a network with convolutions lie in memory, and how many images it takes at a time.
 
-TABLE
+Both are chosen here, once, by measurement on a CPU (tests/records/bench): with channels last, a training step takes 0.7
+to 0.8 times as long; without gradients, 64 images of 32x32 at a time pass faster than hundreds, whose maps leave the
+cache. Nothing was measured on a GPU yet, and nothing is changed there. A network without convolutions is left alone.
 """
 
 import copy
