@@ -7,7 +7,7 @@ import torch
 
 from utils import run
 from utils.arguments import resolve
-from utils.registry import METHODS, OPTIMIZERS
+from utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -52,3 +52,44 @@ def test_no_step_of_a_method_waits_for_the_device(model):
 def test_no_step_of_an_optimizer_waits_for_the_device(model, optimizer):
     counts = waits(build(model, "--optimizer", optimizer, "--n_epochs", "3"))
     assert counts and max(counts) == 0
+
+
+def recorded(model: str, *words: str):
+    return build(model, "--cuda_graph", "auto", "--n_epochs", "3", *words)
+
+
+@pytest.mark.parametrize("model, optimizer", [("er", "sgd"), ("derpp", "adam"), ("mgser_sam", "sampa"), ("er", "esam")])
+@pytest.mark.parametrize("backbone", ["mnistmlp", "resnet32"])
+def test_recorded_steps_are_the_steps(model, optimizer, backbone):
+    """The same kernels with the same numbers: in three tasks, each of which records anew."""
+    words = ("--optimizer", optimizer, "--backbone", backbone, "--augmentation", "0", "--lr", "0.001")
+    trainers = [recorded(model, *words), build(model, "--n_epochs", "3", *words)]
+    for trainer in trainers:
+        torch.manual_seed(0)
+        trainer.run()
+    programs = trainers[0].optimizer.programs
+    assert programs.replayed > programs.others and not programs.ordinary
+    one, other = ([p.detach() for p in trainer.method.parameters()] for trainer in trainers)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(one, other, strict=True))
+
+
+class Waiting(torch.nn.Linear):
+    """Its forward waits for the device, which no recording survives."""
+
+    def __init__(self, shape, num_classes, args=None):
+        super().__init__(shape[0] * shape[1] * shape[2], num_classes)
+
+    def forward(self, x):
+        z = super().forward(x.flatten(1))
+        return z * 2 if z.sum().item() > 1e9 else z
+
+
+def test_a_recording_that_fails_leaves_the_device_usable():
+    BACKBONES.register("waiting")(Waiting)
+    failing = recorded("xder", "--backbone", "waiting")  # it draws on the device
+    failing.run()
+    assert failing.optimizer.programs.replayed == 0
+    assert any("cannot be recorded" in why for why in failing.optimizer.programs.ordinary)
+    working = recorded("xder")
+    working.run()
+    assert working.optimizer.programs.replayed > 0
