@@ -95,6 +95,7 @@ class Method(nn.Module):
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
         self.checked_blocks: set[tuple] = set()  # (shape, memory, apart) of each block of a step, once looked at
+        self.checked_rows: set[tuple] = set()  # forms of blocks of which it is known that their rows are apart
         self.has_drawn: bool | None = None  # whether the network draws (dropout); asked for where it matters
         self.checked_losses: set[tuple] = set()  # (terms, sizes of the blocks) of a loss, once looked at
 

@@ -21,6 +21,7 @@ from models._checks import not_a_loss, of_loss, of_update, shown
 from utils import seeding
 from utils.errors import mistake
 from utils.optim._driver import Wanted, batchnorms, frozen_statistics
+from utils.passes import eval_mode
 from utils.ranks import refuse_draws
 
 Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
@@ -90,7 +91,8 @@ class Loss:
 
     `rows[name]` is a term, `(block, cost)`: one of the blocks that `loss` was given, and the cost (n,) of each of its
     rows, weight included; where there is only one block, the cost alone will do. The term is the mean. One that speaks
-    of k of the n rows has n / k times their cost there, and zeros elsewhere. `penalties[name]` () are terms that belong
+    of k of the n rows has n / k times their cost there, and zeros elsewhere; the method then says `rows_are_apart =
+    False`, since processes that share the rows would count k in their own. `penalties[name]` () are terms that belong
     to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[name]`, written as the terms are, with tensors
     (n, ...), are what else `remember` needs.
     """
@@ -263,8 +265,11 @@ class Objective:
             )
         self.tally.totals.append(weighted.total.detach())
         loss = loss.detach()
-        if self.ranks is not None:
+        if self.method.ranks is not None:
             self._refuse_draws()
+        if self.ranks is not None:
+            if clean:
+                self._refuse_mixed_rows()
             loss, gradient, climbed = self._meet(loss, gradient, climbed, clean)
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
@@ -302,9 +307,8 @@ class Objective:
         self.tally.backward_rows += rows
         if self.ranks is not None:  # each has passed all of them; what rounds otherwise on another GPU must not stay
             names = [name for name in self.guides if name not in self.method.guides]
-            found = self.ranks.sum(
-                torch._foreach_mul([g for name in names for g in self.guides[name]], 1 / self.ranks.size)
-            )
+            mine = [grad for name in names for grad in self.guides[name]]
+            found = self.ranks.sum([grad / self.ranks.size for grad in mine])
             self.guides |= {name: [found.pop(0) for _ in self.params] for name in names}
         if not self._has_drawn:
             self.noise = self._generators()  # what the clean pass draws
@@ -398,9 +402,9 @@ class Objective:
         weighted with them to the whole loss. After the last one, `loss` and `guides` are those of all. Each rank has
         its own (`own_shards`), or all where they are fewer than the ranks; `of_all_shards` sums what it makes of them.
         """
-        done, before = [], (self.tally.forward_rows, self.tally.backward_rows)
         if self.method.references_first:
             self._refer()
+        done, before = [], (self.tally.forward_rows, self.tally.backward_rows)
         for index in self.own_shards(number):
             pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.whole]
             shard = self._on(tuple(map(_take_pieces, self.whole, pieces)), split=False)
@@ -499,7 +503,7 @@ class Objective:
         logits = []
         for index, block in enumerate(self.blocks):
             if index not in seen:  # the method reaches its logits in another way: an extra forward
-                self.tally.forward_rows += len(block)
+                self.tally.forward_rows += len(self.whole[index])
                 with frozen_statistics(self.method):
                     seen[index] = self.method.net(block.x)
             logits.append(seen[index].float() if self.method.amp else seen[index])
@@ -612,7 +616,7 @@ class Objective:
         is_own = not is_complete or self.ranks.number == 0
         self.loss, (total, rows, *sums) = self._exchanged(self.loss, [is_own] * len(self.whole), sums)
         tally.totals[:] = [total]
-        tally.forward_rows, tally.backward_rows = (int(a + b) for a, b in zip(before, rows.tolist(), strict=True))
+        tally.forward_rows, tally.backward_rows = (round(a + b) for a, b in zip(before, rows.tolist(), strict=True))
         found = {name: [sums.pop(0) for _ in grads] for name, grads in guides.items()}
         self._keep_averages(sums)
         return found
@@ -631,6 +635,29 @@ class Objective:
             weights.append(len(parts[-1]) * size / len(block) if is_cut else 1.0)
         self.blocks = tuple(parts)
         self.weights = weights if any(weight != 1 for weight in weights) else None
+
+    @property
+    def _of_stream(self) -> int:
+        """The first block with rows of the stream."""
+        return next((i for i, block in enumerate(self.whole) if block.memory < len(block)), 0)
+
+    @torch.no_grad()
+    def _refuse_mixed_rows(self) -> None:
+        """Where the rows of a block cost something else without the others; looked at once for each form of blocks."""
+        if self.form in self.method.checked_rows:
+            return
+        self.method.checked_rows.add(self.form)
+        with eval_mode(self.method):
+            whole, own = self.method.loss(*self.whole), self.method.loss(*self.blocks)
+        for name, cost in whole.costs.items():
+            index = _place(whole.rows[name], self.whole)
+            rows = torch.cat([cost[rows.start : rows.stop] for rows in self.pieces[index]])
+            if not torch.allclose(rows.float(), own.costs[name].float(), rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise mistake(
+                    self.method,
+                    f"what a row costs in the term '{name}' depends on other rows of its block, so that several "
+                    "processes cannot share them. Write in its class: rows_are_apart = False, and start one process.",
+                )
 
     def _refuse_draws(self) -> None:
         """Where the first pass of a run has drawn."""
@@ -651,7 +678,7 @@ class Objective:
             loss, sums = self._exchanged(self._placed([(self, loss)]), self.is_own, sums)
         else:
             sums = self.ranks.sum(sums)
-        self.tally.totals.append(sums.pop(0))
+        self.tally.totals.append(sums.pop(0).clone())  # or all that was exchanged would stay until the step's end
         found = [[sums.pop(0) for _ in grads] for grads in lists]
         self.guides |= dict(zip(names[::-1], found[::-1], strict=False))
         if clean:
@@ -673,7 +700,8 @@ class Objective:
         tensors = []
         for of in given:
             values = of[1] if isinstance(of, tuple) else of
-            tensors.append(values if is_own[_place(of, self.whole)] else torch.zeros_like(values))
+            index = _place(of, self.whole) if of is not loss.logits else self._of_stream
+            tensors.append(values if is_own[index] else torch.zeros_like(values))
         found = self.ranks.sum([*tensors, *sums])
         loss = loss.mapped(lambda values: values)
         for column in (loss.rows, loss.outputs):
@@ -709,11 +737,12 @@ class Objective:
         rows = {name: placed(lambda loss, name=name: loss.rows[name]) for name in first.rows}
         outputs = {name: placed(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
         logits = None
-        if first.logits is not None:  # of the first block, of its rows of the stream or of all
-            sources = self.whole[0].sources[: 1 if len(first.logits) < len(parts[0][0].blocks[0]) else None]
+        if first.logits is not None:  # of the stream's block, of its rows of the stream or of all
+            index = self._of_stream
+            sources = self.whole[index].sources[: 1 if len(first.logits) < len(parts[0][0].blocks[index]) else None]
             logits = first.logits.new_zeros(sum(map(len, sources)), *first.logits.shape[1:])
             for part, loss in parts:
-                pieces = part.pieces[0][: len(sources)]
+                pieces = part.pieces[index][: len(sources)]
                 for rows_of, piece in zip(pieces, loss.logits.split([*map(len, pieces)]), strict=True):
                     logits[rows_of.start : rows_of.stop] = piece
         return Loss(rows, logits, first.penalties, outputs)

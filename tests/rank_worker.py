@@ -60,6 +60,9 @@ def trained(argv, group=None):
     except StopIteration:
         pass
     buffer = getattr(trainer.method, "buffer", None)
+    if group is not None:  # the memory is the same everywhere, not only the weights
+        for column in buffer.all().values() if buffer is not None else ():
+            assert group.are_equal(column.double().flatten())
     return {
         "weights": torch.cat([p.detach().flatten() for p in trainer.method.parameters()]),
         "averages": [b.clone() for b in trainer.method.net.buffers() if b.is_floating_point()],

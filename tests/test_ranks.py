@@ -36,6 +36,8 @@ def command_lines():
         ["--model", "mgser_sam", "--optimizer", "esam", *UNEVEN],
         ["--model", "er", "--optimizer", "sam", "--ascent_on", "memory", *UNEVEN],
         ["--model", "er", "--optimizer", "sampa", "--batch_size", "1"],  # rows that cannot be shared
+        ["--model", "gem", "--optimizer", "msam"],
+        ["--model", "si", "--optimizer", "msam", "--si_gradient", "task"],
     ]
     own = {
         "saf": ["--lr", "0.03", "--saf_start", "0", "--saf_lag", "1"],
@@ -91,10 +93,25 @@ class Dying(DerPP):
 """
 
 
-def argv(tmp_path, *words):
-    plugin = tmp_path / "dying.py"
-    plugin.write_text(DYING)
-    flags = ["--plugin", plugin, "--model", "dying", "--dataset", "seq-synth", "--n_epochs", "2", "--device", "cpu"]
+MIXED = """
+from models.er import ER
+from models._objective import Loss
+from utils.registry import METHODS
+
+
+@METHODS.register("mixed")
+class Mixed(ER):
+    def loss(self, joint):
+        costs = super().loss(joint).costs["replay"]
+        even = joint.y % 2 == 0
+        return Loss({"even": costs * even * (len(costs) / even.sum().clamp(min=1))})
+"""
+
+
+def argv(tmp_path, *words, code=DYING, model="dying"):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(code)
+    flags = ["--plugin", plugin, "--model", model, "--dataset", "seq-synth", "--n_epochs", "2", "--device", "cpu"]
     return ["main.py", *flags, "--stop_after", "2", "--results_path", tmp_path / "results", *words]
 
 
@@ -151,6 +168,26 @@ def test_bad_input_is_said_once(tmp_path):
     assert err.count("error: --sync_bn 1 needs GPUs") == 1
 
 
+def test_rows_that_depend_on_each_other_are_noticed_in_the_first_step(tmp_path):
+    process = launched(2, *argv(tmp_path, code=MIXED, model="mixed"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("what a row costs in the term 'even' depends on other rows") == 1, err[-2000:]
+    assert summary(tmp_path)["cost"]["steps"] == 0
+
+
+def test_processes_that_are_to_make_different_runs_say_so(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nfrom utils import run\n"
+        "sys.exit(run.main([*sys.argv[1:], '--lr', '0.1' + os.environ['RANK']]))\n"
+    )
+    process = launched(2, script, *argv(tmp_path)[1:])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("the processes are to make different runs") == 1, err[-2000:]
+
+
 # what is refused, without starting anything
 
 
@@ -167,6 +204,8 @@ def as_if_two(monkeypatch):
         (("--model", "lucir"), "--model lucir cannot be trained by several processes"),
         (("--model", "er", "--cuda_graph", "1"), "--cuda_graph 1 is for one process"),
         (("--model", "er", "--device", "cpu", "--sync_bn", "1"), "--sync_bn 1 needs GPUs"),
+        (("--model", "er", "--optimizer", "msam", "--sync_bn", "1"), "--sync_bn 1 does not fit msam"),
+        (("--model", "er", "--device", "cuda:0"), "--device cuda:0 is one GPU for all processes"),
     ],
 )
 def test_what_several_processes_cannot_do_is_refused(words, says, as_if_two):
@@ -184,6 +223,12 @@ def test_networks_that_draw_are_refused():
     with pytest.raises(UsageError, match="its 1 .dropout|its 1\\)"):
         ranks.check_network(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)))
     ranks.check_network(torch.nn.Sequential(torch.nn.Dropout(0.0)))
+
+
+def test_a_rank_without_a_number_of_processes_is_the_only_one(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (launch.number(), launch.size()) == (0, 1)
 
 
 def test_which_process_this_is(as_if_two):

@@ -5,7 +5,7 @@ import os
 
 def number() -> int:
     """0 where there is only one."""
-    return _environment("RANK", 0)
+    return _environment("RANK", 0) if size() > 1 else 0
 
 
 def number_here() -> int:

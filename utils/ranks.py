@@ -8,6 +8,7 @@ BatchNorm sees a part of the rows (`--sync_bn 1`: all of them); its running aver
 Rank 0 writes and prints. Where a rank dies, the others end with a message.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from utils import launch
+from utils import launch, seeding
 from utils.errors import RunFailed, UsageError
 
 
@@ -58,8 +59,15 @@ class Ranks:
         """Until all are here."""
         self.greatest(0)
 
+    def have_equal_generators(self) -> bool:
+        """Whether torch's global generators stand at the same place on all ranks."""
+        state = seeding.global_state()
+        parts = [state["cpu"], *state.get("cuda", [])]
+        return self.are_equal(torch.cat([_numbers(part.cpu().numpy().tobytes()) for part in parts]))
+
     def are_equal(self, tensor: Tensor) -> bool:
         """Whether it is the same on all ranks."""
+        tensor = tensor.to(self.device)
         both = torch.stack((tensor, -tensor))
         self._reduce(both, distributed.ReduceOp.MAX)
         return torch.equal(both[0], -both[1])
@@ -67,11 +75,13 @@ class Ranks:
     def _reduce(self, tensor: Tensor, how: Any) -> None:
         try:
             distributed.all_reduce(tensor, how)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise Lost(
-                f"rank {self.number} of {self.size} has lost the others: one of them has ended "
+                f"rank {self.number} of {self.size} has lost the others: one of them has ended or failed "
                 f"({str(error).splitlines()[0][:200]})."
-            ) from None
+            ) from error
 
 
 def check(config: Any, is_new: bool = True) -> None:
@@ -88,8 +98,12 @@ def check(config: Any, is_new: bool = True) -> None:
         )
     if config.cuda_graph == "1":
         problems.append("--cuda_graph 1 is for one process: what several exchange is not recorded. Use auto or 0.")
-    if config.sync_bn and config.device == "cpu":
-        problems.append("--sync_bn 1 needs GPUs, as torch's SyncBatchNorm does, got --device cpu. Drop it.")
+    if config.sync_bn and not torch.cuda.is_available() or config.sync_bn and config.device == "cpu":
+        problems.append("--sync_bn 1 needs GPUs, as torch's SyncBatchNorm does, and this run is on the CPU. Drop it.")
+    if config.sync_bn and config.optimizer == "msam":
+        problems.append("--sync_bn 1 does not fit msam, whose shards pass by themselves. Drop it.")
+    if config.device.startswith("cuda:"):
+        problems.append(f"--device {config.device} is one GPU for all processes. Use cuda: each takes its own.")
     if problems:
         raise UsageError(*problems)
 
@@ -109,8 +123,9 @@ def refuse_draws(what: str) -> None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks | None]:
-    """Inside, this process exchanges with the others of its run; None where it is the only one."""
+def joined(device: torch.device, config: Any = None) -> Iterator[Ranks | None]:
+    """Inside, this process exchanges with the others of its run; None where it is the only one. Raises `UsageError`
+    where they cannot find each other, or are to make another run, of other flags or other code, than this one."""
     if launch.size() == 1:
         yield None
         return
@@ -122,7 +137,13 @@ def joined(device: torch.device) -> Iterator[Ranks | None]:
             f"{launch.size()} processes were to train this run, and cannot find each other ({why}). Start them by "
             "torchrun, or unset WORLD_SIZE and RANK."
         ) from None
-    try:
-        yield Ranks(device)
-    finally:
-        distributed.destroy_process_group()
+    ranks = Ranks(device)
+    if config is not None and not ranks.are_equal(_numbers(f"{config.hash} {sorted(config.code.items())}".encode())):
+        raise UsageError("the processes are to make different runs: their flags or their code differ. Make them equal.")
+    yield ranks
+    distributed.destroy_process_group()  # after an error it could wait for what the others never send
+
+
+def _numbers(content: bytes) -> Tensor:
+    """A digest (1,) of bytes that can be compared."""
+    return torch.tensor([zlib.crc32(content)], dtype=torch.float64)

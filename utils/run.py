@@ -1,6 +1,7 @@
 """argv in, run folder out. One way: resolve, open the folder, seed, build, train, summarize."""
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from utils.registry import load_plugin, nearest
 from utils.saved import Parent, check_code, read_saved
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
+PATIENCE_S = 10.0  # torchrun ends all processes of a run when one has ended
 
 
 def main(argv: list[str]) -> int:
@@ -40,8 +42,10 @@ def main(argv: list[str]) -> int:
                 warnings.showwarning = _show_warning if is_first else lambda *args, **kwargs: None
                 return _main(argv)
         except UsageError as error:
-            for problem in error.problems if is_first else ():
-                complain(f"error: {problem}")
+            if not is_first:  # rank 0 has said it, and this process is ended meanwhile, unless it is not rank 0's error
+                time.sleep(PATIENCE_S)
+            for problem in error.problems:
+                complain(f"error{'' if is_first else f' (rank {launch.number()})'}: {problem}")
             return USAGE
         except RunFailed as error:
             complain(f"failed: {error}")
@@ -94,7 +98,7 @@ def train(config: Config) -> int:
     ranks.check(config)
     device = resolve_device(config.device)
     state = _state_of(config.continues)
-    with ranks.joined(device) as group, _new_folder(config, group) as folder, computing(config, device):
+    with computing(config, device), ranks.joined(device, config) as group, _new_folder(config, group) as folder:
         try:
             trainer = build(config, device, folder, group)
             _take_over(trainer, state)
@@ -201,7 +205,8 @@ def computing(config: Config, device) -> Iterator[None]:
     torch.set_num_threads(config.threads)
     cudnn.benchmark = is_chosen or (device.type == "cuda" and config.cuda_graph != "0")
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads)
         cudnn.benchmark = is_chosen
@@ -293,7 +298,8 @@ def _train(trainer) -> int:
         except Interrupted as stop:
             status = "interrupted"
             where = f" Continue with: python main.py --resume {folder.path}" if folder else ""
-            complain(f"interrupted at step {trainer.cost.steps}.{where}")
+            if launch.number() == 0:
+                complain(f"interrupted at step {trainer.cost.steps}.{where}")
             return 128 + stop.args[0]
         except Busy as error:
             status = None  # the folder is another process's
@@ -457,7 +463,7 @@ def _resume(request: Request) -> int:
     is_finished, is_first = _status(path) == "finished", launch.number() == 0
     folder = RunFolder(path) if is_first else None
     holding = folder.held() if is_first else nullcontext()
-    with ranks.joined(device) as group, holding, computing(config, device):
+    with computing(config, device), ranks.joined(device, config) as group, holding:
         if is_finished and is_first:
             checkpoint.keep_last(path / "checkpoint")
             return _complete(config, folder)

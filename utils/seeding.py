@@ -34,17 +34,18 @@ def set_generator_state(rng: np.random.Generator, state: str) -> None:
 
 
 def global_state() -> dict:
-    """States of torch's global generators. Methods and augmentations draw from nothing else that is global."""
+    """States of torch's global generators, of the current device's and the CPU's. Methods and augmentations draw from
+    nothing else that is global."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [torch.cuda.get_rng_state()]
     return state
 
 
 def set_global_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
 
 
 def differ(before: dict, after: dict) -> bool:

@@ -24,6 +24,7 @@ from utils.memory import peak_memory_mib, reset_peak_memory
 from utils.results import RunFolder
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
+AGREED_EVERY = 20  # steps, after which several processes on GPUs agree whether they go on
 WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writing its matrix anew
 
 
@@ -349,7 +350,7 @@ class Trainer:
             if logged or self.device.type == "cpu":
                 self._check_skips()
             self.logs.advance(len(batch.y))
-            stop = self._signal(logged)
+            stop = self._signal()
             if stop is not None or self._checkpoint_is_due():
                 self.cost.train_s += time.monotonic() - start
                 start = time.monotonic()
@@ -362,11 +363,11 @@ class Trainer:
             self._check_skips(limit=most * self.stream.num_batches(split))
         self.cost.train_s += time.monotonic() - start
 
-    def _signal(self, logged: bool) -> int | None:
+    def _signal(self) -> int | None:
         """The signal that ends the run after this step. Several processes end it after the same one."""
         if self.ranks is None:
             return self._stop_signal
-        if logged or self.device.type == "cpu":  # elsewhere it is a wait for the device
+        if self.cost.batches % AGREED_EVERY == 0 or self.device.type == "cpu":  # elsewhere it is a wait for the device
             return self.ranks.greatest(self._stop_signal or 0) or None
         return None
 
@@ -375,6 +376,11 @@ class Trainer:
         norms = torch.stack(torch._foreach_norm(self.optimizer.params))
         if self.ranks is not None and not self.ranks.are_equal(norms.nan_to_num()):
             raise RunFailed(f"the processes' weights are no longer the same after step {self.cost.steps}.")
+        if self.ranks is not None and not self.ranks.have_equal_generators():
+            raise RunFailed(
+                f"the processes no longer draw the same after step {self.cost.steps}: something in the network or in "
+                "the method draws random numbers for its own rows. Start one process."
+            )
         if not norms.isfinite().all():
             raise RunFailed(
                 f"the weights are not finite after step {self.cost.steps}. Try a smaller --lr (now "

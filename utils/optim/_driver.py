@@ -75,6 +75,8 @@ def normalise_single_values(module: nn.Module) -> list[nn.Module]:
     """
     layers = batchnorms(module)
     for layer in layers:
+        if isinstance(layer, nn.SyncBatchNorm):  # whose values are those of all processes
+            continue
         if "forward" not in vars(layer):  # of the layer itself, or of the one that it is a copy of
             layer.forward = partial(_forward_of_batchnorm, layer)
     return layers
