@@ -264,7 +264,8 @@ class Objective:
                 for part in (gradient, climbed)
             )
         self.tally.totals.append(weighted.total.detach())
-        loss = loss.detach()
+        if clean or self.trace or self.ranks is not None:
+            loss = loss.detach()
         if self.method.ranks is not None:
             self._refuse_draws()
         if self.ranks is not None:

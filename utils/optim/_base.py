@@ -139,6 +139,9 @@ class Adam(Base):
         denominator = torch._foreach_sqrt(square)
         torch._foreach_div_(denominator, roots)
         torch._foreach_add_(denominator, self.eps)
-        moves = torch._foreach_mul(mean, sizes)
+        if not isinstance(sizes[0], Tensor):
+            torch._foreach_addcdiv_(params, mean, denominator, sizes)
+            return
+        moves = torch._foreach_mul(mean, sizes)  # the same, in this order bit for bit, by sizes on the device
         torch._foreach_div_(moves, denominator)
         torch._foreach_add_(params, moves)
