@@ -180,6 +180,18 @@ def test_who_does_not_say_what_a_step_depends_on_is_not_replayed():
         trainer.optimizer.programs.check()
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_what_is_ordinary_now_and_then_is_not_refused(optimizer):
+    built("--model", "er", "--optimizer", optimizer).optimizer.programs.check()
+
+
+def test_few_forms_and_phases_are_remembered(monkeypatch):
+    monkeypatch.setattr(program, "KNOWN", 5)
+    done = built("--model", "er", "--n_epochs", "2", method=Saying)
+    done.run()
+    assert 0 < len(done.optimizer.programs.known) <= 5 < done.cost.steps
+
+
 def test_a_phase_that_is_always_another_is_never_replayed():
     done = built("--model", "er", method=Saying)
     assert same(outcome(done), outcome(built("--model", "er", method=Annealed, recorded=False)))

@@ -107,12 +107,13 @@ def agreements(device: torch.device, skip: int) -> Iterator[dict[str, Any]]:
         spread = max(abs(a - b) for a, b in zip(first, again, strict=True))
         away = min(max(abs(a - b) for a, b in zip(recorded, other, strict=True)) for other in (first, again))
         why = dict(programs.ordinary) if programs is not None else {}
-        is_declared = not any("cannot be recorded" in reason or "new state" in reason for reason in why)
+        has_failed = any("cannot be recorded" in reason or "new state" in reason for reason in why)
+        replayed = 0 if programs is None else programs.replayed
         yield {
             "model": model, "optimizer": optimizer, "what": what, "ordinary": first, "again": again,
-            "recorded": recorded, "replayed": 0 if programs is None else programs.replayed,
+            "recorded": recorded, "replayed": replayed,
             "others": 0 if programs is None else programs.others, "why": why,
-            "agrees": away <= max(spread, IMAGES) and is_declared,
+            "agrees": away <= max(spread, IMAGES) and not has_failed and (replayed > 0 or bool(why)),
         }  # fmt: skip
         gc.collect()
 

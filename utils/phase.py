@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ordinary:
-    """A phase whose steps cannot be replayed, and why."""
+    """A phase whose steps cannot be replayed, and why; `for_good` where the part has no other."""
 
     why: str
+    for_good: bool = True
 
 
 def phase_of(part: object, rooms: Iterable[str]) -> Hashable:

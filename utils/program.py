@@ -29,7 +29,8 @@ from utils.errors import UsageError
 from utils.optim._driver import Driver
 from utils.phase import Ordinary, phase_of
 
-KEPT = 8  # programs; each has the memory of a step for itself
+KEPT = 8  # programs; each has its blocks and its results for itself
+KNOWN = 256  # forms and phases that are remembered; a phase may be another in each step
 OF_METHOD = ("loss", "references", "combine")
 OF_OPTIMIZER = ("direction", "update", "gradients", "ascent", "descent", "settle", "at")
 
@@ -105,7 +106,7 @@ class Programs:
         """Raises `UsageError` where no step could be replayed."""
         method, optimizer = self._method_phase(), phase_of(self.optimizer, OF_OPTIMIZER)
         for phase in (method, optimizer):
-            if isinstance(phase, Ordinary):
+            if isinstance(phase, Ordinary) and phase.for_good:
                 raise UsageError(f"--cuda_graph 1: {phase.why}. Use --cuda_graph auto or 0.")
 
     def __str__(self) -> str:
@@ -143,6 +144,8 @@ class Programs:
         """An ordinary step, after which others of its make can be recorded."""
         if make in self.known:
             return self._ordinary(blocks, trace)
+        if len(self.known) == KNOWN:
+            self.known.clear()
         before = seeding.global_state()
         done = self._ordinary(blocks, trace)
         if not done[0].skipped:

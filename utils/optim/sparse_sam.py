@@ -70,7 +70,7 @@ class SparseSAM(SharpnessAware):
         return problems
 
     def phase(self) -> bool | Ordinary:
-        return Ordinary("sparse_sam renews its mask in this step") if self._is_due else False
+        return Ordinary("sparse_sam renews its mask", for_good=False) if self._is_due else False
 
     def tick(self, objective) -> None:
         if self._is_due and self.is_sharp(objective):
