@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models._blocks import Block, Loss
 from models._checks import not_steps, of_blocks, of_call, of_guides, shown
-from models._objective import Block, Grads, Loss, Objective
+from models._objective import Objective
 from utils.errors import mistake
+from utils.optim._base import Grads
 from utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}

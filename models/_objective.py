@@ -1,4 +1,4 @@
-"""What lies between a method and an optimizer: blocks and a loss on one side, a function of the weights on the other.
+"""What lies between a method and an optimizer: a loss over blocks of rows, as a function of the weights alone.
 
 A method gives `Block`s and a `Loss`; an optimizer sees an `Objective`: images, targets and dropout noise are fixed for
 a step, and only the weights move. It can be asked for the whole loss, for its rows that come from the stream or from
@@ -6,10 +6,10 @@ the memory, for shards of its rows, or for those that have become worst.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import reduce
 from typing import Any
 from weakref import ref
 
@@ -17,143 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models._blocks import Block, Loss, Of, changed, piece_of, place_of, take_pieces, worst_of
 from models._checks import not_a_loss, of_loss, of_update, shown
+from models._shared_rows import SharedRows
 from utils import seeding
 from utils.errors import mistake
-from utils.optim._driver import Wanted, batchnorms, frozen_statistics
-from utils.passes import eval_mode
-from utils.ranks import refuse_draws
-
-Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
-
-
-class Block:
-    """Rows that pass through the network together: one forward, hence one BatchNorm batch.
-
-    `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
-    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A block that is `apart`
-    is not in the loss: the method gives its gradient as a reference.
-    """
-
-    def __init__(self, x: Tensor, memory: int = 0, apart: bool = False, **columns: Tensor):
-        self.x, self.memory, self.apart, self.columns = x, memory, apart, columns
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name == "columns" or name not in self.columns:
-            raise AttributeError(f"this block has no column '{name}'")
-        return self.columns[name]
-
-    @property
-    def sources(self) -> list[range]:
-        """The rows of the stream, then those of the memory; a source without rows is left out."""
-        cut = len(self) - self.memory
-        return [rows for rows in (range(cut), range(cut, len(self))) if rows]
-
-    @property
-    def form(self) -> tuple:
-        """All but the numbers in it: steps on blocks of equal forms run the same operations."""
-        columns = {"x": self.x, **self.columns}
-        return (
-            self.memory, self.apart, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
-        )  # fmt: skip
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Block":
-        """Each column changed by the same function, which keeps the rows."""
-        columns = {name: change(column) for name, column in self.columns.items()}
-        return Block(change(self.x), self.memory, self.apart, **columns)
-
-    def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
-        """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
-        return Block(pick(self.x), memory, self.apart, **{name: pick(column) for name, column in self.columns.items()})
-
-    def set_apart(self) -> "Block":
-        """The same rows, as a reference."""
-        return Block(self.x, self.memory, True, **self.columns)
-
-
-Of = tuple[Block, Tensor] | Tensor  # a tensor (n, ...) of a block's rows, and which block; alone where there is one
-
-
-def _changed(of: Of, change: Callable[[Tensor], Tensor]) -> Of:
-    return (of[0], change(of[1])) if isinstance(of, tuple) else change(of)
-
-
-def _place(of: Of, blocks: tuple[Block, ...]) -> int:
-    """The position of the block that a term is about; `_checks.of_loss` makes sure that there is one."""
-    return next(i for i, block in enumerate(blocks) if block is of[0]) if isinstance(of, tuple) else 0
-
-
-class Loss:
-    """What a method minimises, term by term.
-
-    `rows[name]` is a term, `(block, cost)`: one of the blocks that `loss` was given, and the cost (n,) of each of its
-    rows, weight included; where there is only one block, the cost alone will do. The term is the mean. One that speaks
-    of k of the n rows has n / k times their cost there, and zeros elsewhere; the method then says `rows_are_apart =
-    False`, since processes that share the rows would count k in their own. `penalties[name]` () are terms that belong
-    to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[name]`, written as the terms are, with tensors
-    (n, ...), are what else `remember` needs.
-    """
-
-    def __init__(
-        self,
-        rows: Mapping[str, Of],
-        logits: Tensor | None = None,
-        penalties: Mapping[str, Tensor] = {},
-        outputs: Mapping[str, Of] = {},
-        **unknown: Any,
-    ):
-        self.rows, self.logits, self.penalties, self.outputs = rows, logits, penalties, outputs
-        self.unknown = unknown  # arguments that there are not, for the message that says so
-
-    @cached_property
-    def costs(self) -> dict[str, Tensor]:
-        """{name: (n,)} of the terms in `rows`."""
-        return {name: cost[1] if isinstance(cost, tuple) else cost for name, cost in self.rows.items()}
-
-    @cached_property
-    def terms(self) -> dict[str, Tensor]:
-        """{name: ()}; they sum to `total`."""
-        return {**{name: cost.mean() for name, cost in self.costs.items()}, **self.penalties}
-
-    @cached_property
-    def total(self) -> Tensor:
-        return reduce(operator.add, self.terms.values())
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Loss":
-        """Costs, logits, penalties and outputs, each changed by the same function."""
-        return Loss(
-            {name: _changed(cost, change) for name, cost in self.rows.items()},
-            None if self.logits is None else change(self.logits),
-            {name: change(term) for name, term in self.penalties.items()},
-            {name: _changed(output, change) for name, output in self.outputs.items()},
-        )
-
-    def copied(self) -> "Loss":
-        """The same in tensors of its own, and the blocks too."""
-        blocks: dict[int, Block] = {}
-
-        def copy(of: Of) -> Of:
-            if not isinstance(of, tuple):
-                return of.clone()
-            if id(of[0]) not in blocks:
-                blocks[id(of[0])] = of[0].map(torch.clone)
-            return blocks[id(of[0])], of[1].clone()
-
-        return Loss(
-            {name: copy(cost) for name, cost in self.rows.items()},
-            None if self.logits is None else self.logits.clone(),
-            {name: term.clone() for name, term in self.penalties.items()},
-            {name: copy(output) for name, output in self.outputs.items()},
-        )
-
-    def detach(self) -> "Loss":
-        loss = self.mapped(Tensor.detach)
-        loss.terms = {name: term.detach() for name, term in self.terms.items()}
-        loss.total = self.total.detach()
-        return loss
+from utils.optim._base import Grads
+from utils.optim._driver import Wanted, frozen_statistics
 
 
 @dataclass
@@ -166,7 +36,7 @@ class Tally:
     totals: list[Tensor] = field(default_factory=list)  # the loss of each pass with gradients
 
 
-class Objective:
+class Objective(SharedRows):
     """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
 
     The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
@@ -407,8 +277,8 @@ class Objective:
             self._refer()
         done, before = [], (self.tally.forward_rows, self.tally.backward_rows)
         for index in self.own_shards(number):
-            pieces = [[_piece(rows, index, number) for rows in block.sources] for block in self.whole]
-            shard = self._on(tuple(map(_take_pieces, self.whole, pieces)), split=False)
+            pieces = [[piece_of(rows, index, number) for rows in block.sources] for block in self.whole]
+            shard = self._on(tuple(map(take_pieces, self.whole, pieces)), split=False)
             share = shard.num_rows / self.num_rows
             weights = [len(part) / len(whole) / share for part, whole in zip(shard.blocks, self.whole, strict=True)]
             shard.weights = weights if any(weight != 1 for weight in weights) else None
@@ -416,20 +286,6 @@ class Objective:
             yield share, shard
             done.append((share, shard))
         self._join(done, number, before)
-
-    def own_shards(self, number: int) -> range:
-        """Which of so many shards are this rank's."""
-        if self.ranks is None or number < self.ranks.size:
-            return range(number)
-        return range(self.ranks.number, number, self.ranks.size)
-
-    def of_all_shards(self, parts: list[Tensor], number: int) -> list[Tensor]:
-        """The sums over all of `number` shards, from those over this rank's."""
-        if self.ranks is None:
-            return parts
-        if len(self.own_shards(number)) == number:  # each rank has done all of them
-            parts = torch._foreach_mul(parts, 1 / self.ranks.size)
-        return self.ranks.sum(parts)
 
     def hardest(self, fraction: float, before: Loss, after: Loss, least: int = 1) -> "Objective":
         """The same loss on the rows whose cost has grown most from `before` to `after`: of each block's rows of the
@@ -439,10 +295,10 @@ class Objective:
         """
         growth: list[Tensor | None] = [None] * len(self.blocks)
         for name, cost in after.costs.items():
-            index = _place(after.rows[name], self.whole)
+            index = place_of(after.rows[name], self.whole)
             rise = cost.detach() - before.costs[name].detach()
             growth[index] = rise if growth[index] is None else growth[index] + rise
-        worst = tuple(_worst(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
+        worst = tuple(worst_of(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
         return self._on(worst, self.noise)
 
     def _check(self, loss: Any) -> None:
@@ -517,8 +373,8 @@ class Objective:
 
     def _weighted(self, loss: Loss) -> Loss:
         def weighted(of: Of) -> Of:
-            weight = self.weights[_place(of, self.blocks)]
-            return _changed(of, lambda cost: weight * cost)
+            weight = self.weights[place_of(of, self.blocks)]
+            return changed(of, lambda cost: weight * cost)
 
         rows = {name: weighted(of) for name, of in loss.rows.items()}
         return Loss(rows, loss.logits, loss.penalties, loss.outputs)
@@ -547,7 +403,7 @@ class Objective:
         """(piece of a term, whether it is climbed, its block)."""
         if name in loss.penalties:
             return [(loss.penalties[name], climb != "current", None)]
-        index, term = _place(loss.rows[name], self.blocks), loss.terms[name]
+        index, term = place_of(loss.rows[name], self.blocks), loss.terms[name]
         if climb == "all":
             return [(term, True, index)]
         block, climbs_memory = self.blocks[index], climb == "memory"
@@ -604,128 +460,13 @@ class Objective:
         if not self.method.references_first:
             self._refer()
 
-    def _join_ranks(self, guides: dict[str, Grads], before: tuple[int, int], is_complete: bool) -> dict[str, Grads]:
-        """The same from the shards of all ranks. `is_complete`: each of them has done all."""
-        tally, part = self.tally, 1 / self.ranks.size if is_complete else 1.0
-        rows = torch.tensor([tally.forward_rows - before[0], tally.backward_rows - before[1]], dtype=torch.float64)
-        sums = [
-            sum(tally.totals),
-            rows.to(self.params[0].device),
-            *(grad for grads in guides.values() for grad in grads),
-        ]
-        sums = [*torch._foreach_mul(sums, part), *(average / self.ranks.size for average in self._averages())]
-        is_own = not is_complete or self.ranks.number == 0
-        self.loss, (total, rows, *sums) = self._exchanged(self.loss, [is_own] * len(self.whole), sums)
-        tally.totals[:] = [total]
-        tally.forward_rows, tally.backward_rows = (round(a + b) for a, b in zip(before, rows.tolist(), strict=True))
-        found = {name: [sums.pop(0) for _ in grads] for name, grads in guides.items()}
-        self._keep_averages(sums)
-        return found
-
-    def _take_own_rows(self) -> None:
-        """Of each block this rank's rows; all of one that has fewer than there are ranks, from the stream or from the
-        memory. Terms are weighted so that the mean over the ranks is the whole loss."""
-        number, size, parts = self.ranks.number, self.ranks.size, []
-        self.pieces, self.is_own, weights = [], [], []
-        for block in self.whole:
-            is_cut = all(len(rows) >= size for rows in block.sources)
-            pieces = [_piece(rows, number, size) for rows in block.sources] if is_cut else block.sources
-            parts.append(_take_pieces(block, pieces) if is_cut else block)
-            self.pieces.append(pieces)
-            self.is_own.append(is_cut or number == 0)  # whose rows of results are taken
-            weights.append(len(parts[-1]) * size / len(block) if is_cut else 1.0)
-        self.blocks = tuple(parts)
-        self.weights = weights if any(weight != 1 for weight in weights) else None
-
-    @property
-    def _of_stream(self) -> int:
-        """The first block with rows of the stream."""
-        return next((i for i, block in enumerate(self.whole) if block.memory < len(block)), 0)
-
-    @torch.no_grad()
-    def _refuse_mixed_rows(self) -> None:
-        """Where the rows of a block cost something else without the others; looked at once for each form of blocks."""
-        if self.form in self.method.checked_rows:
-            return
-        self.method.checked_rows.add(self.form)
-        with eval_mode(self.method):
-            whole, own = self.method.loss(*self.whole), self.method.loss(*self.blocks)
-        for name, cost in whole.costs.items():
-            index = _place(whole.rows[name], self.whole)
-            rows = torch.cat([cost[rows.start : rows.stop] for rows in self.pieces[index]])
-            if not torch.allclose(rows.float(), own.costs[name].float(), rtol=1e-3, atol=1e-5, equal_nan=True):
-                raise mistake(
-                    self.method,
-                    f"what a row costs in the term '{name}' depends on other rows of its block, so that several "
-                    "processes cannot share them. Write in its class: rows_are_apart = False, and start one process.",
-                )
-
-    def _refuse_draws(self) -> None:
-        """Where the first pass of a run has drawn."""
-        if self.method.has_drawn is None:
-            self.method.has_drawn = seeding.differ(self.noise, seeding.global_state())
-            if self.method.has_drawn:
-                refuse_draws("in its forward")
-
-    @torch.no_grad()
-    def _meet(self, loss: Loss, gradient: Grads, climbed: Grads, clean: bool) -> tuple[Loss, Grads, Grads]:
-        """The loss of all rows and its gradients, from those of the ranks' rows, in one exchange. The loss only of the
-        clean pass and for `passes`."""
-        names = [name for name in self.guides if name in self.method.guides] if clean else []
-        lists = [gradient, *([] if climbed is gradient else [climbed]), *(self.guides[name] for name in names)]
-        sums = [self.tally.totals.pop(), *(grad for grads in lists for grad in grads)]
-        sums = torch._foreach_mul([*sums, *(self._averages() if clean else [])], 1 / self.ranks.size)
-        if clean or self.trace:
-            loss, sums = self._exchanged(self._placed([(self, loss)]), self.is_own, sums)
-        else:
-            sums = self.ranks.sum(sums)
-        self.tally.totals.append(sums.pop(0).clone())  # or all that was exchanged would stay until the step's end
-        found = [[sums.pop(0) for _ in grads] for grads in lists]
-        self.guides |= dict(zip(names[::-1], found[::-1], strict=False))
-        if clean:
-            self._keep_averages(sums)
-        return loss, found[0], found[0] if climbed is gradient else found[1]
-
-    def _averages(self) -> list[Tensor]:
-        """BatchNorm's running averages, where a pass has moved them."""
-        layers = [layer for layer in batchnorms(self.method) if layer.training and layer.track_running_stats]
-        return [average for layer in layers for average in (layer.running_mean, layer.running_var)]
-
-    def _keep_averages(self, found: list[Tensor]) -> None:
-        if found:
-            torch._foreach_copy_(self._averages(), found)
-
-    def _exchanged(self, loss: Loss, is_own: list[bool], sums: list[Tensor]) -> tuple[Loss, list[Tensor]]:
-        """A loss whose rows are those of all ranks, zeros where they are another's, and the sums over all."""
-        given = [*loss.rows.values(), *loss.outputs.values(), *([] if loss.logits is None else [loss.logits])]
-        tensors = []
-        for of in given:
-            values = of[1] if isinstance(of, tuple) else of
-            index = _place(of, self.whole) if of is not loss.logits else self._of_stream
-            tensors.append(values if is_own[index] else torch.zeros_like(values))
-        found = self.ranks.sum([*tensors, *sums])
-        loss = loss.mapped(lambda values: values)
-        for column in (loss.rows, loss.outputs):
-            column.update({name: _changed(of, lambda _: found.pop(0)) for name, of in column.items()})
-        if loss.logits is not None:
-            loss.logits = found.pop(0)
-        return loss, found
-
-    def of_all_rows(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
-        """{block: (n, ...) of its rows}, from what `blocks` have."""
-        if self.ranks is None:
-            return parts
-        rows = {str(index): (self.blocks[index], part) for index, part in parts.items()}
-        loss, _ = self._exchanged(self._placed([(self, Loss(rows))]), self.is_own, [])
-        return {int(name): values for name, (_, values) in loss.rows.items()}
-
     def _placed(self, parts: list[tuple["Objective", Loss]]) -> Loss:
         """The loss of all rows, from those of parts of them: zeros for rows that are in none."""
         first = parts[0][1]
 
         def placed(column: Callable[[Loss], Of]) -> Of:
             """Each part's rows where they belong in their block."""
-            index, found = _place(column(first), parts[0][0].blocks), None
+            index, found = place_of(column(first), parts[0][0].blocks), None
             for part, loss in parts:
                 of = column(loss)
                 values = of[1] if isinstance(of, tuple) else of
@@ -751,31 +492,3 @@ class Objective:
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:
     return grads if so_far is None else torch._foreach_add(so_far, grads)
-
-
-def _piece(rows: range, index: int, number: int) -> range:
-    """The index-th of `number` even pieces; the first ones are larger by one where it does not divide."""
-    size, rest = divmod(len(rows), number)
-    start = index * size + min(index, rest)
-    return rows[start : start + size + (index < rest)]
-
-
-def _take_pieces(block: Block, pieces: list[range]) -> Block:
-    slices = [slice(piece.start, piece.stop) for piece in pieces]
-    memory = sum(len(piece) for piece in pieces if piece.start >= len(block) - block.memory)
-    if len(slices) == 1:
-        return block.take(lambda column: column[slices[0]], memory)
-    return block.take(lambda column: torch.cat([column[rows] for rows in slices]), memory)
-
-
-def _worst(block: Block, growth: Tensor | None, fraction: float, least: int) -> Block:
-    if growth is None:  # no term speaks of it
-        return block
-    picks = []
-    for rows in block.sources:
-        fewest = -(-least // len(block.sources))
-        number = min(len(rows), max(fewest, int(fraction * len(rows) + 1e-9)))
-        worst = growth[rows.start : rows.stop].topk(number).indices
-        picks.append(worst.sort().values + rows.start)
-    index = torch.cat(picks)
-    return block.take(lambda column: column.index_select(0, index), len(picks[-1]) if block.memory else 0)

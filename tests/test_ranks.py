@@ -95,7 +95,7 @@ class Dying(DerPP):
 
 MIXED = """
 from models.er import ER
-from models._objective import Loss
+from models._method import Loss
 from utils.registry import METHODS
 
 

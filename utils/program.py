@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models._blocks import Block
 from models._method import Method
-from models._objective import Block, Grads, Objective
+from models._objective import Objective
 from utils import seeding
 from utils.errors import UsageError
-from utils.optim._driver import Driver
+from utils.optim._driver import Driver, Grads
 from utils.phase import Ordinary, phase_of
 
 KEPT = 8  # programs; each has its blocks and its results for itself

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Grads = list[Tensor]
+Grads = list[Tensor]  # aligned with the optimizer's params; a parameter without gradient has zeros
 Numbers = list[list[float]]  # rows of one number for each parameter; as a tensor (rows, parameters) on the device
 
 
