@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from utils import layout
+from utils.errors import UsageError
 from utils.layout import lay_out, rows_of_forward, wants_channels_last
 from utils.registry import BACKBONES
 
@@ -88,6 +89,11 @@ def test_auto_is_for_convolutions_on_the_cpu():
     assert not wants_channels_last("auto", conv, SHAPE, GPU)
     for device in (CPU, GPU):
         assert wants_channels_last("1", conv, SHAPE, device) and not wants_channels_last("0", conv, SHAPE, device)
+
+
+def test_asked_for_in_vain():
+    with pytest.raises(UsageError, match="no effect on a network without convolutions"):
+        wants_channels_last("1", network("mnistmlp"), SHAPE, CPU)
 
 
 def test_the_trial_leaves_no_trace():
@@ -190,7 +196,7 @@ def test_evaluation_counts_the_same_images_whatever_passes_at_a_time(model, star
     steps(trainer, 4)
     found = []
     for rows in (1, 7, 64, 10**6):
-        monkeypatch.setattr(layout, "CPU_PIXELS", rows * 8 * 8)
+        monkeypatch.setattr(layout, "CPU_PIXELS", rows * 8 * 8), monkeypatch.setattr(layout, "FEWEST", 1)
         found.append(trainer.evaluate(trainer.method, 2))
     assert found[0] == found[1] == found[2] == found[3]
     assert 0 < sum(found[0]["task-il"]) < len(trainer.benchmark), "nothing would be compared"
@@ -199,7 +205,7 @@ def test_evaluation_counts_the_same_images_whatever_passes_at_a_time(model, star
 def test_rows_of_a_forward():
     conv, mlp, shape = network(), network("mnistmlp"), (3, 32, 32)
     assert rows_of_forward(conv, shape, CPU, 341) == 64 and rows_of_forward(conv, shape, CPU, 5) == 5
-    assert rows_of_forward(conv, (3, 64, 64), CPU, 85) == 16 and rows_of_forward(conv, (3, 999, 999), CPU, 1) == 1
+    assert rows_of_forward(conv, (3, 64, 64), CPU, 85) == 32 and rows_of_forward(conv, (3, 999, 999), CPU, 1) == 1
     assert rows_of_forward(mlp, shape, CPU, 341) == 341 and rows_of_forward(conv, shape, GPU, 5461) == 5461
 
 
@@ -209,7 +215,7 @@ def test_what_passes_at_a_time_changes_no_random_draw(start, monkeypatch):
     images = method.context.benchmark[0].train.images
     found = []
     for rows in (3, 10**6):
-        monkeypatch.setattr(layout, "CPU_PIXELS", rows * 8 * 8)
+        monkeypatch.setattr(layout, "CPU_PIXELS", rows * 8 * 8), monkeypatch.setattr(layout, "FEWEST", 1)
         torch.manual_seed(0)
         found.append(method.outputs_of(method.net.features, images, method.context.augment))
     assert torch.allclose(*found, atol=1e-5)

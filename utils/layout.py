@@ -12,7 +12,10 @@ import copy
 import torch
 from torch import nn
 
+from utils.errors import UsageError
+
 CPU_PIXELS = 64 * 32 * 32  # of the images of one forward without gradients, where there are convolutions
+FEWEST = 32  # of these images: where cores are busy with other work, two threads take turns with each small piece
 
 
 def has_convolutions(module: nn.Module) -> bool:
@@ -20,7 +23,10 @@ def has_convolutions(module: nn.Module) -> bool:
 
 
 def wants_channels_last(choice: str, net: nn.Module, shape: tuple[int, int, int], device: torch.device) -> bool:
-    """What --channels_last stands for with this network, still on the CPU, and images (C, H, W)."""
+    """What --channels_last stands for with this network, still on the CPU, and images (C, H, W). Raises `UsageError`
+    where it is asked for and there is nothing to lay out."""
+    if choice == "1" and not has_convolutions(net):
+        raise UsageError("--channels_last 1 has no effect on a network without convolutions. Drop it.")
     if choice != "auto":
         return choice == "1"
     return device.type == "cpu" and has_convolutions(net) and _bears_channels_last(net, shape)
@@ -56,4 +62,4 @@ def rows_of_forward(module: nn.Module, shape: tuple[int, ...], device: torch.dev
     """Images of this shape (C, H, W) that pass the module at a time where no gradient is asked for, at most `most`."""
     if device.type != "cpu" or not has_convolutions(module):
         return most
-    return min(most, max(1, CPU_PIXELS // (shape[1] * shape[2])))
+    return min(most, max(FEWEST, CPU_PIXELS // (shape[1] * shape[2])))
