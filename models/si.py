@@ -70,9 +70,8 @@ class SI(Method):
 
     def remember(self, batch: Batch, loss: Loss) -> None:
         moved = self.before - flat(self.params).detach()
-        self.path += (self.gradient * moved).nan_to_num(
-            0.0, 0.0, 0.0
-        )  # a step that was not taken on a GPU moves nothing
+        # a step that was not taken on a GPU moves nothing
+        self.path += (self.gradient * moved).nan_to_num(0.0, 0.0, 0.0)
 
     def end_task(self, task) -> None:
         theta = flat(self.params).detach()

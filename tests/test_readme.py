@@ -10,7 +10,12 @@ import pytest
 from utils import run
 from utils.registry import ROOT
 
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "tests/records").glob("*/README.md"))) if page.is_file()]
+FOUND = (
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "tests/records").glob("*/README.md")),
+)
+PAGES = [page for page in FOUND if page.is_file()]
 REGISTERS = re.compile(r'@(METHODS|DATASETS|BACKBONES|OPTIMIZERS)\.register\("([^"]+)"\)')
 SELECTOR = {"METHODS": "model", "DATASETS": "dataset", "BACKBONES": "backbone", "OPTIMIZERS": "optimizer"}
 SAMPLE = """
