@@ -47,9 +47,17 @@ def command_lines():
     return [line + BASE + own.get(line[3], ["--lr", "0.03"]) for line in lines]
 
 
-def launched(processes, *words, **options):
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *map(str, words)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+def launched(processes, *words, env=os.environ):
+    """`--standalone` takes a free port: nothing else on the machine can be met there. A rank that aborts says where."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [*torchrun, *map(str, words)]
+    env = {**env, "PYTHONFAULTHANDLER": "1"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+
+def said_by_the_ranks(err):
+    """What they have printed, before torchrun's table of who has failed."""
+    return err.split("failed (exitcode:")[0][-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def of_two(tmp_path_factory):
     file.write_text(json.dumps(lines))
     process = launched(2, rank_worker.__file__, file)
     _, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
+    assert process.returncode == 0, said_by_the_ranks(err)
     return {tuple(line): found for line, found in zip(lines, torch.load(f"{file}.pt"), strict=True)}
 
 
