@@ -15,10 +15,10 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 
 bench: .venv/.run
-	$(BIN)/python -m utils.bench
+	$(BIN)/python -m flatcl bench
 
 gpu: .venv/.run
-	$(BIN)/python -m utils.gpu --out tests/records/gpu
+	$(BIN)/python -m flatcl gpu --out tests/records/gpu
 
 clean:
 	rm -rf .venv

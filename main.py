@@ -2,7 +2,7 @@
 
 import sys
 
-from utils.run import main
+from flatcl.utils.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

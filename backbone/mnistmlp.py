@@ -9,9 +9,9 @@ from math import prod
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from backbone._stages import Stage
-from utils.arguments import flag
-from utils.registry import BACKBONES
+from flatcl.backbone._stages import Stage
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import BACKBONES
 
 
 @BACKBONES.register("mnistmlp")

@@ -1,7 +1,7 @@
 """Reduced ResNet-18 (Lopez-Paz & Ranzato, 2017): ResNet-18 with 20 planes in place of 64."""
 
-from backbone.resnet18 import ResNet18
-from utils.registry import BACKBONES
+from flatcl.backbone.resnet18 import ResNet18
+from flatcl.utils.registry import BACKBONES
 
 
 @BACKBONES.register("reduced-resnet18")

@@ -8,8 +8,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from backbone._stages import Stage, without_last_relu
-from utils.registry import BACKBONES
+from flatcl.backbone._stages import Stage, without_last_relu
+from flatcl.utils.registry import BACKBONES
 
 
 class BasicBlock(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
-from backbone._stages import Stage, without_last_relu
-from utils.registry import BACKBONES
+from flatcl.backbone._stages import Stage, without_last_relu
+from flatcl.utils.registry import BACKBONES
 
 EPS = 1e-4
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
-from utils import seeding
-from utils.errors import DataError, UsageError
-from utils.files import user_path
+from flatcl.datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
+from flatcl.utils.engine import seeding
+from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.files import user_path
 
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
 

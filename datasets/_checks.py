@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import DataError, UsageError
+from flatcl.utils.errors import DataError, UsageError
 
 Arrays = tuple[Tensor, Tensor]  # images uint8 (N, C, H, W), labels int64 (N,)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import _pickled
-from utils.download import fetch
-from utils.errors import DataError
+from flatcl.datasets import _pickled
+from flatcl.utils.download import fetch
+from flatcl.utils.errors import DataError
 
 Rows = tuple[Tensor, Tensor]
 

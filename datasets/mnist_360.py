@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
-from datasets._files import load_mnist, missing_mnist
-from datasets._rotation import rotation_maps
-from utils import seeding
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
+from flatcl.datasets._files import load_mnist, missing_mnist
+from flatcl.datasets._rotation import rotation_maps
+from flatcl.utils.engine import seeding
+from flatcl.utils.registry import DATASETS
 
 DIGITS, CHUNKS, ROUNDS = 9, 6, 3
 

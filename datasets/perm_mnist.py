@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets._benchmark import Arrays, DomainBenchmark
-from datasets._files import load_mnist, missing_mnist
-from utils import seeding
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, DomainBenchmark
+from flatcl.datasets._files import load_mnist, missing_mnist
+from flatcl.utils.engine import seeding
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("perm-mnist")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets._rotation import rotation_maps
-from datasets.perm_mnist import PermMnist
-from utils import seeding
-from utils.registry import DATASETS
+from flatcl.datasets._rotation import rotation_maps
+from flatcl.datasets.perm_mnist import PermMnist
+from flatcl.utils.engine import seeding
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("rot-mnist")

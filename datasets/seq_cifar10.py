@@ -4,10 +4,10 @@ from pathlib import Path
 
 from torch import nn
 
-from datasets._benchmark import Arrays, Benchmark
-from datasets._files import load_cifar, missing_cifar
-from utils.augment import CropFlip
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, Benchmark
+from flatcl.datasets._files import load_cifar, missing_cifar
+from flatcl.utils.engine.augment import CropFlip
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-cifar10")

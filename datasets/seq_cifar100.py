@@ -6,10 +6,10 @@ code published with the paper has 0.1).
 
 from pathlib import Path
 
-from datasets._benchmark import Arrays
-from datasets._files import load_cifar, missing_cifar
-from datasets.seq_cifar10 import SeqCifar10
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays
+from flatcl.datasets._files import load_cifar, missing_cifar
+from flatcl.datasets.seq_cifar10 import SeqCifar10
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-cifar100")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from datasets._benchmark import Arrays, Benchmark
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, Benchmark
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-digits")

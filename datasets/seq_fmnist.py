@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from datasets._benchmark import Arrays
-from datasets._files import load_mnist, missing_mnist
-from datasets.seq_mnist import SeqMnist
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays
+from flatcl.datasets._files import load_mnist, missing_mnist
+from flatcl.datasets.seq_mnist import SeqMnist
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-fmnist")

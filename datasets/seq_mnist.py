@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from datasets._benchmark import Arrays, Benchmark
-from datasets._files import load_mnist, missing_mnist
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, Benchmark
+from flatcl.datasets._files import load_mnist, missing_mnist
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-mnist")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets._benchmark import Arrays, Benchmark
-from utils.augment import CropFlip
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays, Benchmark
+from flatcl.utils.engine.augment import CropFlip
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-synth")

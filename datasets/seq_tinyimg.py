@@ -5,10 +5,10 @@ The test set is the official validation split. Classes follow the order of `wnid
 
 from pathlib import Path
 
-from datasets._benchmark import Arrays
-from datasets._files import load_tinyimagenet, missing_tinyimagenet
-from datasets.seq_cifar10 import SeqCifar10
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Arrays
+from flatcl.datasets._files import load_tinyimagenet, missing_tinyimagenet
+from flatcl.datasets.seq_cifar10 import SeqCifar10
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("seq-tinyimg")

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models._method import Context, Method
-from models._passes import WithTeacher
-from utils.arguments import flag
-from utils.buffer import Buffer
-from utils.evaluator import rows_per_pass
-from utils.layout import rows_of_forward
-from utils.optim._driver import trainable
-from utils.passes import eval_mode
+from flatcl.models._method import Context, Method
+from flatcl.models._passes import WithTeacher
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.engine.evaluator import rows_per_pass
+from flatcl.utils.engine.layout import rows_of_forward
+from flatcl.utils.engine.passes import eval_mode
+from flatcl.utils.optim._driver import trainable
 
 
 class Incremental(Method):

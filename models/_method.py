@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models._blocks import Block, Loss
-from models._checks import not_steps, of_blocks, of_call, of_guides, shown
-from models._objective import Objective
-from utils.errors import mistake
-from utils.optim._base import Grads
-from utils.registry import BACKBONES
+from flatcl.models._blocks import Block, Loss
+from flatcl.models._checks import not_steps, of_blocks, of_call, of_guides, shown
+from flatcl.models._objective import Objective
+from flatcl.utils.errors import mistake
+from flatcl.utils.optim._base import Grads
+from flatcl.utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
 Published = Mapping[tuple[str, int | None], Mapping[str, tuple[Any, str]]]
@@ -87,8 +87,8 @@ class Method(nn.Module):
     rows_are_apart = True  # a row's cost depends on no other row (but in BatchNorm), so that processes can share them
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
-    ranks: Any = None  # `utils.ranks.Ranks`, where several processes train this run; set by the engine
-    channels_last = False  # the memory layout of its convolutions (`utils/layout.py`); set by the engine
+    ranks: Any = None  # `flatcl.utils.engine.ranks.Ranks`, where several processes train this run; set by the engine
+    channels_last = False  # the memory layout of its convolutions (`utils/engine/layout.py`); set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
 
@@ -130,7 +130,7 @@ class Method(nn.Module):
     def phase(self) -> Hashable:
         """What the host may decide anew from step to step, within a task, about what `loss`, `references` and `combine`
         do, beside the blocks' columns: two steps of one phase run the same operations. Here nothing. A class that
-        overrides one of these has a `phase` of its own, or its steps are not recorded (`utils/program.py`).
+        overrides one of these has a `phase` of its own, or its steps are not recorded (`utils/engine/program.py`).
         """
         return ()
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models._blocks import Block, Loss, Of, changed, piece_of, place_of, take_pieces, worst_of
-from models._checks import not_a_loss, of_loss, of_update, shown
-from models._shared_rows import SharedRows
-from utils import seeding
-from utils.errors import mistake
-from utils.optim._base import Grads
-from utils.optim._driver import Wanted, frozen_statistics
+from flatcl.models._blocks import Block, Loss, Of, changed, piece_of, place_of, take_pieces, worst_of
+from flatcl.models._checks import not_a_loss, of_loss, of_update, shown
+from flatcl.models._shared_rows import SharedRows
+from flatcl.utils.engine import seeding
+from flatcl.utils.errors import mistake
+from flatcl.utils.optim._base import Grads
+from flatcl.utils.optim._driver import Wanted, frozen_statistics
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Objective(SharedRows):
     Gradients are handed out, not copied: whoever gets one must not change it in place. One that is `recorded`, to be
     replayed, is of a network that draws nothing.
 
-    Where several processes train a run (`utils/ranks.py`), `blocks` are this one's rows of the `whole` blocks. What
-    an objective gives, gradients and the clean loss, is of all rows.
+    Where several processes train a run (`utils/engine/ranks.py`), `blocks` are this one's rows of the `whole` blocks.
+    What an objective gives, gradients and the clean loss, is of all rows.
     """
 
     def __init__(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models._method import Method
-from models._replay import ReplayMethod
-from utils.arguments import DEBUG_BATCHES, Config
-from utils.seeding import generator_state, set_generator_state
+from flatcl.models._method import Method
+from flatcl.models._replay import ReplayMethod
+from flatcl.utils.arguments import DEBUG_BATCHES, Config
+from flatcl.utils.engine.seeding import generator_state, set_generator_state
 
 
 class Frozen(nn.Module):

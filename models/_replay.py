@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models._method import Batch, Block, Context, Method
-from utils.arguments import flag
-from utils.buffer import Buffer
+from flatcl.models._method import Batch, Block, Context, Method
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.buffer import Buffer
 
 
 class ReplayMethod(Method):

@@ -1,17 +1,17 @@
-"""Rows that several processes share: an objective of one's own rows that gives what is of all (`utils/ranks.py`)."""
+"""Rows that several processes share: an objective of one's own that gives what is of all (`utils/engine/ranks.py`)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models._blocks import Block, Loss, changed, piece_of, place_of, take_pieces
-from utils import seeding
-from utils.errors import mistake
-from utils.optim._base import Grads
-from utils.optim._driver import batchnorms
-from utils.passes import eval_mode
-from utils.ranks import Ranks, refuse_draws
+from flatcl.models._blocks import Block, Loss, changed, piece_of, place_of, take_pieces
+from flatcl.utils.engine import seeding
+from flatcl.utils.engine.passes import eval_mode
+from flatcl.utils.engine.ranks import Ranks, refuse_draws
+from flatcl.utils.errors import mistake
+from flatcl.utils.optim._base import Grads
+from flatcl.utils.optim._driver import batchnorms
 
 
 class SharedRows:

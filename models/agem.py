@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Grads, Loss, published
-from models._passes import SharedMemory
-from models.sgd import DER
-from utils.optim._driver import dot
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Grads, Loss, published
+from flatcl.models._passes import SharedMemory
+from flatcl.models.sgd import DER
+from flatcl.utils.optim._driver import dot
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("agem")

@@ -3,11 +3,11 @@
 As in the code behind the paper, replayed images are neither augmented nor normalised.
 """
 
-from models._method import Batch, Block, Loss, published
-from models._replay import ReplayMethod
-from models.agem import AGem
-from models.sgd import DER
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.agem import AGem
+from flatcl.models.sgd import DER
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("agem_r")

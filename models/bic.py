@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from models._incremental import WithExemplars
-from models._method import Batch, Block, Loss, published
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.optim._base import Adam
-from utils.registry import METHODS
+from flatcl.models._incremental import WithExemplars
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._base import Adam
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("bic")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._replay import ReplayMethod
-from models.der import logit_distance
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.der import logit_distance
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 CLS_ER = "CLS-ER paper (Arani et al., 2022), best args of its code"
 

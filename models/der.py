@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._replay import ReplayMethod
-from models.sgd import DER, XDER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.sgd import DER, XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 def logit_distance(logits: Tensor, targets: Tensor) -> Tensor:

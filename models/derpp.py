@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models.der import Der, logit_distance
-from models.sgd import DER, XDER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models.der import Der, logit_distance
+from flatcl.models.sgd import DER, XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("derpp")

@@ -3,9 +3,9 @@
 Nothing but `derpp` with the optimizer `sam` as its default.
 """
 
-from models._method import ours
-from models.derpp import DerPP
-from utils.registry import METHODS
+from flatcl.models._method import ours
+from flatcl.models.derpp import DerPP
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("derpp_sam")

@@ -2,10 +2,10 @@
 
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._replay import ReplayMethod
-from models.sgd import DER, XDER
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.sgd import DER, XDER
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("er")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._replay import ReplayMethod
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("er_ace")

@@ -3,9 +3,9 @@
 Nothing but `er` with the optimizer `sam` as its default.
 """
 
-from models._method import ours
-from models.er import ER
-from utils.registry import METHODS
+from flatcl.models._method import ours
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("er_sam")

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Block, Loss, Method, published
-from models._passes import Drawing, shuffled
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._driver import batchnorms, flat, frozen_statistics, trainable
-from utils.passes import square_sums
-from utils.registry import METHODS
+from flatcl.models._method import Block, Loss, Method, published
+from flatcl.models._passes import Drawing, shuffled
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.passes import square_sums
+from flatcl.utils.optim._driver import batchnorms, flat, frozen_statistics, trainable
+from flatcl.utils.registry import METHODS
 
 PASS = 256  # images of one call; after as many, running averages of momentum 0.1 have forgotten what was before
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._passes import SharedMemory, shuffled
-from models.sgd import DER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._passes import SharedMemory, shuffled
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("fdr")

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from datasets._benchmark import Split
-from models._method import Batch, Block, Context, Loss, Method, published
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.buffer import Buffer
-from utils.registry import METHODS
+from flatcl.datasets._benchmark import Split
+from flatcl.models._method import Batch, Block, Context, Loss, Method, published
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("gdumb")

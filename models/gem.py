@@ -20,13 +20,13 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Grads, published
-from models.agem import AGem
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._driver import flat
-from utils.phase import Ordinary
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Grads, published
+from flatcl.models.agem import AGem
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.phase import Ordinary
+from flatcl.utils.optim._driver import flat
+from flatcl.utils.registry import METHODS
 
 RIDGE = 1e-3
 

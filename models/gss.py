@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models._method import Batch, Block, Loss, published
-from models.er import ER
-from models.sgd import DER
-from utils.arguments import flag
-from utils.passes import eval_mode, gram
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models.er import ER
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.passes import eval_mode, gram
+from flatcl.utils.registry import METHODS
 
 FIRST_SCORE = 0.1
 

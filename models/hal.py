@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Loss, published
-from models._passes import check_shares
-from models._replay import ReplayMethod
-from models.der import logit_distance
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._driver import frozen_statistics
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._passes import check_shares
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.der import logit_distance
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import frozen_statistics
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("hal")

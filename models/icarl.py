@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models._incremental import WithExemplars
-from models._method import published
-from models.lwf_mc import LwfMc
-from models.sgd import DER, XDER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._incremental import WithExemplars
+from flatcl.models._method import published
+from flatcl.models.lwf_mc import LwfMc
+from flatcl.models.sgd import DER, XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("icarl")

@@ -1,7 +1,7 @@
 """Training on all tasks at once: the upper bound. The published runs use the settings of plain SGD."""
 
-from models.sgd import SGD
-from utils.registry import METHODS
+from flatcl.models.sgd import SGD
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("joint")

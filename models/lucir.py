@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize, relu
 
-from models._incremental import WithExemplars, classifier_of
-from models._method import Batch, Block, Loss, published
-from models._passes import shuffled
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.optim._base import SGD
-from utils.optim._driver import frozen_statistics
-from utils.registry import METHODS
+from flatcl.models._incremental import WithExemplars, classifier_of
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._passes import shuffled
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._base import SGD
+from flatcl.utils.optim._driver import frozen_statistics
+from flatcl.utils.registry import METHODS
 
 FULL_RATE_STEPS = 10  # of the fit after a task, before its rate is divided by 10
 

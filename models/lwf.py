@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models._incremental import Incremental, classifier_of, decay
-from models._method import Batch, Block, Loss, published
-from models._passes import shuffled
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._base import SGD
-from utils.optim._driver import trainable
-from utils.passes import eval_mode
-from utils.registry import METHODS
-from utils.seeding import generator_state, set_generator_state
+from flatcl.models._incremental import Incremental, classifier_of, decay
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._passes import shuffled
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.passes import eval_mode
+from flatcl.utils.engine.seeding import generator_state, set_generator_state
+from flatcl.utils.optim._base import SGD
+from flatcl.utils.optim._driver import trainable
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("lwf")

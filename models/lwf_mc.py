@@ -12,12 +12,12 @@ from typing import Any
 
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from models._incremental import Incremental, decay
-from models._method import Batch, Block, Loss, published
-from models._passes import WithTeacher
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.registry import METHODS
+from flatcl.models._incremental import Incremental, decay
+from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._passes import WithTeacher
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("lwf_mc")

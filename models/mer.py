@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models._method import Batch, Block, published
-from models.er import ER
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._driver import trainable
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, published
+from flatcl.models.er import ER
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import trainable
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("mer")

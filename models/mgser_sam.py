@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models._method import Grads, Objective, ours
-from models.derpp import DerPP
-from utils.arguments import flag
-from utils.optim._sharpness import dot, norm
-from utils.registry import METHODS
+from flatcl.models._method import Grads, Objective, ours
+from flatcl.models.derpp import DerPP
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import dot, norm
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("mgser_sam")

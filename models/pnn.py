@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, relu
 
-from models._method import Batch, Block, Context, Loss, Method, published
-from models.sgd import DER
-from utils.passes import eval_mode
-from utils.registry import BACKBONES, METHODS
+from flatcl.models._method import Batch, Block, Context, Loss, Method, published
+from flatcl.models.sgd import DER
+from flatcl.utils.engine.passes import eval_mode
+from flatcl.utils.registry import BACKBONES, METHODS
 
 
 class Lateral(nn.Module):

@@ -2,8 +2,8 @@
 
 from torch.nn.functional import cross_entropy
 
-from models._method import Block, Loss, Method, published
-from utils.registry import METHODS
+from flatcl.models._method import Block, Loss, Method, published
+from flatcl.utils.registry import METHODS
 
 DER = "DER paper (Buzzega et al., 2020), Mammoth best_args"
 XDER = "X-DER paper (Boschini et al., 2022), Mammoth best_args"

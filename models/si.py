@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch, Block, Grads, Loss, Method, published
-from models.sgd import DER
-from utils.arguments import flag
-from utils.optim._driver import flat, trainable
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Grads, Loss, Method, published
+from flatcl.models.sgd import DER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import flat, trainable
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("si")

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 
-from models._method import Batch, Block, Context, Loss, published
-from models._passes import shuffled
-from models._replay import ReplayMethod
-from models._views import strong_views, supcon
-from models.der import logit_distance
-from models.sgd import XDER
-from utils.arguments import flag
-from utils.optim._driver import frozen_statistics
-from utils.registry import METHODS
+from flatcl.models._method import Batch, Block, Context, Loss, published
+from flatcl.models._passes import shuffled
+from flatcl.models._replay import ReplayMethod
+from flatcl.models._views import strong_views, supcon
+from flatcl.models.der import logit_distance
+from flatcl.models.sgd import XDER
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import frozen_statistics
+from flatcl.utils.registry import METHODS
 
 
 def transplanted(old: Tensor, new: Tensor, y: Tensor, heads: slice, gamma: float) -> Tensor:

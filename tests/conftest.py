@@ -18,7 +18,7 @@ TINY_BN = '''"""A convolution with bias, BatchNorm and a linear layer."""
 from torch import nn
 from torch.nn.functional import relu
 
-from utils.registry import BACKBONES
+from flatcl.utils.registry import BACKBONES
 
 
 @BACKBONES.register("tiny-bn")
@@ -50,10 +50,10 @@ class TinyBn(nn.Sequential):
 def forget_plugins():
     """What a test adds to the registries ends with the test."""
     yield
-    from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
+    from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
 
     for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):
-        package = registry.folder.replace("/", ".")
+        package = f"flatcl.{registry.folder.replace('/', '.')}"
         for key, obj in list(registry._objects.items()):
             if obj.__module__ != f"{package}.{key}":
                 del registry._objects[key]
@@ -72,8 +72,8 @@ def tiny_bn(tmp_path_factory):
 @pytest.fixture
 def start(tiny_bn):
     """`start(model, flag=value, ...)` -> a trainer that writes nothing, as the command line would build it."""
-    from utils.arguments import resolve
-    from utils.run import build
+    from flatcl.utils.arguments import resolve
+    from flatcl.utils.engine.build import build
 
     def start(model, **flags):
         flags = {

@@ -39,12 +39,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models._method import Method
-from utils import checkpoint, evaluator, results, run
-from utils.arguments import schema
-from utils.errors import UsageError
-from utils.logs import Logs
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, load_plugin
+from flatcl.models._method import Method
+from flatcl.utils.arguments import schema
+from flatcl.utils.commands.train import USAGE
+from flatcl.utils.commands.train import main as run_main
+from flatcl.utils.engine import checkpoint, evaluator, results
+from flatcl.utils.engine.logs import Logs
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, load_plugin
 
 LIMIT_S = 300  # of one process: what takes longer hangs
 ATTEMPTS = 8  # to hit the inside of the last task
@@ -54,7 +56,7 @@ OTHER = {"step": 4, "checkpoint": 3, "end of a task": 1, "evaluation": 2}  # how
 FILE = "kills.jsonl"
 ENVIRONMENT: dict[str, Any] = {}  # what environment.json says: asked for once, not in each run
 SLOW_IMPORTS = (  # once, not in each run
-    "utils.trainer", "torch.utils.tensorboard", "torch._dynamo", "torch.fx.experimental.symbolic_shapes",
+    "flatcl.utils.engine.trainer", "torch.utils.tensorboard", "torch._dynamo", "torch.fx.experimental.symbolic_shapes",
     "torch._decomp", "scipy.optimize",
 )  # fmt: skip
 
@@ -63,7 +65,7 @@ BACKBONE = '''"""A convolution, BatchNorm, dropout and a linear layer."""
 from torch import nn
 from torch.nn.functional import relu
 
-from utils.registry import BACKBONES
+from flatcl.utils.registry import BACKBONES
 
 
 @BACKBONES.register("killable")
@@ -227,7 +229,7 @@ def _live(argv: list[str], model: str, log: Path, probe: Probe) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         probe.install(model)
-        code = run.main(argv)
+        code = run_main(argv)
         log.with_suffix(".json").write_text(json.dumps({"seconds": probe.seconds, "ends": probe.ends}))
     except BaseException:
         traceback.print_exc()
@@ -263,7 +265,7 @@ def check_pair(model: str, optimizer: str, plugins: list[str], seed: int) -> dic
 def _check_pair(model: str, optimizer: str, plugins: list[str], rng: random.Random, folder: Path) -> dict[str, Any]:
     argv, log = words(model, optimizer, plugins), folder / "log"
     whole = process([*argv, f"--results_path={folder / 'whole'}", "--checkpoint_minutes=0"], model, log)
-    if whole.code == run.USAGE:
+    if whole.code == USAGE:
         return {"refused": whole.last_line.removeprefix("error: ")}
     if whole.code != 0:
         return {"failed": f"uninterrupted, exit code {whole.code}: {whole.last_line}"}
@@ -519,4 +521,4 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except UsageError as error:
         print(*(f"error: {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
-        sys.exit(run.USAGE)
+        sys.exit(USAGE)

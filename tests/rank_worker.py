@@ -14,9 +14,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import launch, ranks, run
-from utils.arguments import resolve
-from utils.registry import BACKBONES
+from flatcl.utils import launch
+from flatcl.utils.arguments import resolve
+from flatcl.utils.engine import ranks
+from flatcl.utils.engine.build import build
+from flatcl.utils.registry import BACKBONES
 
 STEPS = 50
 
@@ -45,7 +47,7 @@ def trained(argv, group=None):
     """What is left of 50 steps: two tasks, so that there is a memory in those methods that fill it at a task's end."""
     BACKBONES.register("smooth")(Smooth)
     config = resolve([*argv, "--disable_log", "--non_verbose"])
-    trainer = run.build(config, torch.device("cpu"), None, group)
+    trainer = build(config, torch.device("cpu"), None, group)
     observe, done = trainer.method.observe, []
 
     def counted(batch, optimizer, trace=False):

@@ -1,4 +1,4 @@
-"""Are steps that were recorded once and replayed (`utils/program.py`) the steps that they stand for, bit for bit?
+"""Are steps that were recorded once and replayed (`utils/engine/program.py`) those that they stand for, bit for bit?
 
     python tests/replays.py --record tests/records/replays             # every method under every optimizer
     python tests/replays.py --record FOLDER --pairs er:sgd derpp:sam   # these
@@ -30,10 +30,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import kills  # noqa: E402
 from tape import Tape  # noqa: E402
 
-from models._method import Method  # noqa: E402
-from utils import program, results, run  # noqa: E402
-from utils.logs import Logs  # noqa: E402
-from utils.registry import METHODS, OPTIMIZERS, load_plugin  # noqa: E402
+from flatcl.models._method import Method  # noqa: E402
+from flatcl.utils.commands.train import main as run_main  # noqa: E402
+from flatcl.utils.engine import program, results  # noqa: E402
+from flatcl.utils.engine.logs import Logs  # noqa: E402
+from flatcl.utils.registry import METHODS, OPTIMIZERS, load_plugin  # noqa: E402
 
 FILE = "replays.jsonl"
 FLAGS = {"n_epochs": 3, "log_every": 10}  # a step that is logged is no replay
@@ -73,7 +74,7 @@ def called(argv: list[str], stop_after: int | None = None) -> tuple[int, str, Wa
         mock.patch.object(program, "recorder", lambda device: Tape()),
         mock.patch.object(results, "environment", lambda *args: {}),
     ):
-        return run.main(argv), out.getvalue(), watched
+        return run_main(argv), out.getvalue(), watched
 
 
 def check_pair(model: str, optimizer: str, plugin: str) -> dict[str, Any]:

@@ -14,11 +14,14 @@ import torch
 from made import make_mnist
 from tape import Tape
 
-from utils import checkpoint, program, run
-from utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
-from utils.errors import UsageError
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT
-from utils.saved import read_saved
+from flatcl.utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import checkpoint, program
+from flatcl.utils.engine.build import _place, resolve_device
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT
+from flatcl.utils.saved import read_saved
 
 FAST = ("--model", "er", "--dataset", "seq-synth")
 SAM, SPARSE = ("--optimizer", "sam"), ("--optimizer", "sparse_sam")
@@ -39,7 +42,7 @@ def fails(capsys):
     """Runs a command line that must be refused; returns the lines on stderr."""
 
     def check(*argv):
-        code = run.main(list(argv))
+        code = main(list(argv))
         out, err = capsys.readouterr()
         assert code == 2, f"exit code {code}: {err}{out}"
         assert "Traceback" not in err
@@ -55,7 +58,7 @@ def prints(capsys):
     """Runs a command line that must succeed; returns what it prints."""
 
     def check(*argv):
-        code = run.main(list(argv))
+        code = main(list(argv))
         out, err = capsys.readouterr()
         assert code == 0, err
         return out
@@ -72,7 +75,7 @@ def plugin(folder, name, text):
 def build(*argv):
     """(config, trainer) of a run that writes nothing."""
     config = resolve(list(argv))
-    return config, run.build(config, run.resolve_device(config.device), None)
+    return config, build_trainer(config, resolve_device(config.device), None)
 
 
 def write_config(path, values=None, **changed):
@@ -365,7 +368,7 @@ def test_start_from_is_refused_with_a_method_that_trains_jointly(fails):
 @pytest.mark.parametrize("name", ["buffer_size", "minibatch_size", "batch_size", "threads", "hidden", "lr"])
 def test_numbers_too_large_for_the_machine_give_no_traceback(name, capsys):
     value = "1e300" if name == "lr" else str(10**19)
-    code = run.main([*FAST, f"--{name}", value, "--debug_mode", "--disable_log"])
+    code = main([*FAST, f"--{name}", value, "--debug_mode", "--disable_log"])
     err = capsys.readouterr().err
     assert code == 0 or (code in (1, 2) and f"--{name}" in err and len(err.splitlines()) == 1)
 
@@ -493,7 +496,7 @@ def test_a_plugin_that_is_absent_or_does_not_import(tmp_path, fails):
 def test_a_plugin_that_was_mended_can_be_loaded_in_the_same_process(tmp_path, fails, prints):
     file = plugin(tmp_path, "mended", "raise RuntimeError('not yet')\n")
     assert "not yet" in fails("--list", "--plugin", file)[0]
-    plugin(tmp_path, "mended", "from models.er import ER\nfrom utils.registry import METHODS\n"
+    plugin(tmp_path, "mended", "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
            "@METHODS.register('my_er')\nclass MyEr(ER):\n    'Mine.'\n")  # fmt: skip
     assert "my_er" in prints("--list", "models", "--plugin", file)
 
@@ -503,7 +506,8 @@ def test_a_plugin_cannot_take_a_name_of_the_house(tmp_path, fails, monkeypatch):
     monkeypatch.setitem(METHODS._objects, "er", METHODS.load("er"))
     del METHODS._objects["er"]
     text = (
-        "from models.sgd import SGD\nfrom utils.registry import METHODS\n@METHODS.register('er')\nclass Mine(SGD): ..."
+        "from flatcl.models.sgd import SGD\nfrom flatcl.utils.registry import METHODS\n"
+        "@METHODS.register('er')\nclass Mine(SGD): ..."
     )
     lines = fails(*FAST, "--plugin", plugin(tmp_path, "thief", text), "--dry_run")
     assert "registered twice" in lines[0]
@@ -511,7 +515,7 @@ def test_a_plugin_cannot_take_a_name_of_the_house(tmp_path, fails, monkeypatch):
 
 def test_a_method_on_a_benchmark_that_it_cannot_do(tmp_path, fails):
     text = (
-        "from models.sgd import SGD\nfrom utils.registry import METHODS\n@METHODS.register('picky')\n"
+        "from flatcl.models.sgd import SGD\nfrom flatcl.utils.registry import METHODS\n@METHODS.register('picky')\n"
         "class Picky(SGD):\n    settings = ('class-il',)\n"
     )
     file = plugin(tmp_path, "picky", text)
@@ -523,8 +527,9 @@ def test_a_method_on_a_benchmark_that_it_cannot_do(tmp_path, fails):
 
 def test_two_owners_of_one_flag_are_refused(tmp_path, fails):
     text = (
-        "from dataclasses import dataclass\nfrom models.sgd import SGD\nfrom utils.arguments import flag\n"
-        "from utils.registry import METHODS\n@METHODS.register('clash')\nclass Clash(SGD):\n"
+        "from dataclasses import dataclass\nfrom flatcl.models.sgd import SGD\n"
+        "from flatcl.utils.arguments import flag\nfrom flatcl.utils.registry import METHODS\n"
+        "@METHODS.register('clash')\nclass Clash(SGD):\n"
         "    @dataclass(frozen=True)\n    class Args:\n        optim_mom: float = flag(0.5, 'mine')\n"
     )
     lines = fails("--model", "clash", "--dataset", "seq-synth", "--plugin", plugin(tmp_path, "clash", text))
@@ -533,8 +538,9 @@ def test_two_owners_of_one_flag_are_refused(tmp_path, fails):
 
 def test_flags_of_a_plugin_are_resolved_like_all_others(tmp_path, fails):
     text = (
-        "from dataclasses import dataclass\nfrom models._method import published\nfrom models.er import ER\n"
-        "from utils.arguments import flag\nfrom utils.registry import METHODS\n"
+        "from dataclasses import dataclass\nfrom flatcl.models._method import published\n"
+        "from flatcl.models.er import ER\n"
+        "from flatcl.utils.arguments import flag\nfrom flatcl.utils.registry import METHODS\n"
         "@METHODS.register('tuned')\nclass Tuned(ER):\n"
         "    published = published('a paper', {('seq-synth', 7): dict(gain=3.0)})\n"
         "    @dataclass(frozen=True)\n    class Args(ER.Args):\n        gain: float = flag(1.0, 'gain', above=0)\n"
@@ -608,7 +614,7 @@ def test_the_help_text_of_every_flag_says_something():
 @pytest.mark.parametrize("word", ["--list", "--help"])
 def test_start_up_imports_neither_torch_nor_numpy(word):
     code = (
-        f"import sys; from utils.run import main; code = main(['{word}']); "
+        f"import sys; from flatcl.utils.commands.train import main; code = main(['{word}']); "
         "print(code, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -618,7 +624,8 @@ def test_start_up_imports_neither_torch_nor_numpy(word):
 def test_a_reader_that_goes_away_is_no_crash():
     """`python main.py --list | head -1`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "import time, sys; sys.stdout.flush(); from utils.run import main; time.sleep(0.5); "
+        [sys.executable, "-c", "import time, sys; sys.stdout.flush(); "
+         "from flatcl.utils.commands.train import main; time.sleep(0.5); "
          "sys.exit(main(['--list']))"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -685,7 +692,8 @@ def test_from_resolves_to_the_very_same_values(tmp_path):
 
 def test_a_config_remembers_its_plugins_wherever_it_is_read(tmp_path, monkeypatch):
     text = (
-        "from models.er import ER\nfrom utils.registry import METHODS\n@METHODS.register('mine')\nclass Mine(ER): ..."
+        "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
+        "@METHODS.register('mine')\nclass Mine(ER): ..."
     )
     plugin(tmp_path, "mine", text)
     monkeypatch.chdir(tmp_path)
@@ -824,7 +832,7 @@ def check_backbone(tmp_path, capsys, monkeypatch):
 
 def check_n_tasks(tmp_path, capsys, monkeypatch):
     argv = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--disable_log")
-    assert run.main([*argv, "--n_tasks", "2"]) == 0
+    assert main([*argv, "--n_tasks", "2"]) == 0
     assert "Accuracy for 2 task(s)" in capsys.readouterr().out
     assert len(build(*argv, "--n_tasks", "2")[1].benchmark) == 2
 
@@ -875,8 +883,8 @@ def check_class_il_argmax(tmp_path, capsys, monkeypatch):
 
 def check_model_config(tmp_path, capsys, monkeypatch):
     argv = ["--model", "er", "--dataset", "seq-mnist", "--buffer_size", "200", "--dry_run"]
-    assert run.main(argv) == 0 and "published" in capsys.readouterr().out
-    assert run.main([*argv, "--model_config", "default"]) == 0 and "published" not in capsys.readouterr().out
+    assert main(argv) == 0 and "published" in capsys.readouterr().out
+    assert main([*argv, "--model_config", "default"]) == 0 and "published" not in capsys.readouterr().out
 
 
 def check_device(tmp_path, capsys, monkeypatch):
@@ -885,14 +893,14 @@ def check_device(tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         assert build(*FAST, "--device", "auto")[1].device.type == "cuda"
     else:
-        assert run.main([*FAST, "--device", "cuda"]) == 2
+        assert main([*FAST, "--device", "cuda"]) == 2
 
 
 def check_data_device(tmp_path, capsys, monkeypatch):
     """On a device without memory of its own, which any machine has."""
     for choice, expected in (("cpu", "cpu"), ("device", "meta")):
         _, trainer = build(*FAST, "--data_device", choice)
-        run._place(trainer.benchmark, choice, torch.device("meta"))
+        _place(trainer.benchmark, choice, torch.device("meta"))
         assert trainer.benchmark._train.images.device.type == expected
 
 
@@ -901,25 +909,25 @@ def check_threads(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     for threads in (1, 3):
         argv = [*FAST, "--debug_mode", "--n_tasks", "1", "--threads", str(threads), "--results_path", str(tmp_path)]
-        assert run.main(argv) == 0
+        assert main(argv) == 0
     found = [json.loads(file.read_text())["threads"] for file in tmp_path.rglob("environment.json")]
     assert sorted(found) == [1, 3] and torch.get_num_threads() == 2
-    assert run.main([*FAST, "--threads", "4"]) == 2
+    assert main([*FAST, "--threads", "4"]) == 2
     assert "at most the number of this machine's cores 3, got 4" in capsys.readouterr().err
 
 
 def check_cuda_graph(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "recorder", lambda device: Tape())
     for wish in ("0", "auto", "1"):
-        assert run.main([*FAST, "--n_tasks", "1", "--cuda_graph", wish, "--results_path", str(tmp_path)]) == 0
+        assert main([*FAST, "--n_tasks", "1", "--cuda_graph", wish, "--results_path", str(tmp_path)]) == 0
         assert ("were replays of recorded ones" in capsys.readouterr().out) == (wish != "0")
 
 
 def check_sync_bn(tmp_path, capsys, monkeypatch):
-    assert run.main([*FAST, "--sync_bn", "1"]) == 2
+    assert main([*FAST, "--sync_bn", "1"]) == 2
     assert "--sync_bn 1 has no effect in one process" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run.main([*FAST, "--sync_bn", "1", "--device", "cpu"]) == 2
+    assert main([*FAST, "--sync_bn", "1", "--device", "cpu"]) == 2
     assert "--sync_bn 1 needs GPUs" in capsys.readouterr().err
 
 
@@ -936,7 +944,7 @@ def finished_run(tmp_path, *words):
     """The folder of a short run with one task."""
     argv = [*FAST, "--debug_mode", "--n_tasks", "1", "--results_path", str(tmp_path), *words]
     with contextlib.redirect_stdout(None):
-        assert run.main(argv) == 0
+        assert main(argv) == 0
     (file,) = tmp_path.rglob("summary.json")
     return file.parent
 
@@ -958,20 +966,20 @@ def check_log_every(tmp_path, capsys, monkeypatch):
 def check_non_verbose(tmp_path, capsys, monkeypatch):
     argv = [*FAST, "--debug_mode", "--disable_log"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert run.main(argv) == 0 and "Task 1" in capsys.readouterr().err
+    assert main(argv) == 0 and "Task 1" in capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert run.main([*argv, "--non_verbose"]) == 0 and capsys.readouterr().err == ""
+    assert main([*argv, "--non_verbose"]) == 0 and capsys.readouterr().err == ""
 
 
 def check_disable_log(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.main([*FAST, "--debug_mode", "--disable_log", "1"]) == 0
+    assert main([*FAST, "--debug_mode", "--disable_log", "1"]) == 0
     assert list(tmp_path.iterdir()) == [] and "run folder" not in capsys.readouterr().out
 
 
 def check_dry_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.main([*FAST, "--dry_run"]) == 0
+    assert main([*FAST, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [] and "er on seq-synth" in out and "Accuracy" not in out
 
@@ -979,7 +987,8 @@ def check_dry_run(tmp_path, capsys, monkeypatch):
 def check_checkpoint_minutes(tmp_path, capsys, monkeypatch):
     """What a run that dies in its second task has left."""
     text = (
-        "from models.er import ER\nfrom utils.registry import METHODS\n@METHODS.register('mortal')\nclass Mortal(ER):\n"
+        "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
+        "@METHODS.register('mortal')\nclass Mortal(ER):\n"
         "    def remember(self, batch, loss):\n        super().remember(batch, loss)\n"
         "        if self.buffer.num_seen == 12 * 16: raise OSError('pulled the plug')\n"
     )
@@ -987,7 +996,7 @@ def check_checkpoint_minutes(tmp_path, capsys, monkeypatch):
     for minutes, steps in (("0", 8), ("1e-9", 11)):
         folder = tmp_path / minutes
         with pytest.raises(OSError, match="pulled the plug"):
-            run.main([*argv, "--results_path", str(folder), "--checkpoint_minutes", minutes])
+            main([*argv, "--results_path", str(folder), "--checkpoint_minutes", minutes])
         (file,) = folder.rglob("state.pt")
         assert checkpoint.load(file.parent)["cost"]["steps"] == steps
 
@@ -996,8 +1005,7 @@ def check_keep_checkpoint(tmp_path, capsys, monkeypatch):
     """What a finished run leaves: its last checkpoint, or weights that torch alone can read."""
     for choice in ("1", "0"):
         assert (
-            run.main(["--model", "er", *SMALL, "--keep_checkpoint", choice, "--results_path", str(tmp_path / choice)])
-            == 0
+            main(["--model", "er", *SMALL, "--keep_checkpoint", choice, "--results_path", str(tmp_path / choice)]) == 0
         )
     kept, dropped = (next((tmp_path / choice).rglob("config.json")).parent for choice in ("1", "0"))
     assert [path.name for path in (kept / "checkpoint").iterdir()] == ["state.pt"] and not (kept / "model.pt").exists()
@@ -1095,7 +1103,7 @@ def test_from_with_another_optimizer_takes_that_optimizers_own_defaults(tmp_path
 def test_list_of_optimizers_has_passes_and_memory_of_all_plugins_too(tmp_path, prints):
     text = (
         '"""Mine: a variant.\n\nPasses: 7 forward, 7 backward\nMemory: 9 P\n"""\n'
-        "from utils.optim._sharpness import SharpnessAware\nfrom utils.registry import OPTIMIZERS\n"
+        "from flatcl.utils.optim._sharpness import SharpnessAware\nfrom flatcl.utils.registry import OPTIMIZERS\n"
         "@OPTIMIZERS.register('mine')\nclass Mine(SharpnessAware):\n    pass\n"
     )
     out = prints("--plugin", plugin(tmp_path, "mine", text), "--list", "optimizers")

@@ -11,10 +11,11 @@ from scipy import stats
 from torch import nn
 from torchvision import transforms as T
 
-from utils import run
-from utils.arguments import resolve
-from utils.augment import Augment, CropFlip
-from utils.registry import DATASETS, METHODS
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.augment import Augment, CropFlip
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.registry import DATASETS, METHODS
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
@@ -48,7 +49,7 @@ def outcomes(image, padding):
 
 def build(*words):
     config = resolve(["--model", "er", "--dataset", "seq-synth", "--disable_log", "--non_verbose", *map(str, words)])
-    return run.build(config, CPU, None)
+    return build_trainer(config, CPU, None)
 
 
 # ------------------------------------------------------------------------------------------------ crop and flip
@@ -297,9 +298,9 @@ def test_a_benchmark_may_declare_kornias_own_modules(tmp_path, monkeypatch, caps
     plugin = tmp_path / "own.py"
     plugin.write_text(
         "import kornia.augmentation as K\n"
-        "from datasets.seq_synth import SeqSynth\n"
-        "from utils.augment import CropFlip\n"
-        "from utils.registry import DATASETS\n"
+        "from flatcl.datasets.seq_synth import SeqSynth\n"
+        "from flatcl.utils.engine.augment import CropFlip\n"
+        "from flatcl.utils.registry import DATASETS\n"
         "@DATASETS.register('kornia-own')\n"
         "class Own(SeqSynth):\n"
         "    def augmentations(self):\n"
@@ -308,7 +309,7 @@ def test_a_benchmark_may_declare_kornias_own_modules(tmp_path, monkeypatch, caps
     for registry in (DATASETS, METHODS):
         monkeypatch.setattr(registry, "_objects", dict(registry._objects))
     words = ["--plugin", plugin, "--dataset", "kornia-own", "--n_epochs", 1, "--debug_mode"]
-    assert run.main(["--model", "er", "--disable_log", "--non_verbose", *map(str, words)]) == 0
+    assert main(["--model", "er", "--disable_log", "--non_verbose", *map(str, words)]) == 0
     assert "Class-IL" in capsys.readouterr().out
     trainers = [build(*words), build(*words)]
     assert [len(trainer.augment.transforms) for trainer in trainers] == [3, 3]

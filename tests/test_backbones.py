@@ -8,9 +8,9 @@ import torchvision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from backbone import resnet32
-from utils.arguments import args_of
-from utils.registry import BACKBONES, DATASETS
+from flatcl.backbone import resnet32
+from flatcl.utils.arguments import args_of
+from flatcl.utils.registry import BACKBONES, DATASETS
 
 NAMES = BACKBONES.names()
 SHAPES = sorted({(DATASETS.load(name).shape, DATASETS.load(name).num_classes) for name in DATASETS.names()})

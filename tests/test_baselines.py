@@ -16,12 +16,13 @@ import torch
 from scipy import optimize, stats
 from torch import nn
 
-from models._method import Batch
-from models.gem import solve_dual
-from utils import passes, run, seeding
-from utils.arguments import resolve
-from utils.buffer import Buffer
-from utils.registry import BACKBONES
+from flatcl.models._method import Batch
+from flatcl.models.gem import solve_dual
+from flatcl.utils.arguments import resolve
+from flatcl.utils.engine import passes, seeding
+from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.engine.build import build
+from flatcl.utils.registry import BACKBONES
 
 LR = 0.1
 NETS = ("mnistmlp", "tiny-bn")
@@ -289,7 +290,7 @@ def test_gradients_of_single_rows_of_our_backbones_follow_from_their_layers(name
     """No layer is of a kind that needs one pass a row."""
     monkeypatch.setattr(passes, "row_gradients", None)
     argv = ["--model", "sgd", "--dataset", "seq-synth", "--backbone", name, "--disable_log"]
-    net = run.build(resolve(argv), torch.device("cpu"), None).method.net.eval()
+    net = build(resolve(argv), torch.device("cpu"), None).method.net.eval()
     x, y = torch.randn(3, 3, 8, 8), torch.randint(4, (3,))
     assert passes.gram(net, x, y).shape == (3, 3)
     assert len(passes.square_sums(net, x, y, torch.ones_like)) == len(list(net.parameters()))

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.buffer import Buffer
+from flatcl.utils.engine.buffer import Buffer
 
 
 def rng(seed=0):

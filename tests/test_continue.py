@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint, run, sweep
-from utils.arguments import resolve
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import sweep
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import checkpoint
 
 BASE = ("--dataset", "seq-synth", "--non_verbose", "--log_every", "5")
 
 
 @pytest.fixture(autouse=True)
 def unpictured(monkeypatch):
-    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args, **options: [])
+    monkeypatch.setattr("flatcl.utils.engine.logs.Logs.finish", lambda *args, **options: [])
 
 
 def start(tmp_path, *words, code=0):
     """A run's folder."""
     before = {*tmp_path.rglob("config.json")}
-    assert run.main([*words, "--results_path", str(tmp_path / "results"), "--non_verbose"]) == code
+    assert main([*words, "--results_path", str(tmp_path / "results"), "--non_verbose"]) == code
     (file,) = {*tmp_path.rglob("config.json")} - before
     return file.parent
 
@@ -32,7 +34,7 @@ def read(folder, name):
 
 def refused(capsys, *words):
     capsys.readouterr()
-    assert run.main([*words]) == 2
+    assert main([*words]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and len(error.splitlines()) == 1
     return error
@@ -96,7 +98,7 @@ def test_another_optimizer_begins_anew(tmp_path):
 
 
 def test_a_continued_run_resumes(tmp_path, monkeypatch):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     first = start(tmp_path, "--model", "derpp", *BASE, "--stop_after", "1")
     words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
@@ -104,15 +106,15 @@ def test_a_continued_run_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", 15))
         second = start(tmp_path, *words, code=143)
-    assert run.main(["--resume", str(second), "--non_verbose"]) == 0
+    assert main(["--resume", str(second), "--non_verbose"]) == 0
     assert read(second, "accuracy") == read(whole, "accuracy")
-    assert run.main([*words, "--resume", "auto", "--results_path", str(tmp_path / "results")]) == 0
+    assert main([*words, "--resume", "auto", "--results_path", str(tmp_path / "results")]) == 0
 
 
 def test_a_continued_run_that_was_killed_before_its_first_checkpoint_starts_where_its_parent_ended(
     tmp_path, monkeypatch
 ):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
     words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
@@ -123,7 +125,7 @@ def test_a_continued_run_that_was_killed_before_its_first_checkpoint_starts_wher
     trained = []
     monkeypatch.setattr(Trainer, "_train_task", lambda self, task, train=Trainer._train_task: (
         trained.append(task.index), train(self, task)))  # fmt: skip
-    assert run.main(["--resume", str(second), "--non_verbose"]) == 0
+    assert main(["--resume", str(second), "--non_verbose"]) == 0
     assert trained == [1] and read(second, "accuracy") == read(whole, "accuracy")
 
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_continued_is_said_before_any_work(words, message, tmp_pa
 
 
 def test_runs_that_are_not_finished_or_have_nothing_to_go_on_from(tmp_path, capsys, monkeypatch):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     assert "Name it by --from" in refused(capsys, "--model", "er", *BASE, "--continue", "1")
     light = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--keep_checkpoint", "0")
@@ -182,7 +184,7 @@ def test_runs_that_are_not_finished_or_have_nothing_to_go_on_from(tmp_path, caps
 
 
 def test_a_run_that_was_stopped_inside_a_task_is_to_be_finished_first(tmp_path, capsys, monkeypatch):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     def stop(self):
         if len(self.progress.tasks) == 1:
@@ -198,6 +200,6 @@ def test_a_parent_that_is_gone_is_named(tmp_path, capsys):
     first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--debug_mode")
     second = start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "2")
     first.rename(tmp_path / "moved")
-    assert run.main(["--resume", str(second)]) == 0  # finished: nothing to be done
+    assert main(["--resume", str(second)]) == 0  # finished: nothing to be done
     assert f"{first} has no checkpoint" in refused(capsys, "--from", str(second))
     assert Path(read(second, "config")["continues"]["run"]) == first

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import report, run, sweep
-from utils.logs import Logs
+from flatcl.utils.commands import report, sweep
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.logs import Logs
 
 ARGV = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2", "--threads", "1")
 WEIRD = (
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Logs, "finish", lambda *_: [])
-        assert run.main([*ARGV, "--device", "cpu", "--results_path", str(root)]) == 0
+        assert main([*ARGV, "--device", "cpu", "--results_path", str(root)]) == 0
     (file,) = root.rglob("config.json")
     return file.parent
 
@@ -146,40 +147,42 @@ def attempt(capsys, name, damage, call, codes=(0, 2)):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_damaged_config(seed, folder, capsys):
     for damage in damages(folder / "config.json", 110, seed):
-        attempt(capsys, "config --from", damage, lambda: run.main(["--from", str(folder), "--dry_run"]))
-        attempt(capsys, "config --resume", damage, lambda: run.main(["--resume", str(folder), "--dry_run"]))
+        attempt(capsys, "config --from", damage, lambda: main(["--from", str(folder), "--dry_run"]))
+        attempt(capsys, "config --resume", damage, lambda: main(["--resume", str(folder), "--dry_run"]))
 
 
 def test_a_damaged_summary_of_a_run_that_is_resumed(folder, capsys):
     """What is no summary is taken for one of a run that did not finish: the checkpoint writes it anew."""
     file = folder / "summary.json"
     for number, damage in enumerate(damages(file, 30, seed=2)):
-        attempt(capsys, "summary --resume", damage, lambda: run.main(["--resume", str(folder)]), (0, 1, 2))
+        attempt(capsys, "summary --resume", damage, lambda: main(["--resume", str(folder)]), (0, 1, 2))
         if number == 0:  # cut
             assert json.loads(file.read_text())["status"] == "finished"
 
 
 def test_a_damaged_matrix(folder, capsys, monkeypatch):
     monkeypatch.undo()  # this draws
-    monkeypatch.setattr("utils.pictures.save", lambda figure, path: None)
-    monkeypatch.setattr("utils.pictures.to_array", lambda figure: torch.zeros(9, 9, 3, dtype=torch.uint8).numpy())
+    monkeypatch.setattr("flatcl.utils.engine.pictures.save", lambda figure, path: None)
+    monkeypatch.setattr(
+        "flatcl.utils.engine.pictures.to_array", lambda figure: torch.zeros(9, 9, 3, dtype=torch.uint8).numpy()
+    )
     for name in ("accuracy.json", "summary.json"):
         for damage in damages(folder / name, 12, seed=3):
-            attempt(capsys, f"{name} drawn", damage, lambda: run.main(["--resume", str(folder)]), (0, 1, 2))
+            attempt(capsys, f"{name} drawn", damage, lambda: main(["--resume", str(folder)]), (0, 1, 2))
 
 
 def test_damaged_metrics(folder, capsys):
     """They are never read again; only their length counts."""
     for damage in damages(folder / "metrics.jsonl", 20, seed=4):
         (folder / "summary.json").unlink(missing_ok=True)
-        attempt(capsys, "metrics --resume", damage, lambda: run.main(["--resume", str(folder)]))
+        attempt(capsys, "metrics --resume", damage, lambda: main(["--resume", str(folder)]))
 
 
 def test_a_damaged_checkpoint(folder, capsys):
     file = folder / "checkpoint" / "state.pt"
     for number, damage in enumerate(damages(file, 60, seed=5)):
         (folder / "summary.json").unlink(missing_ok=True)
-        said = attempt(capsys, "checkpoint", damage, lambda: run.main(["--resume", str(folder)]))
+        said = attempt(capsys, "checkpoint", damage, lambda: main(["--resume", str(folder)]))
         if number < 60:
             assert len(said.err.splitlines()) == 1 and str(file) in said.err, (damage, said)
 
@@ -201,7 +204,7 @@ for _ in range(100):
     ids=lambda state: ascii(state)[:40],
 )  # fmt: skip
 def test_a_whole_checkpoint_of_something_else(state, folder, capsys):
-    from utils import checkpoint
+    from flatcl.utils.engine import checkpoint
 
     path = folder / "checkpoint"
     known = checkpoint.load(path)
@@ -211,7 +214,7 @@ def test_a_whole_checkpoint_of_something_else(state, folder, capsys):
         torch.save({**known, **state} if state != {"method": {}} else state, path / "state.pt")
     else:
         torch.save(state, path / "state.pt")
-    said = attempt(capsys, "foreign checkpoint", state, lambda: run.main(["--resume", str(folder)]), codes=(2,))
+    said = attempt(capsys, "foreign checkpoint", state, lambda: main(["--resume", str(folder)]), codes=(2,))
     assert len(said.err.splitlines()) == 1
     assert not (folder / "lock").exists() and not list(folder.rglob("*.tmp"))
 
@@ -220,7 +223,7 @@ def test_a_damaged_lock(folder, capsys):
     file = folder / "lock"
     file.write_text('{"pid": 1, "host": "far", "place": "far", "started": 1, "token": "a"}')
     for damage in damages(file, 20, seed=6):
-        attempt(capsys, "lock", damage, lambda: run.main(["--resume", str(folder)]))
+        attempt(capsys, "lock", damage, lambda: main(["--resume", str(folder)]))
 
 
 def test_damaged_runs_in_reports_and_in_the_skip_check_of_sweeps(folder, capsys):
@@ -258,7 +261,7 @@ def test_paths_that_cannot_be(flag, capsys, tmp_path, monkeypatch):
     words = [*ARGV, "--model", "sgd"] if flag not in ("--from", "--resume") else []
     codes = (0, 2) if flag in ("--notes", "--base_path", "--results_path") else (2,)
     for path in ("\0", "a\0b", "\ud800", "~nobody/x", "y" * 5000, "/dev/zero", "/dev/null/x", "", " ", "."):
-        attempt(capsys, f"path of {flag}", path, partial(run.main, [*words, flag, path]), codes)
+        attempt(capsys, f"path of {flag}", path, partial(main, [*words, flag, path]), codes)
 
 
 def test_at_least_500_damages_were_tried(capsys):

@@ -10,12 +10,12 @@ import torch
 from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet
 from PIL import Image
 
-from datasets import _files
-from datasets._rotation import rotation_maps
-from utils import run
-from utils.arguments import resolve
-from utils.errors import DataError, UsageError
-from utils.registry import DATASETS
+from flatcl.datasets import _files
+from flatcl.datasets._rotation import rotation_maps
+from flatcl.utils.arguments import resolve
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.registry import DATASETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
 
@@ -474,7 +474,7 @@ def test_mnist_360_refuses_what_a_stream_cannot_do():
 @pytest.mark.parametrize("name, boundaries", [("mnist-360", []), ("seq-digits", [0, 1, 2, 3, 4])])
 def test_a_method_learns_of_boundaries_only_where_there_are_any(root, name, boundaries):
     config = configure(name, "--base_path", root, "--disable_log", "--non_verbose", "--debug_mode")
-    trainer = run.build(config, torch.device("cpu"), None)
+    trainer = build_trainer(config, torch.device("cpu"), None)
     begun, ended = [], []
     trainer.method.begin_task = lambda task: begun.append(task.index)
     trainer.method.end_task = lambda task: ended.append(task.index)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models._incremental import herd
-from utils.arguments import resolve
-from utils.errors import UsageError
+from flatcl.models._incremental import herd
+from flatcl.utils.arguments import resolve
+from flatcl.utils.errors import UsageError
 
 WITH_EXEMPLARS = ("icarl", "bic", "lucir")
 

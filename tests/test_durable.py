@@ -16,14 +16,16 @@ import pytest
 import torch
 from test_runs import assert_same_run, lines_of, read, refused, start, timeless
 
-from utils import checkpoint, memory, report, run
-from utils.logs import Logs
-from utils.registry import METHODS, ROOT
+from flatcl.utils.commands import report
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import checkpoint, memory
+from flatcl.utils.engine.logs import Logs
+from flatcl.utils.registry import METHODS, ROOT, load_plugin
 
 HOOKED = '''"""ER that calls a function after a step, and waits for a file to go before its first forward pass."""
 import os, time
-from models.er import ER
-from utils.registry import METHODS
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
 
 @METHODS.register("hooked")
 class Hooked(ER):
@@ -52,7 +54,7 @@ def hooked(tmp_path, unpictured):
     """The command line of a run (8 steps a task, 24 in all), and the class whose `hooks[step]` are called."""
     file = tmp_path / "hooked.py"
     file.write_text(HOOKED)
-    run.load_plugin(str(file))
+    load_plugin(str(file))
     METHODS.load("hooked").hooks = {}
     return (*WORDS, "--plugin", str(file), "--device", "cpu"), METHODS.load("hooked").hooks
 
@@ -151,7 +153,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(bit,
     content[bit // 8] ^= 1 << bit % 8
     file.write_bytes(content)
     capsys.readouterr()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     said = capsys.readouterr()
     assert "resumed after step 8, 1 task(s)" in said.out and "state.pt is damaged" in said.err
     assert len(said.err.splitlines()) == 2 and said.err.startswith("note: plugin")
@@ -213,7 +215,7 @@ def test_a_run_that_is_alive_is_not_resumed_and_one_that_was_killed_at_once_is(w
     process.kill()
     process.wait()
     assert (folder / "lock").exists()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert "resumed after step 0, 0 task(s) finished" in capsys.readouterr().out
     assert_same_run(whole, folder)
     assert nothing_half_written(folder)
@@ -225,7 +227,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(hooked, w
     folder = start(tmp_path / "part", *argv)
     for name in ("summary.json", "accuracy.json", "checkpoint/state.pt"):
         (folder / name).unlink()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 
 
@@ -257,7 +259,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_resume_command(name, hook
     assert read(folder)["status"] == "interrupted" and checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 11
     assert signal.getsignal(number) == handler and nothing_half_written(folder)
     hooks.clear()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 
 
@@ -333,7 +335,7 @@ def test_a_stderr_that_is_gone_costs_no_run(hooked, whole, tmp_path, monkeypatch
             patch.setattr(sys, "stderr", stream)
             folder = start(tmp_path / str(number), *argv, code=129)
             hooks.clear()
-            assert run.main(["--resume", str(folder)]) == 0
+            assert main(["--resume", str(folder)]) == 0
         assert_same_run(whole, folder)
 
 
@@ -394,11 +396,11 @@ def test_a_list_that_cannot_be_printed_has_failed(monkeypatch, capsys):
     for words in (["--list"], ["--model", "er", "--dataset", "seq-synth", "--dry_run"]):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", open("/dev/full", "w"))
-            assert run.main(words) == 1
+            assert main(words) == 1
         assert capsys.readouterr().err == "failed: the output cannot be written (No space left on device).\n"
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", closed_pipe())
-            assert run.main(words) == 1
+            assert main(words) == 1
         assert capsys.readouterr().err == ""
 
 
@@ -449,7 +451,7 @@ def test_a_disk_that_stays_full_is_one_sentence_and_the_run_can_be_resumed(full_
     assert "final_average_accuracy" in said.out, "they stand on the console"
     assert nothing_half_written(folder) and read(folder)["status"] == "running"
     hooks.clear()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 
 
@@ -460,14 +462,14 @@ def test_a_signal_on_a_full_disk_keeps_the_checkpoint_before(full_disk, hooked, 
     full_disk(False)
     hooks.clear()
     assert nothing_half_written(folder) and "the one before is kept" in capsys.readouterr().err
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 
 
 def test_a_disk_that_is_full_at_the_start_is_said_before_any_work(full_disk, hooked, tmp_path, capsys):
     full_disk(True)
     try:
-        code = run.main([*hooked[0], "--results_path", str(tmp_path / "out")])
+        code = main([*hooked[0], "--results_path", str(tmp_path / "out")])
     finally:
         full_disk(False)
     (line,) = capsys.readouterr().err.splitlines()
@@ -485,7 +487,7 @@ def test_a_run_whose_folder_is_gone_stops_with_one_sentence(hooked, tmp_path, ca
 
     hooks[10] = move
     capsys.readouterr()
-    assert run.main([*argv, "--results_path", str(tmp_path / "out")]) == 1
+    assert main([*argv, "--results_path", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("failed: the run folder ") and "was deleted or moved" in last
     assert not list((tmp_path / "out").rglob("*.*")), "nothing is made anew"
@@ -504,7 +506,7 @@ def test_metrics_that_lost_lines_are_not_padded(hooked, whole, tmp_path, capsys)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     capsys.readouterr()
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     _, line = capsys.readouterr().err.splitlines()  # the first one names the plugin
     assert line.startswith(f"warning: {file} has {len(content) // 2:,} bytes, and had {len(content):,}")
     whole_lines, lines = timeless(whole), timeless(folder)
@@ -537,7 +539,7 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
 
     def resumed():
         capsys.readouterr()
-        assert run.main(["--resume", str(folder)]) == 0
+        assert main(["--resume", str(folder)]) == 0
         said = capsys.readouterr()
         assert said.err == ""
         return said.out
@@ -573,6 +575,6 @@ def test_files_that_a_killed_process_left_half_written_are_removed(hooked, whole
     hooks.clear()
     for name in ("summary.json.99.tmp", ".curves.png.99.tmp", "checkpoint/state.pt.99.tmp", "checkpoint/state.pt.new"):
         (folder / name).write_text("half")
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert nothing_half_written(folder)
     assert Path(folder / "checkpoint" / "state.pt").exists()

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from datasets._benchmark import Split
-from models._method import Block, Loss, Method, Objective
-from utils import passes, run
-from utils.arguments import flags_of, resolve
-from utils.errors import DataError, UsageError
-from utils.optim._driver import batchnorms, frozen_statistics, normalise_single_values
-from utils.registry import DATASETS, METHODS, OPTIMIZERS
+from flatcl.datasets._benchmark import Split
+from flatcl.models._method import Block, Loss, Method, Objective
+from flatcl.utils.arguments import flags_of, resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import passes
+from flatcl.utils.engine.build import build
+from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.optim._driver import batchnorms, frozen_statistics, normalise_single_values
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS
 
 PLUGIN = '''"""Benchmarks of a few rows, and backbones with layers that are frozen or see one value per channel."""
 
@@ -22,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn.functional import relu
 
-from datasets._benchmark import Benchmark, DomainBenchmark
-from utils.registry import BACKBONES, DATASETS
+from flatcl.datasets._benchmark import Benchmark, DomainBenchmark
+from flatcl.utils.registry import BACKBONES, DATASETS
 
 
 @DATASETS.register("edge-even")
@@ -208,7 +210,7 @@ def begin(plugin):
             "disable_log": 1, "non_verbose": 1, **short, **flags,
         }  # fmt: skip
         words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
-        return run.build(resolve(["--plugin", plugin, *words]), torch.device("cpu"), None)
+        return build(resolve(["--plugin", plugin, *words]), torch.device("cpu"), None)
 
     return begin
 
@@ -766,6 +768,6 @@ def test_constant_terms_have_no_gradient(begin, optimizer):
 )
 def test_one_line_and_no_run_folder(plugin, tmp_path, capsys, words, line):
     argv = ["--plugin", plugin, "--model", "er", "--dataset", "edge-even", "--backbone", "edge-bn", *words]
-    assert run.main([*argv, "--device", "cpu", "--results_path", str(tmp_path / "results")]) == 2
+    assert main([*argv, "--device", "cpu", "--results_path", str(tmp_path / "results")]) == 2
     (found,) = capsys.readouterr().err.splitlines()
     assert found.startswith(line) and not [path for path in tmp_path.rglob("*") if path.is_file()]

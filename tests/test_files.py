@@ -25,11 +25,11 @@ import torch
 from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet, python2_pickle
 from PIL import Image
 
-from datasets import _files
-from datasets._files import load_cifar, load_mnist, load_tinyimagenet
-from utils import download
-from utils.download import fetch, md5_of
-from utils.errors import DataError
+from flatcl.datasets import _files
+from flatcl.datasets._files import load_cifar, load_mnist, load_tinyimagenet
+from flatcl.utils import download
+from flatcl.utils.download import fetch, md5_of
+from flatcl.utils.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a made set")
 ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
@@ -793,7 +793,7 @@ def test_an_interrupted_download_leaves_no_folder(serve, tmp_path, monkeypatch):
 
 FETCH = """
 import sys, pathlib
-from utils.download import fetch
+from flatcl.utils.download import fetch
 fetch([sys.argv[1]], pathlib.Path(sys.argv[2]), sys.argv[3], "made")
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet
 
-from datasets import _files
-from utils import run
+from flatcl.datasets import _files
+from flatcl.utils.commands.train import main as run_main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
 
@@ -53,7 +53,7 @@ def offline(tmp_path, monkeypatch):
 def main(tmp_path, dataset, *words):
     folders = ("--base_path", tmp_path / "data", "--results_path", tmp_path / "results")
     argv = ["--model", "er", "--dataset", dataset, *folders, "--device", "cpu", "--non_verbose", *words]
-    return run.main([str(word) for word in argv])
+    return run_main([str(word) for word in argv])
 
 
 def run_folder(tmp_path) -> Path:

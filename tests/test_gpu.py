@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 
-from utils import run
-from utils.arguments import resolve
-from utils.registry import BACKBONES, METHODS, OPTIMIZERS
+from flatcl.utils.arguments import resolve
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.engine.build import resolve_device
+from flatcl.utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -38,7 +39,7 @@ def waits(trainer) -> list[int]:
 
 def build(model: str, *words: str):
     argv = ["--model", model, "--dataset", "seq-synth", "--stop_after", "3", "--disable_log", "--non_verbose", *words]
-    return run.build(resolve(argv), run.resolve_device("cuda"), None)
+    return build_trainer(resolve(argv), resolve_device("cuda"), None)
 
 
 @pytest.mark.parametrize("model", [name for name in METHODS.names() if not METHODS.load(name).trains_jointly])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tape import Tape
 
-from utils import gpu, program
-from utils.arguments import resolve
+from flatcl.__main__ import main as command
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import gpu
+from flatcl.utils.engine import program
 
 SMALL = {"dataset": "seq-synth", "buffer_size": 40}
 
@@ -79,10 +81,8 @@ def test_a_part_that_takes_too_long_is_cut_off(tmp_path):
 def test_a_device_that_is_not_there_is_said(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as end:
-        gpu.main([])
-    assert end.value.code == 2
-    assert "--device cuda" in capsys.readouterr().err
+    assert command(["gpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda is not there. Choose from: auto, cpu")
 
 
 def test_each_method_and_each_optimizer_is_compared():
@@ -92,7 +92,7 @@ def test_each_method_and_each_optimizer_is_compared():
 
 def test_runs_with_convolutions_are_on_a_network_that_has_them(monkeypatch):
     seen = []
-    monkeypatch.setattr(gpu.run, "build", lambda config, *rest: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(gpu, "build", lambda config, *rest: seen.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu.outcome("er", "esam", "convolutions", torch.device("cpu"), "0")
     assert (seen[0].backbone, seen[0].dataset, seen[0].n_epochs) == ("resnet32", "seq-synth", 2)

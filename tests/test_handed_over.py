@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from datasets._benchmark import DomainBenchmark, Split
-from datasets.seq_synth import SeqSynth
-from utils import run
-from utils.arguments import resolve
-from utils.augment import Augment, CropFlip
-from utils.augment_check import look_at, pipeline
-from utils.registry import DATASETS, METHODS
+from flatcl.datasets._benchmark import DomainBenchmark, Split
+from flatcl.datasets.seq_synth import SeqSynth
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.augment import Augment, CropFlip
+from flatcl.utils.engine.augment_check import look_at, pipeline
+from flatcl.utils.registry import DATASETS, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = '''"""Three classes, two channels, in one task each; (x, y) are its training images and labels."""
@@ -33,10 +33,10 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.transforms import v2
 
-from datasets._benchmark import Benchmark, DomainBenchmark
-from models.er import ER
-from utils.augment import CropFlip
-from utils.registry import DATASETS, METHODS
+from flatcl.datasets._benchmark import Benchmark, DomainBenchmark
+from flatcl.models.er import ER
+from flatcl.utils.engine.augment import CropFlip
+from flatcl.utils.registry import DATASETS, METHODS
 
 
 class Each(nn.Module):
@@ -99,7 +99,7 @@ def refused(tmp_path, capsys):
     """`refused(load=..., ...)` -> the one line that the command line prints."""
 
     def refused(model="er", **parts):
-        assert run.main(words(tmp_path, model, **parts)) == 2
+        assert main(words(tmp_path, model, **parts)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
@@ -111,7 +111,7 @@ def accepted(tmp_path, capsys):
     """`accepted(load=..., ...)` -> (what the run printed of accuracies, what it wrote to stderr)."""
 
     def accepted(model="er", **parts):
-        assert run.main([*words(tmp_path, model, **parts), "--disable_log"]) == 0, capsys.readouterr().err
+        assert main([*words(tmp_path, model, **parts), "--disable_log"]) == 0, capsys.readouterr().err
         printed, errors = capsys.readouterr()
         return printed[printed.index("Accuracy in %") : printed.index(" steps, ")], errors
 
@@ -376,7 +376,7 @@ def test_a_transform_without_a_draw_passes_with_a_warning(accepted):
 
 
 def test_augmentations_that_are_off_are_not_looked_at(tmp_path):
-    assert run.main([*words(tmp_path, augmentations="[T.RandomHorizontalFlip()]"), "--augmentation", "0"]) == 0
+    assert main([*words(tmp_path, augmentations="[T.RandomHorizontalFlip()]"), "--augmentation", "0"]) == 0
 
 
 class Shown(SeqSynth):
@@ -441,7 +441,7 @@ def test_images_that_are_not_stored_ones_are_refused_at_the_first_step(refused, 
 def decided(folder, *flags, dataset="seq-synth", plugins=()):
     argv = ["--model", "sgd", "--dataset", dataset, "--device", "cpu", "--threads", "1", "--non_verbose"]
     argv += [*plugins, "--debug_mode", "--results_path", str(folder), *map(str, flags)]
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     (file,) = folder.rglob("benchmark.json")
     return json.loads(file.read_text())
 
@@ -472,7 +472,7 @@ def test_a_file_lies_there_before_training_and_is_left_by_a_run_that_fails(tmp_p
     """Even a run that is stopped at once says what its seed decided."""
     file = plugin(tmp_path, method="def draw(self, batch):\n        raise KeyboardInterrupt")
     argv = ["--plugin", str(file), "--model", "odd_er", "--dataset", "odd", "--results_path", str(tmp_path / "r")]
-    assert run.main([*argv, "--non_verbose", "--device", "cpu"]) == 130
+    assert main([*argv, "--non_verbose", "--device", "cpu"]) == 130
     (found,) = (tmp_path / "r").rglob("benchmark.json")
     assert [task["train_rows"] for task in json.loads(found.read_text())["tasks"]] == [10, 10, 10]
 
@@ -480,8 +480,8 @@ def test_a_file_lies_there_before_training_and_is_left_by_a_run_that_fails(tmp_p
 def own(folder, base, body):
     file = folder / "own.py"
     file.write_text(
-        "import torch\nfrom datasets._benchmark import DomainBenchmark, Split\n"
-        "from datasets.seq_synth import SeqSynth\nfrom utils.registry import DATASETS\n\n\n"
+        "import torch\nfrom flatcl.datasets._benchmark import DomainBenchmark, Split\n"
+        "from flatcl.datasets.seq_synth import SeqSynth\nfrom flatcl.utils.registry import DATASETS\n\n\n"
         f"@DATASETS.register('own')\nclass Own({base}):\n    {body}\n"
     )
     return "--plugin", str(file)
@@ -527,7 +527,7 @@ def test_domains_made_in_another_way_are_not_made_to_be_counted():
 def test_decisions_that_json_cannot_hold_are_refused(tmp_path, capsys):
     plugins = own(tmp_path, "SeqSynth", "decided = lambda self: super(Own, self).decided() | {'a': torch.ones(2)}")
     argv = [*plugins, "--model", "sgd", "--dataset", "own", "--results_path", str(tmp_path / "results")]
-    assert run.main(argv) == 2
+    assert main(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "own: decided must return" in line and "Tensor" in line and ".tolist()" in line
     assert not list((tmp_path / "results").rglob("config.json")), "nothing is left of a run that never began"

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from utils import run, sweep
-from utils.arguments import resolve
-from utils.identity import code_of, differences, meaning
-from utils.lock import Lock
-from utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import sweep
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.lock import Lock
+from flatcl.utils.identity import code_of, differences, meaning
+from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
 
 METHOD = '''"""ER with a scaled loss."""
 
-from models._method import Loss
-from models.er import ER
-from utils.registry import METHODS
+from flatcl.models._method import Loss
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
 
 SCALE = 1.0
 
@@ -46,13 +47,13 @@ def plugin(tmp_path):
 
 @pytest.fixture(autouse=True)
 def unpictured(monkeypatch):
-    monkeypatch.setattr("utils.logs.Logs.finish", lambda *args, **options: [])
+    monkeypatch.setattr("flatcl.utils.engine.logs.Logs.finish", lambda *args, **options: [])
 
 
 def start(tmp_path, *words, code=0):
     """A run's folder."""
     before = {*tmp_path.rglob("config.json")}
-    assert run.main([*words, "--results_path", str(tmp_path / "results")]) == code
+    assert main([*words, "--results_path", str(tmp_path / "results")]) == code
     (file,) = {*tmp_path.rglob("config.json")} - before
     return file.parent
 
@@ -60,7 +61,7 @@ def start(tmp_path, *words, code=0):
 def said(capsys, *words, code=2):
     """What a command line that is refused says: one line."""
     capsys.readouterr()
-    assert run.main([*words]) == code
+    assert main([*words]) == code
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
@@ -79,7 +80,10 @@ SAME = {
         "loss.mapped(lambda part: part * SCALE)",
         "loss.mapped(\n            lambda part: part * SCALE,\n        )",
     ),
-    "an import that nothing uses": ("from models._method import Loss", "from models._method import Block, Loss"),
+    "an import that nothing uses": (
+        "from flatcl.models._method import Loss",
+        "from flatcl.models._method import Block, Loss",
+    ),
     "published values": (
         "class Mine(ER):\n",
         'class Mine(ER):\n    published = {("seq-mnist", 200): {"lr": (1, "")}}\n',
@@ -95,7 +99,7 @@ OTHER = {
 
 
 def digest(text):
-    from utils.identity import _dump
+    from flatcl.utils.identity import _dump
 
     return _dump(meaning(text))
 
@@ -120,7 +124,7 @@ def test_a_hint_and_its_import_alone_change_no_digest():
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
-    from utils.identity import _read
+    from flatcl.utils.identity import _read
 
     files = [tmp_path / "a.py", tmp_path / "b.py"]
     files[0].write_text(METHOD, encoding="utf-8")
@@ -136,7 +140,7 @@ def test_a_plugin_is_known_by_its_text_not_by_its_name():
 
 def test_what_a_plugin_imports_counts(tmp_path, plugin, monkeypatch):
     (plugin.parent / "scale.py").write_text("SCALE = 1.0\n")
-    plugin.write_text(METHOD.replace("SCALE = 1.0\n", "import models._views\nfrom scale import SCALE\n"))
+    plugin.write_text(METHOD.replace("SCALE = 1.0\n", "import flatcl.models._views\nfrom scale import SCALE\n"))
     monkeypatch.syspath_prepend(str(plugin.parent))
     code = resolve([*MINE, "--plugin", str(plugin)]).code
     assert {"plugin mine.py", "plugin's scale.py", "models/_views.py", "models/er.py"} <= code.keys()
@@ -147,7 +151,9 @@ def test_what_a_plugin_imports_counts(tmp_path, plugin, monkeypatch):
 def test_the_identity_does_not_depend_on_the_path_of_the_clone(tmp_path):
     """As on a cluster, where a home folder is reached through a link."""
     (tmp_path / "link").symlink_to(ROOT)
-    lines = "from utils.arguments import resolve; print(resolve(['--model', 'er', '--dataset', 'seq-synth']).code)"
+    lines = (
+        "from flatcl.utils.arguments import resolve; print(resolve(['--model', 'er', '--dataset', 'seq-synth']).code)"
+    )
     found = [
         subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(folder)},
                        capture_output=True, text=True, check=True).stdout
@@ -167,7 +173,9 @@ def test_the_files_of_a_run_are_those_of_its_classes_their_bases_and_what_these_
     code = code_of([METHODS.load("xder"), OPTIMIZERS.load("gsam")])
     assert {"models/xder.py", "models/_replay.py", "models/_method.py", "models/_views.py"} <= code.keys()
     assert {"utils/optim/gsam.py", "utils/optim/_sharpness.py", "utils/optim/_driver.py"} <= code.keys()
-    assert not {"models/sgd.py", "utils/trainer.py", "utils/optim/sam.py"} & code.keys()  # sgd: a word in `published`
+    assert (
+        not {"models/sgd.py", "utils/engine/trainer.py", "utils/optim/sam.py"} & code.keys()
+    )  # sgd: a word in `published`
     assert all(len(value) == 16 for value in code.values())
 
 
@@ -197,7 +205,18 @@ def test_an_installed_package_counts_with_what_it_imports_of_itself(tmp_path, mo
 
 def swept(tmp_path, plugin, *words, model="mine"):
     """A sweep in a process of its own, as a user starts it. Returns what it says."""
-    argv = [sys.executable, "-m", "utils.sweep", "--models", model, "--datasets", "seq-synth", *words, "--"]
+    argv = [
+        sys.executable,
+        "-m",
+        "flatcl",
+        "sweep",
+        "--models",
+        model,
+        "--datasets",
+        "seq-synth",
+        *words,
+        "--",
+    ]
     argv += ["--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
     argv += ["--plugin", str(plugin)] if plugin else []
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -291,7 +310,7 @@ def test_threads_are_part_of_the_identity():
 @pytest.fixture
 def stopped(tmp_path, plugin, monkeypatch):
     """The folder of a run of the plugin that was stopped in its second task."""
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     with monkeypatch.context() as patch:
         train = Trainer._finish_task
@@ -312,7 +331,7 @@ def test_resume_with_changed_code_is_refused_and_names_the_files(stopped, capsys
     file.write_text(json.dumps(content))
     error = said(capsys, "--resume", str(stopped))
     assert "was made by other code: models/er.py changed since" in error and "--keep_changed 1" in error
-    assert run.main(["--resume", str(stopped), "--keep_changed", "1"]) == 0
+    assert main(["--resume", str(stopped), "--keep_changed", "1"]) == 0
     (later,) = json.loads(file.read_text())["changed_code"]
     assert later["after_step"] == 6 and later["code"]["models/er.py"] != "0" * 16
 
@@ -323,7 +342,7 @@ def test_resume_refuses_a_plugin_whose_text_has_changed(stopped, plugin, capsys)
         error = said(capsys, word, str(stopped), "--dry_run")
         assert f"the plugin {plugin} is not the one that" in error and "executed" not in error
         assert f"--plugin {stopped}/plugins/mine.py" in error
-    assert run.main(["--resume", str(stopped), "--plugin", str(stopped / "plugins" / "mine.py")]) == 0
+    assert main(["--resume", str(stopped), "--plugin", str(stopped / "plugins" / "mine.py")]) == 0
     assert f"note: plugin {stopped}/plugins/mine.py, named by {stopped}/config.json" in capsys.readouterr().err
 
 
@@ -331,10 +350,10 @@ def test_a_plugin_that_has_moved_is_named_anew_or_taken_from_the_run(stopped, pl
     moved = tmp_path / "new" / "mine.py"
     moved.parent.mkdir()
     shutil.move(plugin, moved)
-    assert run.main(["--from", str(stopped), "--plugin", str(moved), "--dry_run"]) == 0
+    assert main(["--from", str(stopped), "--plugin", str(moved), "--dry_run"]) == 0
     assert f"note: plugin {moved}" in capsys.readouterr().err
     folder = shutil.move(stopped, tmp_path / "elsewhere")
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     assert f"note: plugin {folder}/plugins/mine.py" in capsys.readouterr().err
 
 
@@ -391,82 +410,82 @@ ER = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--non_verbose"
 
 
 def test_auto_starts_goes_on_and_is_done(tmp_path, capsys, monkeypatch):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     argv = [*ER, "--results_path", str(tmp_path / "results")]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", signal.SIGTERM))
-        assert run.main(argv) == 143
+        assert main(argv) == 143
     (folder,) = folders(tmp_path)
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     assert "resumed after step 2" in capsys.readouterr().out
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     assert f"already finished: {folder}" in capsys.readouterr().out
     assert folders(tmp_path) == [folder]
-    assert run.main([*argv, "--seed", "1"]) == 0  # another configuration
+    assert main([*argv, "--seed", "1"]) == 0  # another configuration
     assert len(folders(tmp_path)) == 2
 
 
 def test_auto_does_not_go_on_with_other_code(tmp_path, capsys):
     argv = [*ER, "--results_path", str(tmp_path / "results")]
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     (folder,) = folders(tmp_path)
     content = json.loads((folder / "config.json").read_text())
     content["code"]["models/er.py"] = "0" * 16
     (folder / "config.json").write_text(json.dumps(content))
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     assert f"note: {folder} was made by other code (models/er.py changed since)" in capsys.readouterr().out
     assert len(folders(tmp_path)) == 2
 
 
 def test_auto_and_sweeps_agree_on_what_is_the_same_code(tmp_path, capsys):
     argv = [*ER, "--results_path", str(tmp_path / "results")]
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     (folder,) = folders(tmp_path)
     content = json.loads((folder / "config.json").read_text())
     other = {**content["code"], "models/er.py": "0" * 16}
     (folder / "config.json").write_text(json.dumps({**content, "changed_code": [{"after_step": 1, "code": other}]}))
     config = resolve(argv[:-4] + argv[-2:])
     assert not sweep.look([sweep.Job({}, (), config)]).done
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     assert "left alone" in capsys.readouterr().out and len(folders(tmp_path)) == 2
     assert sweep.look([sweep.Job({}, (), config)]).done
 
 
 def test_auto_of_a_run_that_lost_its_checkpoint_starts_anew(tmp_path, capsys):
     argv = [*ER, "--results_path", str(tmp_path / "results")]
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     (folder,) = folders(tmp_path)
     shutil.rmtree(folder / "checkpoint")
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     assert "note: left alone: " in capsys.readouterr().out and len(folders(tmp_path)) == 2
 
 
 def test_auto_of_a_run_that_is_alive_says_try_again(tmp_path, capsys):
     argv = [*ER, "--results_path", str(tmp_path / "results")]
-    assert run.main(argv) == 0
+    assert main(argv) == 0
     (folder,) = folders(tmp_path)
     (folder / "summary.json").unlink()
     with Lock(folder / "lock", "the run"):
-        assert run.main(argv) == sweep.BUSY
+        assert main(argv) == sweep.BUSY
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
     config = resolve(argv[:-4] + argv[-2:])
     with Lock(folder.parent / f".{config.hash}.lock", "the configuration"):  # before there is a run folder
-        assert run.main(argv) == sweep.BUSY
-    assert run.main(argv) == 0 and folders(tmp_path) == [folder]
+        assert main(argv) == sweep.BUSY
+    assert main(argv) == 0 and folders(tmp_path) == [folder]
 
 
 def test_auto_takes_the_flags_that_change_no_number(tmp_path, monkeypatch):
-    from utils.trainer import Trainer
+    from flatcl.utils.engine.trainer import Trainer
 
     argv = [*ER, "--results_path", str(tmp_path / "results")]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_checkpoint_is_due", lambda self: setattr(self, "_stop_signal", signal.SIGTERM))
-        assert run.main(argv) == 143
+        assert main(argv) == 143
     (folder,) = folders(tmp_path)
-    assert run.main([*argv, "--keep_checkpoint", "0", "--notes", "again"]) == 0
+    assert main([*argv, "--keep_checkpoint", "0", "--notes", "again"]) == 0
     assert folders(tmp_path) == [folder] and (folder / "model.pt").exists()
 
 
@@ -480,7 +499,18 @@ def test_auto_needs_folders(capsys):
 @pytest.fixture
 def big(tmp_path):
     """Words of a sweep whose runs take long enough to be killed."""
-    argv = [sys.executable, "-m", "utils.sweep", "--models", "er", "--datasets", "seq-digits", "--seeds", "0-1"]
+    argv = [
+        sys.executable,
+        "-m",
+        "flatcl",
+        "sweep",
+        "--models",
+        "er",
+        "--datasets",
+        "seq-digits",
+        "--seeds",
+        "0-1",
+    ]
     argv += ["--", "--n_epochs", "40", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
     return argv
 

@@ -9,14 +9,14 @@ import kills
 import pytest
 import torch
 
-from utils.registry import METHODS, OPTIMIZERS
+from flatcl.utils.registry import METHODS, OPTIMIZERS
 
 PLUGIN = """
 import numpy as np
 
-from models.er import ER
-from utils.registry import METHODS
-from utils.seeding import generator_state
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
+from flatcl.utils.engine.seeding import generator_state
 
 
 @METHODS.register("forgetful")

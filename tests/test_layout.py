@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from utils import layout
-from utils.errors import UsageError
-from utils.layout import lay_out, rows_of_forward, wants_channels_last
-from utils.registry import BACKBONES
+from flatcl.utils.engine import layout
+from flatcl.utils.engine.layout import lay_out, rows_of_forward, wants_channels_last
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import BACKBONES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = (3, 8, 8)
@@ -20,7 +20,7 @@ VIEWS = '''"""A map of several places that is taken as a vector by `view`."""
 
 from torch import nn
 
-from utils.registry import BACKBONES
+from flatcl.utils.registry import BACKBONES
 
 
 @BACKBONES.register("views")

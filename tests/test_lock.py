@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from utils import lock
-from utils.lock import Busy, Lock, holder
-from utils.registry import ROOT
+from flatcl.utils.engine import lock
+from flatcl.utils.engine.lock import Busy, Lock, holder
+from flatcl.utils.registry import ROOT
 
 HOLD = """
 import sys, time
-from utils.lock import Lock
+from flatcl.utils.engine.lock import Lock
 with Lock(sys.argv[1], "it"):
     print("held", flush=True)
     sys.stdin.read()
@@ -112,7 +112,9 @@ def test_of_a_lock_that_cannot_be_asked_only_the_age_counts(text, tmp_path, hold
 
 def test_a_living_holder_touches_its_file_and_no_other_one(tmp_path, hold):
     file = tmp_path / "lock"
-    process = hold(file, HOLD.replace("with Lock", "import utils.lock; utils.lock.HEARTBEAT_S = 0.05\nwith Lock"))
+    process = hold(
+        file, HOLD.replace("with Lock", "from flatcl.utils.engine import lock; lock.HEARTBEAT_S = 0.05\nwith Lock")
+    )
     age(file, 10_000)
     deadline = time.monotonic() + 10
     while time.time() - file.stat().st_mtime > 100:
@@ -139,7 +141,7 @@ def test_who_lost_its_lock_is_told(tmp_path):
 
 RACE = """
 import sys, time
-from utils.lock import Busy, Lock
+from flatcl.utils.engine.lock import Busy, Lock
 print("held", flush=True)
 sys.stdin.readline()
 lock = Lock(sys.argv[1], "it")

@@ -10,17 +10,17 @@ import torch
 from made import make_mnist
 from torch import nn
 
-from models._views import strong_views, supcon
-from utils.arguments import args_of, resolve
-from utils.errors import UsageError
-from utils.optim._sharpness import frozen_statistics
-from utils.registry import BACKBONES
+from flatcl.models._views import strong_views, supcon
+from flatcl.utils.arguments import args_of, resolve
+from flatcl.utils.errors import UsageError
+from flatcl.utils.optim._sharpness import frozen_statistics
+from flatcl.utils.registry import BACKBONES
 
 NAMES = ("gdumb", "pnn", "xder")
 ODD = '''"""One channel, not square."""
 
-from datasets.seq_synth import SeqSynth
-from utils.registry import DATASETS
+from flatcl.datasets.seq_synth import SeqSynth
+from flatcl.utils.registry import DATASETS
 
 
 @DATASETS.register("odd-shape")
@@ -56,7 +56,7 @@ def batches(trainer, task, number):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flags", [{"amp": "bf16"}, {"dataset": "odd-shape"}], ids=str)
 def test_in_bfloat16_and_on_grey_images_that_are_not_square(start, tmp_path, name, flags):
-    from utils.registry import load_plugin
+    from flatcl.utils.registry import load_plugin
 
     (tmp_path / "odd.py").write_text(ODD)
     load_plugin(str(tmp_path / "odd.py"))
@@ -370,7 +370,7 @@ def test_pnn_makes_columns_of_every_backbone(start, name):
 
 def test_pnn_refuses_a_backbone_that_shows_no_stages(tmp_path):
     (tmp_path / "closed.py").write_text(
-        '"""Closed."""\nfrom torch import nn\nfrom utils.registry import BACKBONES\n'
+        '"""Closed."""\nfrom torch import nn\nfrom flatcl.utils.registry import BACKBONES\n'
         "@BACKBONES.register('closed')\nclass Closed(nn.Module):\n    pass\n"
     )
     argv = ["--plugin", str(tmp_path / "closed.py"), "--model", "pnn", "--dataset", "seq-synth"]
@@ -590,7 +590,7 @@ def test_views_are_crops_of_a_fifth_to_all_of_the_image_and_half_are_flipped():
     axis = (torch.arange(size) + 0.5) / size
     grey = torch.stack(torch.meshgrid(axis, axis, indexing="ij"))  # rows, columns
     torch.manual_seed(0)
-    from models import _views
+    from flatcl.models import _views
 
     views = _views._cropped(grey.expand(n, 2, size, size))
     y, x = views[:, 0].mean(2), views[:, 1].mean(1)  # (n, size): inner pixels are bilinear, hence exact
@@ -608,7 +608,7 @@ def test_views_are_crops_of_a_fifth_to_all_of_the_image_and_half_are_flipped():
 
 
 def test_hue_turns_the_colour_wheel():
-    from models import _views
+    from flatcl.models import _views
 
     images = torch.rand(60, 3, 4, 5)
     torch.manual_seed(3)

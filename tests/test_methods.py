@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from models._method import Block, Loss, Method, Objective
-from models._replay import ReplayMethod
-from models.der import Der
-from utils.arguments import flags_of, resolve
-from utils.errors import UsageError
-from utils.optim._sharpness import frozen_statistics
-from utils.registry import METHODS, OPTIMIZERS
+from flatcl.models._method import Block, Loss, Method, Objective
+from flatcl.models._replay import ReplayMethod
+from flatcl.models.der import Der
+from flatcl.utils.arguments import flags_of, resolve
+from flatcl.utils.errors import UsageError
+from flatcl.utils.optim._sharpness import frozen_statistics
+from flatcl.utils.registry import METHODS, OPTIMIZERS
 
 NAMES = METHODS.names()
 IN_CLASS_IL = [name for name in NAMES if "class-il" in METHODS.load(name).settings]
@@ -179,9 +179,9 @@ def test_saved_and_loaded_into_a_fresh_method_it_goes_on(start, assert_same, nam
 
 SETTINGS_PLUGIN = '''"""A setting that nobody learns in, and a method that learns in one setting only."""
 
-from datasets.seq_synth import SeqSynth
-from models.sgd import SGD
-from utils.registry import DATASETS, METHODS
+from flatcl.datasets.seq_synth import SeqSynth
+from flatcl.models.sgd import SGD
+from flatcl.utils.registry import DATASETS, METHODS
 
 
 @DATASETS.register("odd-data")

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from utils import metrics
+from flatcl.utils import metrics
 
 # a[t][j]: after task t (row) on task j (column)
 A = [

@@ -9,19 +9,19 @@ import re
 
 import pytest
 
-from utils import run
+from flatcl.utils.commands.train import main
 
 HEAD = """
 import dataclasses, torch
 from dataclasses import dataclass
 from typing import Optional
 from torch.nn.functional import cross_entropy
-from datasets.seq_synth import SeqSynth
-from models._method import Block, Loss, Method, published
-from models._replay import ReplayMethod
-from utils.arguments import flag
-from utils.optim._sharpness import SharpnessAware
-from utils.registry import DATASETS, METHODS, OPTIMIZERS
+from flatcl.datasets.seq_synth import SeqSynth
+from flatcl.models._method import Block, Loss, Method, published
+from flatcl.models._replay import ReplayMethod
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import SharpnessAware
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS
 
 def costs_of(method, block):
     return cross_entropy(method.net(block.x), block.y, reduction="none")
@@ -52,7 +52,7 @@ def go(tmp_path, capsys):
         file.write_text(HEAD + text)
         argv = ["--plugin", str(file), "--model", "mine", "--dataset", "seq-synth", "--stop_after", "2"]
         argv += ["--debug_mode", "--non_verbose", "--device", "cpu", "--results_path", str(tmp_path / "out"), *words]
-        code = run.main(argv)
+        code = main(argv)
         err = capsys.readouterr().err
         (*_, status) = [None, *(json.loads(f.read_text())["status"] for f in (tmp_path / "out").rglob("summary.json"))]
         return code, err.splitlines(), status, str(file)

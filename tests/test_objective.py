@@ -7,8 +7,8 @@ from test_optimizers import CLASSES, batches, conv_bn_linear
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from models._method import Block, Loss, Method, Objective
-from utils.registry import OPTIMIZERS
+from flatcl.models._method import Block, Loss, Method, Objective
+from flatcl.utils.registry import OPTIMIZERS
 
 
 class Replay(Method):

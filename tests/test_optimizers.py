@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from models._method import Batch, Block, Context, Loss, Method, Objective
-from utils.augment import Augment
-from utils.optim._sharpness import dot, frozen_statistics
-from utils.registry import BACKBONES, METHODS, OPTIMIZERS
+from flatcl.models._method import Batch, Block, Context, Loss, Method, Objective
+from flatcl.utils.engine.augment import Augment
+from flatcl.utils.optim._sharpness import dot, frozen_statistics
+from flatcl.utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
 CLASSES, LR, MOMENTUM, DECAY, RHO, ETA = 3, 0.1, 0.9, 5e-4, 0.2, 0.01
 SIZES = (12, 12, 9, 12, 12, 5, 12)  # rows of the seven batches

@@ -9,9 +9,9 @@ import pytest
 import torch
 from made import python2_pickle
 
-from datasets import _files, _pickled
-from utils.errors import DataError
-from utils.memory import peak_memory_mib, reset_peak_memory
+from flatcl.datasets import _files, _pickled
+from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
+from flatcl.utils.errors import DataError
 
 # Instructions of what CIFAR's files are made of, to be put together in other ways.
 UINT8 = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"

@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import run
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.build import build
 
 TEST_IMAGES = 355  # of seq-digits; the average over its 5 tasks counts each of them about once
 FLAGS = {"default": (), "steady": ("--n_epochs", "1", "--lr", "0.03")}
@@ -68,7 +69,7 @@ def measure(model: str, seed: int, flags: str) -> tuple[float, ...]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         argv = ["--model", model, "--dataset", "seq-digits", "--seed", str(seed), "--threads", "1", "--device", "cpu"]
         try:
-            assert run.main([*argv, *FLAGS[flags], "--results_path", folder]) == 0
+            assert main([*argv, *FLAGS[flags], "--results_path", folder]) == 0
         finally:
             torch.set_num_threads(threads)
         (file,) = Path(folder).rglob("summary.json")
@@ -78,7 +79,7 @@ def measure(model: str, seed: int, flags: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("model, seed, flags", list(PINNED))
 def test_pinned_accuracy(model, seed, flags, monkeypatch):
-    from utils.logs import Logs
+    from flatcl.utils.engine.logs import Logs
 
     monkeypatch.setattr(Logs, "finish", lambda self, summary: None)  # pictures take longer than the run
     found = measure(model, seed, flags)
@@ -86,9 +87,9 @@ def test_pinned_accuracy(model, seed, flags, monkeypatch):
 
 
 def test_the_tolerance_is_in_test_images():
-    from utils.arguments import resolve
+    from flatcl.utils.arguments import resolve
 
-    benchmark = run.build(resolve(["--model", "er", "--dataset", "seq-digits"]), torch.device("cpu"), None).benchmark
+    benchmark = build(resolve(["--model", "er", "--dataset", "seq-digits"]), torch.device("cpu"), None).benchmark
     assert sum(len(task.test) for task in benchmark) == TEST_IMAGES
 
 

@@ -7,17 +7,19 @@ import torch
 from tape import Tape
 from torch import nn
 
-from models._method import Block, Method
-from models.derpp import DerPP
-from models.er import ER
-from utils import program, run
-from utils.arguments import resolve
-from utils.errors import UsageError
-from utils.optim import looksam, saf
-from utils.optim._base import Adam
-from utils.optim._driver import Driver
-from utils.program import Programs
-from utils.registry import BACKBONES, METHODS, OPTIMIZERS, load_plugin
+from flatcl.models._method import Block, Method
+from flatcl.models.derpp import DerPP
+from flatcl.models.er import ER
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import program
+from flatcl.utils.engine.build import build
+from flatcl.utils.engine.program import Programs
+from flatcl.utils.errors import UsageError
+from flatcl.utils.optim import looksam, saf
+from flatcl.utils.optim._base import Adam
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.registry import BACKBONES, METHODS, OPTIMIZERS, load_plugin
 
 NEVER = {"gem"}  # methods none of whose steps is replayed
 
@@ -25,7 +27,7 @@ NEVER = {"gem"}  # methods none of whose steps is replayed
 def built(*words, method=None, recorded=True):
     """A trainer on seq-synth, whose steps are recorded on a tape."""
     argv = ["--dataset", "seq-synth", "--stop_after", "2", "--disable_log", "--non_verbose", *words]
-    trainer = run.build(resolve(argv), torch.device("cpu"), None)
+    trainer = build(resolve(argv), torch.device("cpu"), None)
     if method is not None:
         trainer.method.__class__ = method
     if recorded:
@@ -291,7 +293,7 @@ def test_saf_has_a_phase_for_each_width_of_its_records():
 @pytest.mark.parametrize("wish, code, says", [("1", 2, "--cuda_graph 1 needs a CUDA device"), ("auto", 0, "")])
 def test_the_flag_without_a_gpu(wish, code, says, capsys, tmp_path):
     argv = ["--model", "er", "--dataset", "seq-synth", "--stop_after", "1", "--debug_mode", "1", "--device", "cpu"]
-    assert run.main([*argv, "--results_path", str(tmp_path), "--cuda_graph", wish]) == code
+    assert main([*argv, "--results_path", str(tmp_path), "--cuda_graph", wish]) == code
     assert says in capsys.readouterr().err
     assert code == 0 or not list(tmp_path.rglob("config.json"))
 
@@ -299,14 +301,14 @@ def test_the_flag_without_a_gpu(wish, code, says, capsys, tmp_path):
 def test_gem_says_why_before_anything_is_trained(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(program, "recorder", lambda device: Tape())
     argv = ["--model", "gem", "--dataset", "seq-synth", "--results_path", str(tmp_path), "--cuda_graph", "1"]
-    assert run.main(argv) == 2
+    assert main(argv) == 2
     assert "gem solves its programme on the host" in capsys.readouterr().err
 
 
 def test_a_run_says_how_many_steps_were_replays(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(program, "recorder", lambda device: Tape())
     argv = ["--model", "er", "--dataset", "seq-synth", "--results_path", str(tmp_path), "--stop_after", "1"]
-    assert run.main([*argv, "--cuda_graph", "auto"]) == 0
+    assert main([*argv, "--cuda_graph", "auto"]) == 0
     assert "steps were replays of recorded ones" in capsys.readouterr().out
 
 

@@ -13,10 +13,12 @@ import pytest
 import rank_worker
 import torch
 
-from utils import launch, ranks, run
-from utils.arguments import resolve
-from utils.errors import UsageError
-from utils.registry import METHODS, OPTIMIZERS
+from flatcl.utils import launch
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import ranks
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import METHODS, OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ["--dataset", "seq-synth", "--backbone", "smooth", "--n_epochs", "3"]
@@ -87,8 +89,8 @@ def test_two_processes_train_the_run_of_one(line, of_two):
 
 DYING = """
 import os, signal
-from models.derpp import DerPP
-from utils.registry import METHODS
+from flatcl.models.derpp import DerPP
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("dying")
@@ -102,9 +104,9 @@ class Dying(DerPP):
 
 
 MIXED = """
-from models.er import ER
-from models._method import Loss
-from utils.registry import METHODS
+from flatcl.models.er import ER
+from flatcl.models._method import Loss
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("mixed")
@@ -187,8 +189,8 @@ def test_rows_that_depend_on_each_other_are_noticed_in_the_first_step(tmp_path):
 def test_processes_that_are_to_make_different_runs_say_so(tmp_path):
     script = tmp_path / "start.py"
     script.write_text(
-        "import os, sys\nsys.path.insert(0, os.getcwd())\nfrom utils import run\n"
-        "sys.exit(run.main([*sys.argv[1:], '--lr', '0.1' + os.environ['RANK']]))\n"
+        "import os, sys\nsys.path.insert(0, os.getcwd())\nfrom flatcl.utils.commands.train import main\n"
+        "sys.exit(main([*sys.argv[1:], '--lr', '0.1' + os.environ['RANK']]))\n"
     )
     process = launched(2, script, *argv(tmp_path)[1:])
     _, err = process.communicate(timeout=120)
@@ -223,7 +225,7 @@ def test_what_several_processes_cannot_do_is_refused(words, says, as_if_two):
 
 
 def test_resume_auto_is_for_one_process(as_if_two, capsys):
-    assert run.main(["--model", "er", "--dataset", "seq-synth", "--resume", "auto"]) == 2
+    assert main(["--model", "er", "--dataset", "seq-synth", "--resume", "auto"]) == 2
     assert "--resume auto is for one process" in capsys.readouterr().err
 
 

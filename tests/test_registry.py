@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.arguments import SELECTORS, resolve, schema
-from utils.errors import UsageError
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT, Registry, load_plugin
-from utils.run import build, main
+from flatcl.utils.arguments import SELECTORS, resolve, schema
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.build import build
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT, Registry, load_plugin
 
 REGISTRIES = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
 EVERY_NAME = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
@@ -47,13 +48,14 @@ def test_names_are_file_names_and_listing_imports_nothing():
     result = python(
         """
 import json, sys
-from utils import registry
+from flatcl.utils import registry
 kinds = [registry.METHODS, registry.DATASETS, registry.BACKBONES, registry.OPTIMIZERS]
 names = [kind.names() for kind in kinds]
 summaries = [[kind.summary(name) for name in kind.names()] for kind in kinds]
 heavy = {"torch", "kornia", "numpy", "torchvision", "tensorboard", "matplotlib"}
-package = [m for m in sys.modules if m.split(".")[0] in {"models", "datasets", "backbone"} | heavy]
-print(json.dumps([names, summaries, package + [m for m in sys.modules if m.startswith("utils.optim")]]))
+parts = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim", "flatcl.utils.engine")
+package = [m for m in sys.modules if m.startswith(parts) or m.split(".")[0] in heavy]
+print(json.dumps([names, summaries, package]))
 """
     )
     names, summaries, imported = result
@@ -71,7 +73,7 @@ def test_each_file_registers_its_own_name(kind, name):
     registry = REGISTRIES[kind]
     obj = registry.load(name)
     stem = name.replace("-", "_")
-    assert obj.name == name and obj.__module__ == f"{registry.folder.replace('/', '.')}.{stem}"
+    assert obj.name == name and obj.__module__ == f"flatcl.{registry.folder.replace('/', '.')}.{stem}"
     for spelling in (stem, stem.replace("_", "-"), name.upper(), f" {name} "):
         assert registry.load(spelling) is obj
         assert registry.summary(spelling) == registry.summary(name) != ""
@@ -82,12 +84,16 @@ def test_importing_a_name_imports_no_other_file():
     imported = python(
         """
 import json, sys
-from utils.registry import METHODS
+from flatcl.utils.registry import METHODS
 METHODS.load("mgser-sam")
-print(json.dumps([m for m in sys.modules if m.startswith(("models.", "datasets.", "backbone."))]))
+print(json.dumps([m for m in sys.modules if m.startswith(("flatcl.models.", "flatcl.datasets.", "flatcl.backbone."))]))
 """
     )
-    assert "models.mgser_sam" in imported and not {"models.er", "models.joint", "models.er_sam"} & set(imported)
+    assert "flatcl.models.mgser_sam" in imported and not {
+        "flatcl.models.er",
+        "flatcl.models.joint",
+        "flatcl.models.er_sam",
+    } & set(imported)
     assert not [m for m in imported if m.startswith(("datasets.", "backbone."))]
 
 
@@ -129,11 +135,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from datasets._benchmark import Benchmark
-from models._method import Loss, Method
-from utils.arguments import flag
-from utils.optim._sharpness import SharpnessAware
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
+from flatcl.datasets._benchmark import Benchmark
+from flatcl.models._method import Loss, Method
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import SharpnessAware
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
 
 
 @METHODS.register("my_method")
@@ -238,7 +244,7 @@ def test_a_plugin_that_raises_is_named_with_its_reason(tmp_path):
 def test_a_plugin_that_raises_half_way_leaves_no_name_behind(tmp_path):
     file = tmp_path / "half.py"
     file.write_text(
-        "from models._method import Method\nfrom utils.registry import METHODS\n\n\n"
+        "from flatcl.models._method import Method\nfrom flatcl.utils.registry import METHODS\n\n\n"
         "@METHODS.register('half_done')\nclass Half(Method):\n    pass\n\n\nraise ValueError('half')\n"
     )
     with pytest.raises(UsageError):
@@ -263,8 +269,8 @@ def test_bad_plugins_end_the_command_with_2_and_no_traceback(tmp_path):
 
 
 TAKEN = """
-from models._method import Method
-from utils.registry import METHODS
+from flatcl.models._method import Method
+from flatcl.utils.registry import METHODS
 
 
 @METHODS.register("er")
@@ -290,11 +296,11 @@ def test_a_plugin_cannot_take_the_name_of_a_file(tmp_path):
     METHODS.load("er")
     with pytest.raises(UsageError, match="'er'"):
         load_plugin(str(file))
-    assert METHODS.load("er").__module__ == "models.er"
+    assert METHODS.load("er").__module__ == "flatcl.models.er"
     code = """
 import json, sys
-from utils.errors import UsageError
-from utils.registry import METHODS, load_plugin
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import METHODS, load_plugin
 try:
     load_plugin(sys.argv[1])
     said = None
@@ -304,7 +310,7 @@ print(json.dumps([said, METHODS.load("er").__module__]))
 """
     said, module = python(code, file)
     assert said is not None and "'er'" in said
-    assert module == "models.er"
+    assert module == "flatcl.models.er"
 
 
 def test_a_file_that_does_not_register_its_name(tmp_path, monkeypatch):
@@ -312,9 +318,9 @@ def test_a_file_that_does_not_register_its_name(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "__init__.py").touch()
     (folder / "alpha.py").write_text('"""Forgot to register."""\n')
-    monkeypatch.setattr("utils.registry.ROOT", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    things = Registry("thing", "things", "continual.things")
+    monkeypatch.setattr("flatcl.utils.registry.ROOT", tmp_path)
+    monkeypatch.setattr("flatcl.__path__", [str(tmp_path)])
+    things = Registry("thing", "things", "flatcl.things")
     assert things.names() == ["alpha"] and things.summary("alpha") == "Forgot to register."
     with pytest.raises(UsageError, match=r"things/alpha\.py does not register"):
         things.load("alpha")
@@ -334,7 +340,7 @@ def installed(tmp_path, monkeypatch):
         "[continual.optimizers]\nmy_optimizer = foreign_plugin:MyOptimizer\n"
     )
     (site / "foreign_continual.py").write_text(
-        '"""Not registered by a decorator."""\n\nfrom models.sgd import SGD\n\n\n'
+        '"""Not registered by a decorator."""\n\nfrom flatcl.models.sgd import SGD\n\n\n'
         'class Foreign(SGD):\n    """Fine-tuning from elsewhere."""\n'
     )
     (site / "foreign_plugin.py").write_text(PLUGIN)

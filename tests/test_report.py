@@ -14,16 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import metrics, pictures, report, run_index, sweep
-from utils.arguments import resolve
-from utils.errors import UsageError
-from utils.memory import peak_memory_mib, reset_peak_memory
-from utils.registry import ROOT
+from flatcl.utils import metrics
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import _run_index as run_index
+from flatcl.utils.commands import report, sweep
+from flatcl.utils.engine import pictures
+from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import ROOT
 
 
 def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
              optimizer="sgd", time="20260101-120000", status="finished", settings=("domain-il",), **flags):  # fmt: skip
-    """Writes a run folder as utils/results.py lays it out; returns it."""
+    """Writes a run folder as utils/engine/results.py lays it out; returns it."""
     given = {"model": model, "dataset": dataset, "optimizer": optimizer, "seed": seed, "lr": 0.1, **flags}
     if buffer_size is not None:
         given["buffer_size"] = buffer_size
@@ -713,10 +716,11 @@ def test_an_interrupt_leaves_no_half_index(indexed, monkeypatch):
 def test_two_processes_may_write_the_index_at_once(indexed):
     """Whichever comes last wins; both know all runs, and neither sees half an index."""
     code = (
-        "import sys; from utils import report, run_index; run_index.WORTHWHILE, run_index.RECENT_NS = 1, -10**12\n"
+        "import sys; from flatcl.utils.commands import _run_index, report\n"
+        "_run_index.WORTHWHILE, _run_index.RECENT_NS = 1, -10**12\n"
         "for _ in range(20):\n"
         "    assert len(report.find_runs([sys.argv[1]], say=print)) == 12\n"
-        "    run_index.WORTHWHILE = 0\n"
+        "    _run_index.WORTHWHILE = 0\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(indexed)], cwd=ROOT) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]

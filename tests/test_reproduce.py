@@ -13,12 +13,13 @@ from made import make_cifar10, make_mnist
 from PIL import Image
 from scipy import stats
 
-from utils import reproduce, run, sweep
-from utils.arguments import resolve
-from utils.errors import DataError
-from utils.registry import DATASETS, METHODS
-from utils.report import Stat
-from utils.results import RunFolder
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import reproduce, sweep
+from flatcl.utils.commands.report import Stat
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.errors import DataError
+from flatcl.utils.registry import DATASETS, METHODS
 
 TARGETS = reproduce.read_targets()
 KEYS = """sgd joint ewc_on si lwf lwf_mc pnn er mer gem agem agem_r icarl fdr gss hal der derpp er_ace gdumb lucir bic
@@ -321,7 +322,7 @@ def test_failed_runs_are_named_and_data_is_not_fetched(small, capsys, monkeypatc
     def fetch(urls, path, md5, what):
         raise DataError(f"{what}: asked for")
 
-    monkeypatch.setattr("datasets._files.fetch", fetch)
+    monkeypatch.setattr("flatcl.datasets._files.fetch", fetch)
     assert reproduce.main([*words, "--download"], file=small, runner=fails) == 2
     assert "error: MNIST (4 missing" in capsys.readouterr().err
     assert reproduce.main(["small", "--cells", "er:*:seq-mnist"], file=small, runner=fails) == 0  # only data is missing
@@ -368,7 +369,7 @@ def test_runs_from_before_a_flag_existed_are_recognised(small):
 def stopped(argv):
     """A worker's run that is real for seed 0; with seed 1 a scheduler stops the table."""
     if argv[argv.index("--seed") + 1] == "0":
-        return run.main(argv)
+        return main(argv)
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(10)  # the command asks this run to end
     return 1

@@ -16,12 +16,16 @@ import torch
 from made import make_mnist
 from PIL import Image
 
-import utils
-from utils import checkpoint, evaluator, files, metrics, results, run
-from utils.arguments import resolve
-from utils.logs import Logs
-from utils.registry import OPTIMIZERS, ROOT
-from utils.trainer import Trainer, learning_rate
+import flatcl
+from flatcl.utils import files, metrics
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import checkpoint, evaluator, results
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.engine.logs import Logs
+from flatcl.utils.engine.texts import closing_table, describe
+from flatcl.utils.engine.trainer import Trainer, learning_rate
+from flatcl.utils.registry import OPTIMIZERS, ROOT, load_plugin
 
 SUMMARY = {
     "model", "dataset", "optimizer", "backbone", "setting", "seed", "status", "metrics", "accuracy", "cost",
@@ -63,7 +67,7 @@ def unpictured(monkeypatch):
 def start(folder, *argv, code=0):
     """Runs a command line below `folder`; returns its run folder."""
     before = set(Path(folder).rglob("config.json"))
-    assert run.main([*argv, "--results_path", str(folder)]) == code
+    assert main([*argv, "--results_path", str(folder)]) == code
     (file,) = set(Path(folder).rglob("config.json")) - before
     return file.parent
 
@@ -95,7 +99,7 @@ def identical(a, b):
 def trained(*argv):
     """(accuracies and untrained row, weights and state) of a run that writes nothing."""
     config = resolve([*argv, "--disable_log"])
-    trainer = run.build(config, torch.device("cpu"), None)
+    trainer = build_trainer(config, torch.device("cpu"), None)
     trainer.run()
     return vars(trainer.progress), dict(trainer.method.state_dict())
 
@@ -288,7 +292,7 @@ def test_the_console_has_the_whole_matrix_of_ten_tasks_and_the_last_row_of_more(
     n_tasks, words, mnist, tmp_path, capsys, unpictured
 ):
     argv = ["--model", "sgd", "--dataset", "perm-mnist", "--base_path", mnist, "--n_tasks", str(n_tasks)]
-    assert run.main([*argv, *words, "--debug_mode", "--results_path", str(tmp_path)]) == 0
+    assert main([*argv, *words, "--debug_mode", "--results_path", str(tmp_path)]) == 0
     table = capsys.readouterr().out.split("\nAccuracy in % [Domain-IL], ")[1].split("\nmetric ")[0].splitlines()
     folders = [file.parent for file in tmp_path.rglob("summary.json")]
     if n_tasks == 10:
@@ -312,7 +316,7 @@ def test_the_closing_table_of_a_thousand_tasks():
     matrix = [[0.5] * t + [None] * (1000 - t) for t in range(1, 1001)]
     matrix[-1][2] = None
     summary = {"accuracy": {"class-il": matrix}, "metrics": {"class-il": {"forgetting_chaudhry18": 0.1}}, "cost": cost}
-    lines = run.closing_table(summary, list(range(1000)), None).splitlines()
+    lines = closing_table(summary, list(range(1000)), None).splitlines()
     rows = [line for line in lines if line.lstrip().startswith("task ")]
     assert len(rows) == 100 and {len(row) for row in rows} == {88}
     assert rows[0].split() == ["task", "1-10", "50.00", "50.00", "–", *["50.00"] * 7]
@@ -429,8 +433,8 @@ def test_stop_after_trains_the_first_tasks_as_the_whole_run_does():
 def test_dry_run_and_disable_log_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--model", "er", "--dataset", "seq-synth", "--debug_mode"]
-    assert run.main([*argv, "--dry_run"]) == 0
-    assert run.main([*argv, "--disable_log"]) == 0
+    assert main([*argv, "--dry_run"]) == 0
+    assert main([*argv, "--disable_log"]) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -450,7 +454,7 @@ def test_learning_rates_of_the_schedulers(tmp_path, unpictured):
 def test_the_overall_accuracy_counts_images(unpictured, tmp_path, capsys):
     """The tasks of seq-digits have unequal test sets, so that it differs from the average over tasks."""
     folder = start(tmp_path, "--model", "er", "--dataset", "seq-digits", "--stop_after", "4", "--threads", "1")
-    trainer = run.build(resolve(["--from", str(folder), "--disable_log"]), torch.device("cpu"), None)
+    trainer = build_trainer(resolve(["--from", str(folder), "--disable_log"]), torch.device("cpu"), None)
     sizes = [len(task.test) for task in trainer.benchmark][:4]
     assert len(set(sizes)) > 1
     for setting, matrix in read(folder)["accuracy"].items():
@@ -532,8 +536,8 @@ def test_eval_tasks_seen_of_a_stream_and_of_domains(mnist, tmp_path, unpictured)
 
 MANY = """
 import torch
-from datasets._benchmark import Benchmark
-from utils.registry import DATASETS
+from flatcl.datasets._benchmark import Benchmark
+from flatcl.utils.registry import DATASETS
 
 @DATASETS.register("many-tasks")
 class ManyTasks(Benchmark):
@@ -570,13 +574,13 @@ def test_of_many_tasks_only_those_seen_are_evaluated_and_that_is_said(many, tmp_
     tags = set(EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Tags()["scalars"])
     assert "accuracy/class-il" in tags and not any("/task_" in tag for tag in tags), "1,000 tasks: 1,000 curves"
     fewer = resolve([*many, "--n_tasks", "30"])
-    assert fewer.evaluated == "all" and "eval_tasks" not in run.describe(fewer)
+    assert fewer.evaluated == "all" and "eval_tasks" not in describe(fewer)
     assert resolve([*many, "--eval_tasks", "all"]).evaluated == "all"
 
 
 def test_a_long_matrix_is_not_written_anew_after_each_task_and_nothing_is_lost(many, tmp_path, monkeypatch, unpictured):
     """What is written for a task must not grow with those before it; a run that is killed has its rows all the same."""
-    from utils import trainer
+    from flatcl.utils.engine import trainer
 
     whole = start(tmp_path / "whole", *many)
     monkeypatch.setattr(trainer, "WRITING_SHARE", 0.0)  # no time for it after the first task
@@ -595,7 +599,7 @@ def test_a_long_matrix_is_not_written_anew_after_each_task_and_nothing_is_lost(m
 
     monkeypatch.setattr(Trainer, "_train_task", ends)
     with pytest.raises(SystemExit):
-        run.main([*many, "--results_path", str(tmp_path / "part")])
+        main([*many, "--results_path", str(tmp_path / "part")])
     (file,) = (tmp_path / "part").rglob("config.json")
     part = file.parent
     assert written.count("accuracy.json") == 2, "after the first task and at the end"
@@ -603,12 +607,12 @@ def test_a_long_matrix_is_not_written_anew_after_each_task_and_nothing_is_lost(m
     assert [line["task"] for line in lines_of(part) if "task" in line] == list(range(40))
     (part / "accuracy.json").unlink()  # a killed run had not written it at the end
     monkeypatch.setattr(Trainer, "_train_task", train_task)
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
 def test_an_interrupted_run_has_its_matrix_whole_whatever_it_had_written(many, tmp_path, interrupt, monkeypatch):
-    from utils import trainer
+    from flatcl.utils.engine import trainer
 
     monkeypatch.setattr(trainer, "WRITING_SHARE", 0.0)
     interrupt(7)
@@ -616,7 +620,7 @@ def test_an_interrupted_run_has_its_matrix_whole_whatever_it_had_written(many, t
     assert read(folder, "accuracy.json")["tasks"] == list(range(6)) and len(read(folder)["accuracy"]["class-il"]) == 6
     (folder / "accuracy.json").write_text("{}")  # as a kill would leave an old one
     interrupt(1)
-    assert run.main(["--resume", str(folder)]) == 143
+    assert main(["--resume", str(folder)]) == 143
     assert read(folder, "accuracy.json")["tasks"] == list(range(7))
 
 
@@ -665,7 +669,7 @@ def test_different_seeds_differ_in_weights_data_order_and_accuracy():
 def test_runs_leave_the_threads_of_their_process_alone():
     torch.set_num_threads(2)
     trained("--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--threads", "1")
-    run.main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--disable_log"])
+    main(["--model", "sgd", "--dataset", "seq-synth", "--debug_mode", "--disable_log"])
     assert torch.get_num_threads() == 2
 
 
@@ -765,7 +769,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, words, step, tmp_path, in
     part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)
     assert f"--resume {part}" in capsys.readouterr().err
     assert read(part)["status"] == "interrupted" and read(part)["cost"]["batches"] == step
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
@@ -788,7 +792,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_under_every_optimizer(
     whole = start(tmp_path / "whole", *argv)
     interrupt(37)
     part = start(tmp_path / "part", *argv, code=128 + signal.SIGTERM)
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
@@ -800,13 +804,13 @@ def test_resuming_anywhere_in_an_epoch_that_is_augmented_in_chunks(step, tmp_pat
     whole = start(tmp_path / "whole", *argv)
     interrupt(step)
     part = start(tmp_path / "part", *argv, code=143)
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
 def test_the_chunks_of_the_test_above_are_chunks(monkeypatch):
     monkeypatch.setattr(evaluator, "CPU_BYTES", 50 * 4 * 3 * 8 * 8)
-    trainer = run.build(resolve(["--model", "er", "--dataset", "seq-synth"]), torch.device("cpu"), None)
+    trainer = build_trainer(resolve(["--model", "er", "--dataset", "seq-synth"]), torch.device("cpu"), None)
     _, ends = trainer.stream._plan(trainer.benchmark[0].train)
     chunks = trainer.stream._chunks(ends, (3, 8, 8))
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [(0, 3), (3, 6), (6, 8)]
@@ -819,7 +823,7 @@ def test_a_run_that_is_interrupted_again_and_again(tmp_path, interrupt, unpictur
     part = start(tmp_path / "part", *argv, code=143)
     for code in (143, 143, 143, 143, 143, 0):
         interrupt(7)
-        assert run.main(["--resume", str(part)]) == code
+        assert main(["--resume", str(part)]) == code
     assert_same_run(whole, part)
 
 
@@ -839,14 +843,14 @@ def test_a_stream_without_boundaries_resumes(step, mnist, tmp_path, interrupt, u
     assert read(whole)["cost"]["steps"] == 19
     interrupt(step)
     part = start(tmp_path / "part", *argv, code=143)
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
 SIGNALLING = """
 import signal
-from models.derpp import DerPP
-from utils.registry import METHODS
+from flatcl.models.derpp import DerPP
+from flatcl.utils.registry import METHODS
 
 @METHODS.register("told_to_stop")
 class ToldToStop(DerPP):
@@ -861,7 +865,7 @@ class ToldToStop(DerPP):
 
 
 def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, unpictured):
-    from utils.registry import METHODS
+    from flatcl.utils.registry import METHODS
 
     file = write_plugin(tmp_path, "told_to_stop", SIGNALLING)
     argv = ("--model", "told_to_stop", "--plugin", file, "--dataset", "seq-synth", "--optimizer", "sam", *TWO_EPOCHS)
@@ -869,7 +873,7 @@ def test_a_signal_in_the_middle_of_a_step_waits_for_its_end(tmp_path, unpictured
     METHODS.load("told_to_stop").stop_at = 20 * 16
     part = start(tmp_path / "part", *argv, "--log_every", "1", code=143)
     assert read(part)["cost"]["steps"] == 21
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
@@ -885,7 +889,7 @@ def test_a_run_that_ended_between_two_tasks_goes_on(tmp_path, monkeypatch, unpic
 
     monkeypatch.setattr(Trainer, "_train_task", dies)
     with pytest.raises(OSError, match="pulled the plug"):
-        run.main([*argv, "--results_path", str(tmp_path / "part")])
+        main([*argv, "--results_path", str(tmp_path / "part")])
     monkeypatch.setattr(Trainer, "_train_task", train_task)
     (file,) = (tmp_path / "part").rglob("config.json")
     part = file.parent
@@ -895,13 +899,13 @@ def test_a_run_that_ended_between_two_tasks_goes_on(tmp_path, monkeypatch, unpic
     assert read(part, "accuracy.json")["tasks"] == [0, 1, 2]
     assert [line["task"] for line in lines_of(part) if "task" in line] == [0, 1, 2]
     assert set(summary) == SUMMARY and set(summary["metrics"]["class-il"]) == METRICS
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
 MORTAL = """
-from models.er import ER
-from utils.registry import METHODS
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
 
 @METHODS.register("mortal")
 class Mortal(ER):
@@ -916,58 +920,58 @@ class Mortal(ER):
 
 def test_a_crash_inside_a_task_keeps_the_finished_ones_and_can_be_resumed(tmp_path, unpictured):
     """What was logged after the last checkpoint is written anew, not twice."""
-    from utils.registry import METHODS
+    from flatcl.utils.registry import METHODS
 
     file = write_plugin(tmp_path, "mortal", MORTAL)
     argv = ("--model", "mortal", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1")
     whole = start(tmp_path / "whole", *argv)
     METHODS.load("mortal").dies_at = 21 * 16
     with pytest.raises(OSError, match="pulled the plug"):
-        run.main([*argv, "--results_path", str(tmp_path / "part")])
+        main([*argv, "--results_path", str(tmp_path / "part")])
     (config,) = (tmp_path / "part").rglob("config.json")
     part = config.parent
     assert read(part)["status"] == "crashed" and len(read(part)["accuracy"]["task-il"]) == 2
     assert read(part)["accuracy"]["task-il"] == read(whole)["accuracy"]["task-il"][:2]
     assert lines_of(part)[-1]["step"] == 20
     METHODS.load("mortal").dies_at = None
-    assert run.main(["--resume", str(part)]) == 0
+    assert main(["--resume", str(part)]) == 0
     assert_same_run(whole, part)
 
 
 def test_tensorboard_of_a_resumed_run_has_each_point_once(tmp_path, interrupt):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from utils.registry import METHODS
+    from flatcl.utils.registry import METHODS
 
     file = write_plugin(tmp_path, "mortal", MORTAL)
     argv = ("--model", "mortal", "--plugin", file, "--dataset", "seq-synth", "--log_every", "1", "--stop_after", "3")
-    run.load_plugin(file)
+    load_plugin(file)
     METHODS.load("mortal").dies_at = 21 * 16
     with pytest.raises(OSError):
-        run.main([*argv, "--results_path", str(tmp_path)])
+        main([*argv, "--results_path", str(tmp_path)])
     (config,) = tmp_path.rglob("config.json")
     METHODS.load("mortal").dies_at = None
-    assert run.main(["--resume", str(config.parent)]) == 0
+    assert main(["--resume", str(config.parent)]) == 0
     events = EventAccumulator(str(config.parent), size_guidance={"scalars": 0}).Reload()
     assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 25))
     assert [point.step for point in events.Scalars("accuracy/class-il/task_03")] == [1, 2, 3]
 
 
 def test_a_crash_before_the_first_task_ends_leaves_a_readable_summary(tmp_path, unpictured):
-    from utils.registry import METHODS
+    from flatcl.utils.registry import METHODS
 
     file = write_plugin(tmp_path, "mortal", MORTAL)
-    run.load_plugin(file)
+    load_plugin(file)
     METHODS.load("mortal").dies_at = 3 * 16
     with pytest.raises(OSError, match="pulled the plug"):
-        run.main(["--model", "mortal", "--dataset", "seq-synth", "--results_path", str(tmp_path)])
+        main(["--model", "mortal", "--dataset", "seq-synth", "--results_path", str(tmp_path)])
     (summary,) = tmp_path.rglob("summary.json")
     assert read(summary.parent)["status"] == "crashed" and read(summary.parent)["accuracy"] == {}
 
 
 def refused(capsys, *argv):
     capsys.readouterr()
-    assert run.main(list(argv)) == 2
+    assert main(list(argv)) == 2
     lines = capsys.readouterr().err.splitlines()
     lines = [line for line in lines if not line.startswith("note: plugin ")]
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -1014,12 +1018,12 @@ def test_resume_changes_nothing_that_could_change_a_number(tmp_path, capsys, int
     folder = start(tmp_path, *argv, code=143)
     for words in (("--lr", "0.2"), ("--seed", "0"), ("--threads", "2"), ("--results_path", "x"), ("--disable_log",)):
         assert f"{words[0]} cannot be changed" in refused(capsys, "--resume", str(folder), *words)
-    assert run.main(["--resume", str(folder), "--non_verbose", "--device", "cpu"]) == 0
+    assert main(["--resume", str(folder), "--non_verbose", "--device", "cpu"]) == 0
 
 
 def test_a_run_without_folder_can_be_interrupted(interrupt, capsys):
     interrupt(2)
-    assert run.main(["--model", "er", "--dataset", "seq-synth", "--disable_log"]) == 143
+    assert main(["--model", "er", "--dataset", "seq-synth", "--disable_log"]) == 143
     assert "interrupted at step 2" in capsys.readouterr().err
 
 
@@ -1039,7 +1043,8 @@ def test_a_run_that_diverges_says_so(words, tmp_path, capsys, unpictured):
 
 def test_a_run_that_diverges_in_its_second_task_keeps_what_it_had(tmp_path, capsys, unpictured):
     text = (
-        "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
+        "from flatcl.models.er import ER\nfrom flatcl.models._method import Loss\n"
+        "from flatcl.utils.registry import METHODS\n"
         "@METHODS.register('late')\nclass Late(ER):\n    def loss(self, joint):\n        loss = super().loss(joint)\n"
         "        bad = float('nan') if self.buffer.num_seen > 12 * 16 else 1.0\n"
         "        return Loss({name: rows * bad for name, rows in loss.rows.items()})\n"
@@ -1054,12 +1059,12 @@ def test_a_run_that_diverges_in_its_second_task_keeps_what_it_had(tmp_path, caps
 
 def test_a_run_that_cannot_be_built_leaves_no_folder(tmp_path):
     text = (
-        "from models.er import ER\nfrom utils.registry import METHODS\n@METHODS.register('unbuilt')\n"
+        "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n@METHODS.register('unbuilt')\n"
         "class Unbuilt(ER):\n    def __init__(self, *args):\n        raise RuntimeError('a mistake in a plugin')\n"
     )
     argv = ["--model", "unbuilt", "--plugin", write_plugin(tmp_path, "unbuilt", text), "--dataset", "seq-synth"]
     with pytest.raises(RuntimeError, match="a mistake in a plugin"):
-        run.main([*argv, "--results_path", str(tmp_path / "out")])
+        main([*argv, "--results_path", str(tmp_path / "out")])
     assert not list((tmp_path / "out").rglob("config.json"))
 
 
@@ -1076,7 +1081,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("asked for an address")
 
 socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
-from utils.run import main
+from flatcl.utils.commands.train import main
 assert main(["--list"]) == 0
 for module in MODULES:
     importlib.import_module(module)
@@ -1090,10 +1095,9 @@ except AssertionError:
 
 def test_nothing_opens_a_socket(tmp_path):
     """Importing every module, listing, and a whole run."""
-    modules = [f"utils.{module.name}" for module in pkgutil.iter_modules(utils.__path__)]
-    for folder in ("models", "datasets", "backbone", "utils/optim"):
-        modules += [f"{folder.replace('/', '.')}.{path.stem}" for path in sorted((ROOT / folder).glob("*.py"))]
-    code = f"MODULES = {[name for name in modules if not name.endswith('__init__')]}\n{OFFLINE}"
+    modules = [module.name for module in pkgutil.walk_packages(flatcl.__path__, "flatcl.")]
+    assert {"flatcl.models.er", "flatcl.utils.engine.trainer", "flatcl.__main__"} < set(modules)
+    code = f"MODULES = {modules}\n{OFFLINE}"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
@@ -1106,7 +1110,9 @@ def test_nothing_opens_a_socket(tmp_path):
 
 def build(*argv):
     """A trainer that writes nothing."""
-    return run.build(resolve([*argv, "--disable_log", "--non_verbose", "--device", "cpu"]), torch.device("cpu"), None)
+    return build_trainer(
+        resolve([*argv, "--disable_log", "--non_verbose", "--device", "cpu"]), torch.device("cpu"), None
+    )
 
 
 BUDGET = ("--model", "derpp", "--dataset", "seq-synth", "--budget_rows", "30000")
@@ -1153,7 +1159,7 @@ def test_a_run_with_a_budget_resumes(step, tmp_path, interrupt, unpictured):
     whole = read(start(tmp_path / "whole", *argv))
     interrupt(step)
     folder = start(tmp_path / "cut", *argv, code=143)
-    assert run.main(["--resume", str(folder)]) == 0
+    assert main(["--resume", str(folder)]) == 0
     resumed = read(folder)
     assert resumed["accuracy"] == whole["accuracy"]
     assert resumed["cost"]["steps"] == whole["cost"]["steps"] and compute(resumed["cost"]) == compute(whole["cost"])
@@ -1184,7 +1190,8 @@ def test_every_optimizer_learns_in_bfloat16_nearly_as_in_float32(optimizer, caps
 
 def test_skipped_steps_are_counted_and_reported(tmp_path, capsys, unpictured):
     text = (
-        "from models.er import ER\nfrom models._method import Loss\nfrom utils.registry import METHODS\n"
+        "from flatcl.models.er import ER\nfrom flatcl.models._method import Loss\n"
+        "from flatcl.utils.registry import METHODS\n"
         "@METHODS.register('moody')\nclass Moody(ER):\n    calls = 0\n"
         "    def draw(self, batch):\n        self.calls += 1\n        return super().draw(batch)\n"
         "    def loss(self, joint):\n        bad = float('nan') if self.calls % 5 == 0 else 1.0\n"

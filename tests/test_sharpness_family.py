@@ -12,9 +12,9 @@ import torch
 from test_optimizers import CLASSES, DECAY, LR, MOMENTUM, RHO, SIZES, Oracle, Watched, batches, conv_bn_linear, flat
 from torch import nn
 
-from models._method import Block, Loss, Objective
-from utils.errors import UsageError
-from utils.registry import OPTIMIZERS
+from flatcl.models._method import Block, Loss, Objective
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import OPTIMIZERS
 
 ROWS, EPOCHS = 12, 4  # of a batch, of a task
 SOURCES = ((1.0, "current"), (0.5, "memory"))  # weight and name of the term of each block

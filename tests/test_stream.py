@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from datasets import _benchmark
-from datasets._benchmark import DomainBenchmark, Split
-from utils import evaluator, run, seeding
-from utils.arguments import resolve
-from utils.augment import Augment, CropFlip
-from utils.errors import DataError
-from utils.evaluator import Evaluator
-from utils.trainer import Stream, learning_rate
+from flatcl.datasets import _benchmark
+from flatcl.datasets._benchmark import DomainBenchmark, Split
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands.train import main
+from flatcl.utils.engine import evaluator, seeding
+from flatcl.utils.engine.augment import Augment, CropFlip
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.engine.evaluator import Evaluator
+from flatcl.utils.engine.trainer import Stream, learning_rate
+from flatcl.utils.errors import DataError
 
 CPU = torch.device("cpu")
 SHAPE, ROWS, BATCH = (3, 8, 8), 103, 10
@@ -241,7 +243,7 @@ def test_host_and_device_memory_give_the_same_batches(monkeypatch, name, transfo
 @pytest.mark.parametrize("where", ["auto", "cpu", "device"])
 def test_a_run_on_the_accelerator(tmp_path, where):
     words = ["--model", "er", "--dataset", "seq-synth", "--device", "cuda", "--data_device", where, "--debug_mode"]
-    assert run.main([*words, "--non_verbose", "--results_path", str(tmp_path)]) == 0
+    assert main([*words, "--non_verbose", "--results_path", str(tmp_path)]) == 0
 
 
 # -------------------------------------------------------------------------------------------------------- evaluator
@@ -250,7 +252,7 @@ def test_a_run_on_the_accelerator(tmp_path, where):
 def build(*words):
     base = ["--model", "sgd", "--dataset", "seq-synth", "--disable_log", "--non_verbose"]
     config = resolve([*base, *map(str, words)])
-    return run.build(config, CPU, None)
+    return build_trainer(config, CPU, None)
 
 
 def one_by_one(trainer, outputs):

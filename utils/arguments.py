@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from utils.console import complain
-from utils.errors import UsageError, mistake
-from utils.files import is_writable
-from utils.identity import PROTOCOL, code_of, differences, named
-from utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
-from utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
+from flatcl.utils.console import complain
+from flatcl.utils.errors import UsageError, mistake
+from flatcl.utils.files import is_writable
+from flatcl.utils.identity import PROTOCOL, code_of, differences, named
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
+from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
 MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
@@ -227,6 +227,13 @@ class Flag:
             if below is not None and item >= below:
                 return f"must be less than {below:g}, got {item:g}"
         return None
+
+
+def written(value: Any) -> str:
+    """A flag's value, for people."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_beyond_float(value: Any) -> bool:

@@ -3,8 +3,13 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from flatcl.utils import launch
+from flatcl.utils.errors import RunFailed
+from flatcl.utils.registry import ROOT
 
 LONGEST = 4000  # characters of a message
 
@@ -58,6 +63,33 @@ def silence(name: str) -> None:
         os.close(nowhere)
     except (OSError, ValueError, AttributeError):  # closed, or not a file
         setattr(sys, name, open(os.devnull, "w"))
+
+
+def program() -> str:
+    """How a run is started, in the way in which this program was."""
+    script = sys.argv[0] if Path(sys.argv[0]).name == "main.py" else "main.py"
+    if Path(script).resolve() == ROOT / "main.py":
+        return f"torchrun ... {script}" if launch.size() > 1 else f"python {script}"
+    return "torchrun ... -m flatcl train" if launch.size() > 1 else "flatcl train"
+
+
+def again(run: str | os.PathLike) -> str:
+    """The command that goes on with a run."""
+    return f"{program()} --resume {run}"
+
+
+def shown(show: Callable[[], None]) -> int:
+    """The exit code of a command that only prints: it has failed where that is not possible."""
+    try:
+        show()
+        print(end="", flush=True)
+        return 0
+    except BrokenPipeError:  # whoever read our output has enough of it (`| head`)
+        silence("stdout")
+        return 1
+    except OSError as error:
+        silence("stdout")
+        raise RunFailed(f"the output cannot be written ({reason(error)}).") from None
 
 
 def reason(error: BaseException) -> str:

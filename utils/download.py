@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from utils.errors import DataError
+from flatcl.utils.errors import DataError
 
 try:
     import fcntl

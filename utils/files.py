@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UsageError
+from flatcl.utils.errors import UsageError
 
 LONGEST = 2**28  # bytes of a file of ours that is read whole: the matrices of 1,000 tasks take some 50 MB
 

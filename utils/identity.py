@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
+from flatcl.utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
 
-FOLDERS = ("models", "datasets", "backbone", "utils.optim")
+FOLDERS = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim")
 DIGITS = 16  # hexadecimal, of a sha256
 
 
@@ -74,10 +74,10 @@ def _file_of(module: str, beside: Iterable[Path]) -> tuple[str, Path | None]:
     or from the folder of a plugin (`beside`). No file for Python's own, torch's and the engine's."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if module.startswith(tuple(f"{folder}." for folder in FOLDERS)):
-        name = module.replace(".", "/") + ".py"
+        name = module.removeprefix("flatcl.").replace(".", "/") + ".py"
         file = Path(file or ROOT / name)
         return name, file if file.is_file() else None
-    if file is None or not file.endswith(".py") or plugin_of(module) is not None or module.split(".")[0] == "utils":
+    if file is None or not file.endswith(".py") or plugin_of(module) is not None or module.split(".")[0] == "flatcl":
         return module, None
     if module.split(".")[0] in _foreign_packages():
         return module, Path(file)

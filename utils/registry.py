@@ -16,8 +16,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from utils.errors import UsageError
-from utils.files import user_path
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def canonical(name: str) -> str:
 class Registry:
     """The names of one kind (method, dataset, ...) and the objects behind them.
 
-    `folder` is the package's path relative to the repository; `separator` is how names are written for people.
+    `folder` is the package's path below `flatcl`; `separator` is how names are written for people.
     """
 
     def __init__(self, kind: str, folder: str, group: str, separator: str = "_"):
@@ -86,7 +86,7 @@ class Registry:
 
     def _docstring(self, name: str) -> str:
         path = self._files().get(canonical(name))
-        doc = ast.get_docstring(ast.parse(path.read_text())) if path else None
+        doc = _docstring_of(path) if path else None
         if doc is None and canonical(name) in self._objects:
             known = self._objects[canonical(name)]
             doc = known.__doc__ or sys.modules[known.__module__].__doc__
@@ -104,10 +104,10 @@ class Registry:
             del self._objects[key]
 
     def _module(self, key: str) -> str:
-        return f"{self.folder.replace('/', '.')}.{key}"
+        return f"flatcl.{self.folder.replace('/', '.')}.{key}"
 
     def _files(self) -> dict[str, Path]:
-        return {p.stem: p for p in (ROOT / self.folder).glob("*.py") if not p.stem.startswith("_")}
+        return parts(self.folder)
 
     def _entry_points(self) -> dict:
         return {canonical(point.name): point for point in entry_points(group=self.group)}
@@ -123,6 +123,20 @@ class Registry:
             ) from error
         if key not in self._objects:
             self.register(key)(obj)
+
+
+def parts(folder: str) -> dict[str, Path]:
+    """{name: file} of what a user can name in a folder: the files whose names have no _ in front."""
+    return {path.stem: path for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
+
+
+def summary_of(file: Path) -> str:
+    """The first line of a file's docstring, read without importing it."""
+    return (_docstring_of(file) or "").split("\n")[0]
+
+
+def _docstring_of(file: Path) -> str | None:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.console import complain
-from utils.errors import UsageError
-from utils.files import read_json, user_path
-from utils.identity import PROTOCOL, differences
-from utils.registry import Plugin, read_plugin
+from flatcl.utils.console import complain
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import read_json, user_path
+from flatcl.utils.identity import PROTOCOL, differences
+from flatcl.utils.registry import Plugin, read_plugin
 
 
 @dataclass(frozen=True)

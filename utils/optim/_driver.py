@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import seeding
-from utils.arguments import flag
-from utils.layout import lay_out
-from utils.optim._base import SGD, Base, Grads
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine import seeding
+from flatcl.utils.engine.layout import lay_out
+from flatcl.utils.optim._base import SGD, Base, Grads
 
 Wanted = np.ndarray | Tensor | None  # (P,) bool: the parameters whose gradients are asked for; None: all
 
@@ -106,8 +106,8 @@ class Driver:
     only if the step is taken; the clock goes on in `tick`. Whatever else a variant keeps, it writes in `settle`, in
     place, and adds to `state_dict` itself.
 
-    A step may be recorded once and replayed (`utils/program.py`): of the variant's Python code only `phase`, `draw` and
-    `tick` run then.
+    A step may be recorded once and replayed (`utils/engine/program.py`): of the variant's Python code only `phase`,
+    `draw` and `tick` run then.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Driver:
         self._batchnorms = normalise_single_values(method)
         self._to_watch = WATCHED
         self._side: Any = None  # a second stream
-        self.programs: Any = None  # `utils.program.Programs`, where steps are recorded
+        self.programs: Any = None  # `flatcl.utils.engine.program.Programs`, where steps are recorded
 
     @property
     def is_watching(self) -> bool:

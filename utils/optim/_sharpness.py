@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.arguments import flag
-from utils.optim._base import Grads
-from utils.optim._driver import Driver, Wanted, dot, frozen_statistics, norm
-from utils.registry import BACKBONES
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._base import Grads
+from flatcl.utils.optim._driver import Driver, Wanted, dot, frozen_statistics, norm
+from flatcl.utils.registry import BACKBONES
 
 __all__ = ["Grads", "SharpnessAware", "dot", "frozen_statistics", "norm"]
 

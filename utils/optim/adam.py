@@ -6,10 +6,10 @@ Memory: 2 P (both moments)
 
 from dataclasses import dataclass
 
-from utils.arguments import flag
-from utils.optim import _base
-from utils.optim._driver import Driver
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim import _base
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("adam")

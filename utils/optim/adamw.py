@@ -4,8 +4,8 @@ Passes: 1 forward, 1 backward
 Memory: 2 P (both moments)
 """
 
-from utils.optim.adam import Adam
-from utils.registry import OPTIMIZERS
+from flatcl.utils.optim.adam import Adam
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("adamw")

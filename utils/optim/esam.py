@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.arguments import flag
-from utils.optim._sharpness import Grads, SharpnessAware, norm
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import Grads, SharpnessAware, norm
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("esam")

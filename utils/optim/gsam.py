@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.arguments import flag
-from utils.optim._sharpness import EPS, Grads, SharpnessAware, dot, norm
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import EPS, Grads, SharpnessAware, dot, norm
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("gsam")

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from utils.arguments import flag
-from utils.optim._sharpness import EPS, Grads, SharpnessAware, dot, norm
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import EPS, Grads, SharpnessAware, dot, norm
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("looksam")

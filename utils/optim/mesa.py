@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.arguments import flag
-from utils.optim._driver import Driver, Grads, keep_corner
-from utils.optim.saf import divergence
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import Driver, Grads, keep_corner
+from flatcl.utils.optim.saf import divergence
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("mesa")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.arguments import flag
-from utils.optim._sharpness import Grads, SharpnessAware
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import Grads, SharpnessAware
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("msam")

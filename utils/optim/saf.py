@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.arguments import flag
-from utils.optim._driver import Driver, Grads
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import Driver, Grads
+from flatcl.utils.registry import OPTIMIZERS
 
 UNKNOWN = -1e4  # logit of a class that there was not; its probability is exactly 0
 

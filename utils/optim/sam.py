@@ -8,8 +8,8 @@ Passes: 2 forward, 2 backward
 Memory: 2 P (moved weights, clean gradient)
 """
 
-from utils.optim._sharpness import SharpnessAware
-from utils.registry import OPTIMIZERS
+from flatcl.utils.optim._sharpness import SharpnessAware
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("sam")

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.arguments import flag
-from utils.optim._sharpness import Grads, SharpnessAware
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import Grads, SharpnessAware
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("sampa")

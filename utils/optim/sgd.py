@@ -4,8 +4,8 @@ Passes: 1 forward, 1 backward
 Memory: none
 """
 
-from utils.optim._driver import Driver
-from utils.registry import OPTIMIZERS
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("sgd")

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from utils.arguments import flag
-from utils.optim._driver import flat
-from utils.optim._sharpness import Grads, SharpnessAware, norm
-from utils.passes import eval_mode, row_gradients
-from utils.phase import Ordinary
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.engine.passes import eval_mode, row_gradients
+from flatcl.utils.engine.phase import Ordinary
+from flatcl.utils.optim._driver import flat
+from flatcl.utils.optim._sharpness import Grads, SharpnessAware, norm
+from flatcl.utils.registry import OPTIMIZERS
 
 OWN_FLAGS = {
     "sparsity": ("fisher", "dynamic"), "fisher_rows": ("fisher", "nm"), "drop_rate": ("dynamic",),

@@ -10,9 +10,9 @@ Memory: 2 P (moved weights, clean gradient)
 
 from dataclasses import dataclass
 
-from utils.arguments import flag
-from utils.optim._sharpness import SharpnessAware
-from utils.registry import OPTIMIZERS
+from flatcl.utils.arguments import flag
+from flatcl.utils.optim._sharpness import SharpnessAware
+from flatcl.utils.registry import OPTIMIZERS
 
 
 @OPTIMIZERS.register("stable_sam")

@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from datasets._benchmark import Benchmark, DomainBenchmark  # noqa: E402
-from utils import seeding  # noqa: E402
-from utils.registry import DATASETS  # noqa: E402
+from flatcl.datasets._benchmark import Benchmark, DomainBenchmark  # noqa: E402
+from flatcl.utils import seeding  # noqa: E402
+from flatcl.utils.registry import DATASETS  # noqa: E402
 
 NUM_TASKS = 1000
 MARKS = (10, 20, 50, 100, 200, 300, 500, 1000)
@@ -70,16 +70,14 @@ def rss_mib() -> float:
 
 
 def measure(argv: list[str], num_tasks: int) -> None:
-    import utils.trainer
-    from utils.arguments import resolve
-    from utils.results import RunFolder
-    from utils.run import build
-    from utils.trainer import Trainer
+    from flatcl.utils.arguments import resolve
+    from flatcl.utils.engine import build, trainer
+    from flatcl.utils.engine.results import RunFolder
 
     say = functools.partial(print, file=sys.stderr, flush=True)
     seen: list[tuple[float, float, float]] = []  # of each task: seconds in all, of training, of evaluation
 
-    class Watched(Trainer):
+    class Watched(trainer.Trainer):
         def _train_task(self, task):
             start, train_s, eval_s = time.process_time(), self.cost.train_s, self.cost.eval_s
             super()._train_task(task)
@@ -99,14 +97,14 @@ def measure(argv: list[str], num_tasks: int) -> None:
     say("| task | a task | a step | evaluation | files and logs | mean task so far | memory, MiB |")
     say("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     torch.set_num_threads(1)
-    utils.trainer.Trainer = Watched
-    utils.trainer.time = types.SimpleNamespace(monotonic=time.process_time)
-    trainer = build(config, torch.device("cpu"), RunFolder.create(config))
+    build.Trainer = Watched
+    trainer.time = types.SimpleNamespace(monotonic=time.process_time)
+    run = build.build(config, torch.device("cpu"), RunFolder.create(config))
     start = time.monotonic()
     with contextlib.redirect_stdout(None):
-        trainer.run()
-    trainer.logs.close()
-    size = sum(file.stat().st_size for file in trainer.folder.path.rglob("*") if file.is_file()) / 2**20
+        run.run()
+    run.logs.close()
+    size = sum(file.stat().st_size for file in run.folder.path.rglob("*") if file.is_file()) / 2**20
     say(f"{num_tasks} tasks in {time.monotonic() - start:.0f} s of wall time; run folder {size:.0f} MiB")
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from utils import report, run, sweep  # noqa: E402
+from flatcl.utils.commands import report, sweep  # noqa: E402
+from flatcl.utils.commands.train import main as run_main  # noqa: E402
 
 MODELS = ("er", "derpp", "sgd", "er_ace", "agem")
 FLAGS = ("--dataset", "seq-synth", "--debug_mode", "--non_verbose", "--device", "cpu", "--threads", "1")
@@ -31,7 +32,7 @@ def grid(num_runs: int) -> tuple[list[dict[str, str]], int]:
 def make(folder: Path, num_runs: int) -> None:
     scratch = folder.with_name(folder.name + "-model")
     for model in MODELS:
-        assert run.main(["--model", model, *FLAGS, "--results_path", str(scratch)]) == 0
+        assert run_main(["--model", model, *FLAGS, "--results_path", str(scratch)]) == 0
     jobs = sweep.plan(grid(num_runs)[0], [*FLAGS, "--results_path", str(folder)])
     originals = {file.parent.parent.name: file.parent for file in scratch.rglob("summary.json")}
     for number, job in enumerate(jobs):

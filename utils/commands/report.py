@@ -1,29 +1,28 @@
-"""Tables of finished runs: `python -m utils.report ./results --pivot dataset,buffer_size`.
+"""Tables of finished runs: `flatcl report ./results --pivot dataset,buffer_size`.
 
 Runs that differ only in their seed make one row: mean ± sample standard deviation (n - 1). What is left out, counted
 once or mixed is said on stderr, so that no table hides what it stands on.
 """
 
-import argparse
 import csv
 import dataclasses
 import io
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils import run_index
-from utils.arguments import Config, EngineArgs, flags_of
-from utils.console import complain, guarded, reason, silence
-from utils.errors import UsageError
-from utils.files import is_writable, parse_json, read_json, read_text, user_path
-from utils.identity import differences
-from utils.registry import canonical, nearest
-from utils.saved import other_code
+from flatcl.utils.arguments import Config, EngineArgs, flags_of
+from flatcl.utils.commands import _run_index as run_index
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.console import complain, guarded, reason, silence
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import is_writable, parse_json, read_json, read_text, user_path
+from flatcl.utils.identity import differences
+from flatcl.utils.registry import canonical, nearest
+from flatcl.utils.saved import other_code
 
 BY = ("dataset", "model", "optimizer", "buffer_size")
 METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
@@ -553,7 +552,7 @@ def picture(
     order: Sequence[str] = (),
 ) -> None:
     """Writes bars of one metric as a PNG: a panel for each value of the pivot keys (dataset and buffer size)."""
-    from utils import pictures
+    from flatcl.utils.engine import pictures
 
     check_metrics([metric], runs)
     keys = keys_of(runs, by, pivot)
@@ -571,26 +570,6 @@ def picture(
     pictures.save(pictures.comparison(bars, f"{metric.replace('_', ' ')} (%)"), path)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are `UsageError`s, and for which `-` and `_` are equal in flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
-        return super().parse_args([_flag_spelling(word) for word in argv])
-
-    def error(self, message: str):
-        raise UsageError(f"{message}. See python -m {self.prog} --help.")
-
-
-def _flag_spelling(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
 def words(text: str) -> list[str]:
     """`a,b` as a list."""
     return text.replace(",", " ").split()
@@ -602,7 +581,7 @@ def names(text: str) -> list[str]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="utils.report", description="Tables of finished runs: mean ± sample std in percent, and n.")
+    parser = Parser(prog="flatcl report", description="Tables of finished runs: mean ± sample std in percent, and n.")
     add = parser.add_argument
     add("runs", nargs="*", default=["./results"], help="folders, searched recursively (default: ./results)")
     add("--setting", help="class-il, task-il, ...; default: all that the runs have")
@@ -669,7 +648,3 @@ def main(argv: Sequence[str]) -> int:
             silence("stdout")
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

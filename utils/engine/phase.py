@@ -1,8 +1,8 @@
 """What methods and optimizers say about their steps, so that a step can be recorded once and replayed.
 
-A replay (`utils/program.py`) does what the recorded step did, with other rows and other weights. So a part says in one
-line, `phase`, what its Python code may decide anew from step to step within a task. Most have nothing to say: blocks
-and weights decide all.
+A replay (`utils/engine/program.py`) does what the recorded step did, with other rows and other weights. So a part says
+in one line, `phase`, what its Python code may decide anew from step to step within a task. Most have nothing to say:
+blocks and weights decide all.
 """
 
 from collections.abc import Hashable, Iterable

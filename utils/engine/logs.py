@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from utils import launch
-from utils.arguments import MANY_TASKS, Config
-from utils.console import complain, reason, say
-from utils.results import RunFolder
+from flatcl.utils import launch
+from flatcl.utils.arguments import MANY_TASKS, Config
+from flatcl.utils.console import complain, reason, say
+from flatcl.utils.engine.results import RunFolder
 
 HPARAMS = "_hparams_/session_end_info"  # the last of TensorBoard's entries
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -188,7 +188,7 @@ class Logs:
         `entries`). Returns what was written. `tasks`: those trained, from 0."""
         if self.folder is None:
             return []
-        from utils import pictures  # matplotlib is slow to import
+        from flatcl.utils.engine import pictures  # matplotlib is slow to import
 
         finals, done = {}, []
         for setting, values in summary["metrics"].items():

@@ -1,6 +1,6 @@
-"""A grid of runs: `python -m utils.sweep --models er,derpp --datasets perm-mnist --seeds 0-2`.
+"""A grid of runs: `flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2`.
 
-Each of N worker processes imports torch once and runs one `utils.run.main(argv)` after the other. What is finished
+Each of N worker processes imports torch once and runs one command line of `train` after the other. What is finished
 below --results_path is not run again, so a sweep that was stopped is continued by the same command.
 """
 
@@ -21,12 +21,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
-from utils.errors import UsageError
-from utils.files import user_path
-from utils.lock import Busy, Lock
-from utils.registry import METHODS, canonical, load_plugin
-from utils.report import BY, Parser, Run, comparable, find_runs, table, words
+from flatcl.utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.commands.report import BY, Run, comparable, find_runs, table, words
+from flatcl.utils.console import program
+from flatcl.utils.engine.lock import Busy, Lock
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import user_path
+from flatcl.utils.registry import METHODS, canonical, load_plugin
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 RETRY_S = 2.0  # until a job that another sweep is at is tried again
@@ -357,10 +359,10 @@ def _run_claimed(argv: list[str], log: Path, label: str, runner: Runner | None) 
 
 def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
     with _console_to(log):
-        print("python main.py " + " ".join(argv))
+        print(f"{program()} {' '.join(argv)}")
         try:
             if runner is None:
-                from utils.run import main as runner
+                from flatcl.utils.commands.train import main as runner
             return runner(argv)
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -467,9 +469,9 @@ def say_failed(failed: Mapping[Job, int]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="utils.sweep",
-        description="A grid of runs. Flags of main.py that all runs share come after a lone --.",
-        epilog="example: python -m utils.sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
+        prog="flatcl sweep",
+        description="A grid of runs. Flags of `train` that all runs share come after a lone --.",
+        epilog="example: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
     )
     add = parser.add_argument
     add("--models", type=words, required=True)
@@ -513,9 +515,9 @@ def check_rest(rest: Sequence[str], axes: Mapping[str, str]) -> Request:
     ]
     for name in ("dry_run", "disable_log"):
         if name in request.words:
-            problems.append(f"--{name} leaves no result to collect. Drop it, or call main.py.")
+            problems.append(f"--{name} leaves no result to collect. Drop it, or start one run.")
     if request.wants_help or request.listing is not None or request.resume is not None:
-        problems.append("--help, --list and --resume do not fit many runs. Call main.py.")
+        problems.append("--help, --list and --resume do not fit many runs. Start one run.")
     if problems:
         raise UsageError(*problems)
     for plugin in request.plugins:
@@ -567,7 +569,3 @@ def main(argv: Sequence[str], runner: Runner | None = None) -> int:
         return USAGE
     catch_stops()
     return sweep(jobs, num_workers, flags_of_all(keep_changed), runner, keep_changed)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

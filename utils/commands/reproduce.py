@@ -1,8 +1,8 @@
-"""Published tables, run again and compared: `python -m utils.reproduce der-perm-mnist --seeds 0-4 --jobs 2`.
+"""Published tables, run again and compared: `flatcl reproduce der-perm-mnist --seeds 0-4 --jobs 2`.
 
-`utils/targets.csv` has the published figures, in percent, each with its source and with what confirms it. What a table
-lacks is run through `utils.sweep`; what is finished below --results_path is not run again, so that a table that was
-stopped is continued by the same command. Each figure is then compared by Welch's t interval at 95 %, which needs no
+`targets.csv` beside this file has the published figures, in percent, each with its source and with what confirms it.
+What a table lacks is run through `sweep`; what is finished below --results_path is not run again, so that a table that
+was stopped is continued by the same command. Each figure is then compared by Welch's t interval at 95 %, which needs no
 more of a publication than mean, standard deviation and number of runs.
 """
 
@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from utils import sweep
-from utils.arguments import EngineArgs, Request, flags_of, resolve
-from utils.errors import UsageError
-from utils.files import user_path
-from utils.registry import DATASETS, METHODS, ROOT, canonical, nearest
-from utils.report import FORMATS, METRICS, RENDER, Parser, Run, Stat, complain, percent, words, written
+from flatcl.utils.arguments import EngineArgs, Request, flags_of, resolve
+from flatcl.utils.commands import sweep
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.commands.report import FORMATS, METRICS, RENDER, Run, Stat, percent, words, written
+from flatcl.utils.console import complain
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import user_path
+from flatcl.utils.registry import DATASETS, METHODS, canonical, nearest
 
-TARGETS = ROOT / "utils" / "targets.csv"
+TARGETS = Path(__file__).with_name("targets.csv")
 METRIC = METRICS[0]
 LEVEL = 0.95
 LIST = "LIST"
@@ -361,7 +363,7 @@ def _panel(target: Target, datasets: Sequence[str], settings: Sequence[str]) -> 
 
 def picture(rows: Sequence[Row], path: str) -> None:
     """Bars of ours beside published, with standard deviations: a panel for each dataset, setting and buffer size."""
-    from utils import pictures
+    from flatcl.utils.engine import pictures
 
     bars = []
     several = [list(dict.fromkeys(getattr(row.target, key) for row in rows)) for key in ("dataset", "setting")]
@@ -380,9 +382,9 @@ def picture(rows: Sequence[Row], path: str) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="utils.reproduce",
-        description="Runs a published table and compares. Flags of main.py that all runs share come after a lone --.",
-        epilog="example: python -m utils.reproduce der-perm-mnist --cells 'er,*:200' --seeds 0-2 -- --device cpu",
+        prog="flatcl reproduce",
+        description="Runs a published table and compares. Flags of `train` that all runs share come after a lone --.",
+        epilog="example: flatcl reproduce der-perm-mnist --cells 'er,*:200' --seeds 0-2 -- --device cpu",
     )
     add = parser.add_argument
     add("table", nargs="?", default=LIST, help=f"the table's name; {LIST} (default) prints all of them")
@@ -501,7 +503,3 @@ def main(argv: Sequence[str], runner: sweep.Runner | None = None, file: Path = T
     except KeyboardInterrupt:  # before or after the runs
         complain("interrupted")
         return sweep.INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

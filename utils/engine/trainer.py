@@ -6,22 +6,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models._method import Batch, Method
-from utils import checkpoint, metrics, seeding
-from utils.arguments import DEBUG_BATCHES, MANY_TASKS, Config
-from utils.augment import Augment
-from utils.console import reason
-from utils.errors import RunFailed
-from utils.evaluator import Evaluator, rows_per_pass
-from utils.logs import Logs
-from utils.memory import peak_memory_mib, reset_peak_memory
-from utils.results import RunFolder
+from flatcl.models._method import Batch, Method
+from flatcl.utils import metrics
+from flatcl.utils.arguments import DEBUG_BATCHES, MANY_TASKS, Config
+from flatcl.utils.console import reason
+from flatcl.utils.engine import checkpoint, seeding
+from flatcl.utils.engine.augment import Augment
+from flatcl.utils.engine.evaluator import Evaluator, rows_per_pass
+from flatcl.utils.engine.logs import Logs
+from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
+from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.errors import RunFailed
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 AGREED_EVERY = 20  # steps, after which several processes on GPUs agree whether they go on
@@ -29,7 +31,11 @@ WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writi
 
 
 class Interrupted(Exception):
-    """The user or the machine asked the run to stop; a checkpoint has been written."""
+    """A signal asked the run to stop, after this step; a checkpoint has been written into its folder, if it has one."""
+
+    def __init__(self, signal: int, step: int, folder: Path | None):
+        super().__init__(f"interrupted by signal {signal} at step {step}")
+        self.signal, self.step, self.folder = signal, step, folder
 
 
 class Stream:
@@ -356,7 +362,7 @@ class Trainer:
                 start = time.monotonic()
                 self._try_to_keep(self.save_checkpoint, "a checkpoint")
                 if stop is not None:
-                    raise Interrupted(stop)
+                    raise Interrupted(stop, self.cost.steps, self.folder and self.folder.path)
         self._mid_epoch = False
         self._check_weights()
         if len(split) > 0:  # an epoch without rows takes no step, and none has failed

@@ -1,4 +1,4 @@
-"""The engine's benchmark: `python -m utils.bench [--rounds N] [--device D] [--quick 1]`.
+"""The engine's benchmark on this machine: `flatcl bench [--rounds N] [--device D] [--quick 1]`.
 
 For each method and network it measures, in turn in one run,
   step        a whole training step of the engine,
@@ -10,7 +10,6 @@ bytes; shapes, sizes and flags are those of the benchmarks named. Absolute times
 the ratios hold.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -22,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from models._method import Batch
-from utils import run
-from utils.arguments import resolve
-from utils.optim._sharpness import frozen_statistics, norm
-from utils.registry import DATASETS, OPTIMIZERS, ROOT
+from flatcl.models._method import Batch
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.engine.build import build as build_trainer
+from flatcl.utils.engine.build import resolve_device
+from flatcl.utils.optim._sharpness import frozen_statistics, norm
+from flatcl.utils.registry import DATASETS, OPTIMIZERS, ROOT
 
 METHODS = ("er", "derpp", "derpp_sam", "mgser_sam")
 
@@ -60,7 +61,7 @@ def fresh(model: str, dataset: str, device: torch.device, num_images: int, **fla
         **config.values, view=config.view, learner=config.learner, benchmark=benchmark, hash=config.hash,
         values=config.values,
     )  # fmt: skip
-    return run.build(config, device, None)
+    return build_trainer(config, device, None)
 
 
 def fill_memory(trainer) -> None:
@@ -272,14 +273,14 @@ def bench_start_up() -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.bench", description="benchmark of the engine")
+    parser = Parser(prog="flatcl bench", description="benchmark of the engine")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that the medians are taken over (default 9)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
     parser.add_argument("--whole_run", type=int, default=0, help="1: only time a whole run of er on perm-mnist")
     parser.add_argument("--quick", type=int, default=0, help="1: one round, a few steps, to see that it runs")
     args = parser.parse_args(argv)
-    device = run.resolve_device(args.device)
+    device = resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.whole_run:
@@ -305,11 +306,9 @@ def main(argv: list[str]) -> int:
     bench_evaluation("seq-cifar10", 12_000, device, rounds, backbone="reduced-resnet18")
     if not args.quick:
         words = ["--whole_run", "1", "--device", args.device, "--threads", str(args.threads)]
-        done = subprocess.run([sys.executable, "-m", "utils.bench", *words], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "flatcl", "bench", *words], capture_output=True, text=True, cwd=ROOT
+        )
         print(done.stdout.splitlines()[-1] if done.returncode == 0 else done.stderr)
     bench_start_up()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, cross_entropy, instance_norm, unfold
 from torch.nn.grad import conv2d_weight
 
-from utils.layout import has_convolutions
-from utils.optim._driver import batchnorms, trainable
+from flatcl.utils.engine.layout import has_convolutions
+from flatcl.utils.optim._driver import batchnorms, trainable
 
 GRADIENT_FLOATS = 2**26  # of gradients of single rows at a time
 ROWS = 64  # whose activations are kept at a time where only sums are asked for

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.augment import Augment
-from utils.errors import DataError
-from utils.layout import rows_of_forward
+from flatcl.utils.engine.augment import Augment
+from flatcl.utils.engine.layout import rows_of_forward
+from flatcl.utils.errors import DataError
 
 CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from utils import launch, seeding
-from utils.errors import RunFailed, UsageError
+from flatcl.utils import launch
+from flatcl.utils.engine import seeding
+from flatcl.utils.errors import RunFailed, UsageError
 
 
 def device_of(device: torch.device) -> torch.device:

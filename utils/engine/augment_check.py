@@ -18,9 +18,9 @@ import torch
 from kornia.augmentation.auto import PolicyAugmentBase
 from torch import Tensor, nn
 
-from utils import seeding
-from utils.augment import Augment
-from utils.errors import UsageError
+from flatcl.utils.engine import seeding
+from flatcl.utils.engine.augment import Augment
+from flatcl.utils.errors import UsageError
 
 ROWS = 16  # images of a look
 CALLS = 30  # until a transform that draws, but has left all copies alike, counts as one that has no effect

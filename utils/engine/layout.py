@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import nn
 
-from utils.errors import UsageError
+from flatcl.utils.errors import UsageError
 
 CPU_PIXELS = 64 * 32 * 32  # of the images of one forward without gradients, where there are convolutions
 FEWEST = 32  # of these images: where cores are busy with other work, two threads take turns with each small piece

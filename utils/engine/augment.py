@@ -10,7 +10,7 @@ import torch
 from kornia.augmentation import GeometricAugmentationBase2D
 from torch import Tensor, nn
 
-from utils.buffer import check_stored
+from flatcl.utils.engine.buffer import check_stored
 
 
 class CropFlip(GeometricAugmentationBase2D):

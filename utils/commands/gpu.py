@@ -1,9 +1,9 @@
-"""What only a GPU can tell: `python -m utils.gpu [--out FOLDER] [--device cuda] [--seconds N]`, under ten minutes.
+"""What only a GPU can tell, in under ten minutes: `flatcl gpu [--out FOLDER] [--device cuda] [--seconds N]`.
 
 1. Replays of recorded steps (CUDA graphs) against ordinary steps: `derpp` and `mgser_sam` under each optimizer, each
    method under its default one, and some with convolutions, BatchNorm and augmentation. The same run twice in the
    ordinary way and once recorded: do the final accuracies agree, how many steps were replays, and why were others not.
-2. Milliseconds of a step, ordinary, recorded and bare (`utils/bench.py`), in turn in one process; goals beside them.
+2. Milliseconds of a step, ordinary, recorded and bare (see `bench.py`), in turn in one process; goals beside them.
 3. Several runs on one device: processes, and programs on streams of their own in one process.
 
 A line for each measurement as it comes, a short table last; FOLDER gets all of it as gpu.json, written after each line.
@@ -11,7 +11,6 @@ Random images have the shapes of the benchmarks named; only part 1 trains on rea
 part is a process of its own: an error of the device ends it, and the next measurement begins in another.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -19,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,12 +28,14 @@ from unittest import mock
 
 import torch
 
-from utils import bench, results, run
-from utils.arguments import resolve
-from utils.errors import UsageError
-from utils.files import write_json
-from utils.optim._driver import Driver
-from utils.registry import METHODS, OPTIMIZERS, ROOT
+from flatcl.utils.arguments import resolve
+from flatcl.utils.commands import bench
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.engine import results
+from flatcl.utils.engine.build import build, resolve_device
+from flatcl.utils.files import write_json
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT
 
 RESNET = {"dataset": "seq-cifar10", "backbone": "resnet18", "buffer_size": 500}
 MLP = {"dataset": "perm-mnist", "buffer_size": 500}
@@ -91,8 +93,8 @@ def outcome(model: str, optimizer: str, what: str, device: torch.device, cuda_gr
     words = ["--model", model, "--optimizer", optimizer, "--device", str(device), "--cuda_graph", cuda_graph]
     words += ["--fitting_epochs", "3"] if model == "gdumb" else ["--n_epochs", "1" if what == "digits" else "2"]
     words += ["--dataset", "seq-digits"] if what == "digits" else ["--dataset", "seq-synth", "--backbone", "resnet32"]
-    trainer = run.build(resolve([*words, "--disable_log", "--non_verbose"]), device, None)
-    with mock.patch("utils.logs.say", lambda text: None):
+    trainer = build(resolve([*words, "--disable_log", "--non_verbose"]), device, None)
+    with mock.patch("flatcl.utils.engine.logs.say", lambda text: None):
         metrics = trainer.run()["metrics"]
     programs = trainer.optimizer.programs
     if programs is not None:
@@ -162,7 +164,16 @@ def worker(flags: dict[str, Any], count: int, device: torch.device) -> None:
 
 def processes(number: int, flags: dict[str, Any], count: int, device: torch.device) -> float:
     """Seconds until the last of `number` processes has done its steps, all begun at once."""
-    words = [sys.executable, "-m", "utils.gpu", "--device", str(device), "--worker", json.dumps([flags, count])]
+    words = [
+        sys.executable,
+        "-m",
+        "flatcl",
+        "gpu",
+        "--device",
+        str(device),
+        "--worker",
+        json.dumps([flags, count]),
+    ]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     started = [subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options) for _ in range(number)]
     try:
@@ -218,7 +229,11 @@ def measured(part: str, skip: int, device: torch.device, rounds: int, count: int
 
 
 def lines_of(
-    part: str, total: int, words: list[str], seconds: float, command: tuple[str, ...] = ("-m", "utils.gpu")
+    part: str,
+    total: int,
+    words: list[str],
+    seconds: float,
+    command: tuple[str, ...] = ("-m", "flatcl", "gpu"),
 ) -> Iterator[dict[str, Any]]:
     """The lines of a part from processes of their own: where one ends early, another goes on behind what has failed."""
     end, done = time.monotonic() + seconds, 0
@@ -269,19 +284,16 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.gpu", description="what only a GPU can tell")
+    parser = Parser(prog="flatcl gpu", description="what only a GPU can tell")
     parser.add_argument("--out", type=Path, help="folder of gpu.json; default: none is written")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--seconds", type=float, default=570.0, help="for all of it (default 570)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that medians are taken over (default 5)")
     parser.add_argument("--count", type=int, default=20, help="steps of a turn (default 20)")
     for name in ("part", "skip", "worker"):  # for processes that this one starts
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", help=SUPPRESS)
     args = parser.parse_args(argv)
-    try:
-        device = run.resolve_device(args.device)
-    except UsageError as error:
-        parser.error(str(error))
+    device = resolve_device(args.device)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark or device.type == "cuda"
     if args.worker:
         worker(*json.loads(args.worker), device)
@@ -302,7 +314,3 @@ def main(argv: list[str]) -> int:
                 write_json(args.out / "gpu.json", found)
     print(table(found))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UsageError
-from utils.seeding import generator_state, set_generator_state
+from flatcl.utils.engine.seeding import generator_state, set_generator_state
+from flatcl.utils.errors import UsageError
 
 
 class Buffer:

@@ -14,14 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils import launch
-from utils.arguments import Config
-from utils.console import complain, reason
-from utils.errors import UsageError
-from utils.files import open_regular, read_json, user_path, write_json
-from utils.identity import named
-from utils.lock import Lock
-from utils.registry import ROOT
+from flatcl.utils import launch
+from flatcl.utils.arguments import Config
+from flatcl.utils.console import complain, reason
+from flatcl.utils.engine.lock import Lock
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import open_regular, read_json, user_path, write_json
+from flatcl.utils.identity import named
+from flatcl.utils.registry import ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
 

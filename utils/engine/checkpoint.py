@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from utils.console import complain, reason
-from utils.errors import UsageError
-from utils.files import open_regular, sync, sync_folder
+from flatcl.utils.console import complain, reason
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import open_regular, sync, sync_folder
 
 FILE, BEFORE = "state.pt", "state.before.pt"
 FORMAT = 1

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.errors import UsageError
+from flatcl.utils.errors import UsageError
 
 HEARTBEAT_S = 30.0
 STALE_S = 300.0  # without a touch

@@ -2,8 +2,8 @@
 
 A step starts some hundred to some thousand small operations, and on a GPU it is the host that takes the time. Its loss
 is pure, its randomness is drawn beforehand, and all that it changes stays in its tensors. So for blocks of one form and
-one phase (`utils/phase.py`) the operations are always the same: they are recorded with tensors of their own for the
-blocks, and a later step copies its blocks there and replays them. What is another number in each step (Adam's
+one phase (`utils/engine/phase.py`) the operations are always the same: they are recorded with tensors of their own for
+the blocks, and a later step copies its blocks there and replays them. What is another number in each step (Adam's
 corrections, drawn tensors) is copied in too; the learning rate is a part of the program, as it stays for an epoch.
 
 A step is taken as ever, not replayed: the first ones of a task and the first of each form and phase, in which state
@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models._blocks import Block
-from models._method import Method
-from models._objective import Objective
-from utils import seeding
-from utils.errors import UsageError
-from utils.optim._driver import Driver, Grads
-from utils.phase import Ordinary, phase_of
+from flatcl.models._blocks import Block
+from flatcl.models._method import Method
+from flatcl.models._objective import Objective
+from flatcl.utils.engine import seeding
+from flatcl.utils.engine.phase import Ordinary, phase_of
+from flatcl.utils.errors import UsageError
+from flatcl.utils.optim._driver import Driver, Grads
 
 KEPT = 8  # programs; each has its blocks and its results for itself
 KNOWN = 256  # forms and phases that are remembered; a phase may be another in each step

@@ -1,0 +1,50 @@
+"""The command `flatcl`, also `python -m flatcl`: `flatcl train ...`, `flatcl sweep ...`; each command is a file."""
+
+import importlib
+import sys
+
+from flatcl import __version__
+from flatcl.utils.console import complain, guarded
+from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.registry import nearest, summary_of
+from flatcl.utils.registry import parts as files_of
+
+COMMANDS = "utils/commands"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command that the first word names; returns the exit code. argv: that of the process by default."""
+    argv = sys.argv[1:] if argv is None else argv
+    with guarded():
+        try:
+            return _main(argv)
+        except UsageError as error:
+            for problem in error.problems:
+                complain(f"error: {problem}")
+            return 2
+        except RunFailed as error:
+            complain(f"failed: {error}")
+            return 1
+
+
+def _main(argv: list[str]) -> int:
+    commands = files_of(COMMANDS)
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print("usage: flatcl COMMAND ...\n")
+        for command, file in sorted(commands.items()):
+            print(f"  {command:10} {summary_of(file)}")
+        print("\nflatcl COMMAND --help says more. In a clone, python -m flatcl is the same.")
+        return 0
+    if name == "--version":
+        print(f"flatcl {__version__}")
+        return 0
+    if name.startswith("-"):
+        raise UsageError(f"the first word must be a command, got '{name}'. To train: flatcl train {' '.join(argv)}.")
+    if name not in commands:
+        raise UsageError(f"there is no command '{name}'. {nearest(name, sorted(commands))}")
+    return importlib.import_module(f"flatcl.utils.commands.{name}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What can be chosen: `flatcl list [models|datasets|backbones|optimizers]`, also `python main.py --list`."""
+
+from collections.abc import Sequence
+
+from flatcl.utils.arguments import SELECTORS
+from flatcl.utils.commands._parser import Parser
+from flatcl.utils.console import shown
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import load_plugin, nearest
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="flatcl list", description="What can be chosen, a line each.")
+    parser.add_argument("what", nargs="?", default="", help="models, datasets, backbones or optimizers; default: all")
+    parser.add_argument("--plugin", action="append", default=[], help="a file that adds names (repeatable)")
+    args = parser.parse_args(argv)
+    return shown(lambda: show(args.what, args.plugin))
+
+
+def show(what: str, plugins: Sequence[str]) -> None:
+    """Prints the registries, or one of them, without importing what is in them."""
+    for plugin in plugins:
+        load_plugin(plugin)
+    kinds = {"models": "model", "datasets": "dataset", "backbones": "backbone", "optimizers": "optimizer"}
+    wanted = what.replace("-", "_")
+    if wanted and wanted not in kinds:
+        raise UsageError(f"--list {wanted}: there is no such registry. {nearest(wanted, list(kinds))}")
+    if wanted == "optimizers":
+        print(_optimizer_table())
+        return
+    for plural, kind in kinds.items():
+        if wanted in ("", plural):
+            print(f"{plural}:")
+            for name in SELECTORS[kind].names():
+                print(f"  {name:18} {SELECTORS[kind].summary(name)}")
+
+
+def _optimizer_table() -> str:
+    """Each optimizer's costs beside its paper, as its file states them."""
+    registry = SELECTORS["optimizer"]
+    rows = [("name", "passes a step", "extra memory", "paper")]
+    for name in registry.names():
+        rows.append((name, registry.note(name, "Passes"), registry.note(name, "Memory"), registry.summary(name)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["optimizers:"]
+    lines += ["  " + "  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
+    lines.append("\nP: one number for each parameter. A backward pass takes about as long as two forward passes.")
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""A run's parts, built from its configuration: each once, in a fixed order, so that a seed gives one run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from flatcl.models._method import Context
+from flatcl.utils.arguments import Config
+from flatcl.utils.engine import program, ranks, seeding
+from flatcl.utils.engine.augment import Augment
+from flatcl.utils.engine.augment_check import look_at, pipeline
+from flatcl.utils.engine.layout import lay_out, wants_channels_last
+from flatcl.utils.engine.trainer import Trainer
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import BACKBONES, OPTIMIZERS
+
+
+def build(config: Config, device, folder, group=None):
+    """Benchmark, network, method, optimizer: each built once. Returns the trainer. `group`: the processes that train
+    this run, if there are several."""
+    benchmark = config.benchmark(config, "cpu")
+    benchmark.check_tasks()
+    _place(benchmark, config.data_device, device)
+    seeding.seed_everything(config.seed)
+    augment = Augment(pipeline(benchmark) if config.augmentation else [], benchmark.mean, benchmark.std, device)
+    look_at(augment, benchmark)
+    backbone = BACKBONES.load(config.backbone)
+    net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
+    if config.sync_bn and group is not None:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    channels_last = wants_channels_last(config.channels_last, net, benchmark.shape, device)
+    context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
+    method = config.learner(net, config.view(config.learner), context).to(device)
+    method.amp = torch.bfloat16 if config.amp == "bf16" else None
+    method.channels_last = channels_last
+    lay_out(method, channels_last)
+    if group is not None:
+        method.ranks = group
+        ranks.check_network(method)
+    optimizer_type = OPTIMIZERS.load(config.optimizer)
+    optimizer = optimizer_type(
+        method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
+    )
+    if not optimizer.params:
+        raise UsageError(
+            f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
+            "requires_grad False. Leave some of them to be trained."
+        )
+    if group is None:
+        _record_steps(config.cuda_graph, method, optimizer, device)
+    return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _record_steps(wish: str, method, optimizer, device) -> None:
+    """From now on the optimizer's steps are recorded and replayed, if that is wished for and possible."""
+    recorder = program.recorder(device) if wish != "0" else None
+    if wish == "1" and recorder is None:
+        raise UsageError(f"--cuda_graph 1 needs a CUDA device, this run is on {device}. Use auto or 0.")
+    if recorder is not None:
+        optimizer.programs = program.Programs(method, optimizer, recorder)
+        if wish == "1":
+            optimizer.programs.check()
+
+
+def _place(benchmark, where: str, device) -> None:
+    """Moves the images to the device unless they would fill it; then they stay in host memory."""
+    if device.type == "cpu" or where == "cpu":
+        return
+    if where == "auto" and device.type == "cuda":
+        needed = sum(split.images.nbytes for split in (benchmark._train, benchmark._test))
+        if 3 * needed > torch.cuda.mem_get_info(device)[0]:  # the set, a task's copy, and room for the network
+            return
+    benchmark.to(device)
+
+
+@contextmanager
+def computing(config: Config, device) -> Iterator[None]:
+    """Inside, torch computes as this run wants it to: with its number of threads, and, where steps are recorded on a
+    GPU, with convolutions whose kernels are chosen by measurement. Other runs of the process are not touched."""
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    is_chosen = cudnn.benchmark
+    torch.set_num_threads(config.threads)
+    cudnn.benchmark = is_chosen or (device.type == "cuda" and config.cuda_graph != "0")
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        cudnn.benchmark = is_chosen
+
+
+def resolve_device(name: str):
+    """torch.device of --device, with its index, as tensors name it; raises `UsageError` if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=ranks.device_of(torch.device(name))).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise UsageError(f"--device {name} is not there. Choose from: auto, {', '.join(there)}.") from None
+    if device.type == "meta":
+        raise UsageError("--device meta cannot train. Choose from: auto, cpu, cuda.")
+    return device

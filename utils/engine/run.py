@@ -1,0 +1,300 @@
+"""A whole run, new or gone on with: open its folder, build, train, write how it ended. Knows no command line."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from flatcl.utils import launch
+from flatcl.utils.arguments import Config
+from flatcl.utils.console import again, complain, reason, say
+from flatcl.utils.engine import checkpoint, ranks, results
+from flatcl.utils.engine.build import build, computing, resolve_device
+from flatcl.utils.engine.layout import has_convolutions
+from flatcl.utils.engine.lock import Busy
+from flatcl.utils.engine.logs import Logs, entries
+from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.engine.texts import closing_table, describe
+from flatcl.utils.engine.trainer import Interrupted, SignalWatch, Trainer
+from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.files import read_json
+from flatcl.utils.saved import Parent, read_saved
+
+
+def train(config: Config) -> Trainer:
+    """One whole run, from an empty network. Raises `Interrupted`, `RunFailed`, `UsageError`."""
+    ranks.check(config)
+    device = resolve_device(config.device)
+    state = _state_of(config.continues)
+    with computing(config, device), ranks.joined(device, config) as group, _new_folder(config, group) as folder:
+        try:
+            trainer = build(config, device, folder, group)
+            _take_over(trainer, state)
+            _begin(trainer)
+        except BaseException:
+            if folder is not None:
+                folder.remove()
+            raise
+        say(describe(config))
+        _hint_at_threads(trainer)
+        return _train(trainer)
+
+
+def resume(config: Config, path: Path, changed_files: Sequence[str] = ()) -> Trainer | None:
+    """Goes on with the run of this configuration in the folder `path`. Of a finished one, draws and logs what is
+    missing, and returns None. `changed_files`: those whose code is no longer what the run was made with."""
+    device = resolve_device(config.device)
+    ranks.check(config, is_new=False)
+    is_finished, is_first = is_done(path), launch.number() == 0
+    folder = RunFolder(path) if is_first else None
+    holding = folder.held() if is_first else nullcontext()
+    with computing(config, device), ranks.joined(device, config) as group, holding:
+        if is_finished and is_first:
+            checkpoint.keep_last(path / "checkpoint")
+            _complete(config, folder)
+        if is_finished:
+            return None
+        if not is_first:
+            group.wait()  # until what rank 0 mends is mended
+        state = None if _has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
+        if is_first and group is not None:
+            group.wait()
+        parents = _state_of(config.continues) if state is None else None
+        trainer = build(config, device, folder, group)
+        if state is None:
+            trainer.begin_anew()
+            _take_over(trainer, parents)
+        else:
+            with _fitting(path):
+                trainer.load_checkpoint(state)
+        if group is not None:
+            group.wait()  # until all have read what rank 0 will write anew
+        if changed_files and is_first:
+            folder.note_changed_code(trainer.cost.steps, config.code)
+        _begin(trainer, is_new=state is None)
+        say(describe(config).splitlines()[0])
+        say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
+        return _train(trainer)
+
+
+def unfinished(config: Config, keep_changed: bool) -> Path | None:
+    """The folder of the newest run of this configuration that can go on, or that is finished."""
+    for path in RunFolder.of(config):
+        try:
+            saved = read_saved(str(path))
+            changed = saved.differs_from(config)
+            if changed and not keep_changed:
+                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
+                continue
+            if not is_done(path) and not _has_nothing(path):
+                checkpoint.load(path / "checkpoint", config.hash)
+            return path
+        except UsageError as error:
+            say(f"note: left alone: {error}")
+    return None
+
+
+def _has_nothing(path: Path) -> bool:
+    """Whether a run was stopped before its first checkpoint: it begins anew."""
+    return not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
+
+
+def _hint_at_threads(trainer) -> None:
+    """One is the default, so that a run's numbers do not depend on the machine's cores; large networks are slow so."""
+    config, cores = trainer.config, os.cpu_count() or 1
+    is_default = config.origins["threads"] == "default" and cores > config.threads
+    if trainer.device.type == "cpu" and is_default and has_convolutions(trainer.method):
+        say(
+            f"note: convolutions on {config.threads} CPU thread of {cores}; --threads {cores} is faster, and another "
+            "run: sums differ in the last digits"
+        )
+
+
+def _take_over(trainer, state: dict | None) -> None:
+    """What the run that this one continues has left, if it continues one."""
+    if state is not None:
+        parent = trainer.config.continues
+        with _fitting(parent.run):
+            trainer.continue_from(state, same_optimizer=parent.optimizer == trainer.config.optimizer)
+
+
+def _state_of(parent: Parent | None) -> dict | None:
+    """What a run that is to be continued has left."""
+    if parent is None:
+        return None
+    folder = Path(parent.run) / "checkpoint"
+    if not checkpoint.exists(folder):
+        raise UsageError(f"--continue: {parent.run} has no checkpoint to go on from. Run it with --keep_checkpoint 1.")
+    state = checkpoint.load(folder, parent.config_hash)
+    if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
+        raise UsageError(
+            f"--continue: {parent.run} was stopped inside a task, or has gone on since. Finish it by --resume."
+        )
+    return state
+
+
+@contextmanager
+def _fitting(folder) -> Iterator[None]:
+    """What another version has saved can fail to load in many ways."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"{folder}/checkpoint does not fit this program's network or method ({reason(error)}). Use the version "
+            "that wrote it, or start a new run with --from."
+        ) from error
+
+
+@contextmanager
+def _new_folder(config: Config, group) -> Iterator:
+    """A run folder whose lock says, inside, that the run is alive; None for a run that writes nothing, and for all
+    processes of a run but the first."""
+    is_silent = config.disable_log or (group is not None and group.number > 0)
+    folder = None if is_silent else RunFolder.create(config)
+    try:
+        yield folder
+    finally:
+        if folder is not None:
+            folder.lock.release()
+
+
+def _begin(trainer, is_new: bool = True) -> None:
+    """The first files of a run, its first checkpoint among them, so that it can be resumed whenever it is stopped.
+    Refuses to train where they cannot be written: the results could not be either."""
+    folder = trainer.folder
+    if folder is None:
+        return
+    try:
+        folder.write("environment.json", results.environment(str(trainer.device)))
+        _write_decided(trainer.benchmark, folder)
+        if is_new:
+            trainer.save_checkpoint()
+    except OSError as error:
+        raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
+
+
+def _write_decided(benchmark, folder) -> None:
+    """benchmark.json. Raises `OSError`, and `UsageError` for a benchmark that hands over something else."""
+    decided = benchmark.decided()
+    try:
+        folder.write("benchmark.json", decided)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{benchmark.name}: decided must return a dict of what JSON can hold, got one that it cannot ({error}). "
+            "Make plain numbers, lists and texts of it, as by .tolist()."
+        ) from None
+
+
+def _train(trainer: Trainer) -> Trainer:
+    """Runs a trainer to its end and writes how it ended, whatever that is."""
+    folder, status = trainer.folder, "crashed"
+    with SignalWatch(trainer):
+        try:
+            summary = trainer.run()
+            status = "finished"
+            _finish(trainer, summary)
+            return trainer
+        except Interrupted:
+            status = "interrupted"
+            raise
+        except Busy as error:
+            status = None  # the folder is another process's
+            raise RunFailed(str(error)) from None
+        except ranks.Lost as error:
+            status = "interrupted"
+            where = f" Continue with: {again(folder.path)}" if folder else ""
+            raise RunFailed(f"{error}{where}") from None
+        except RunFailed:
+            status = "diverged" if status == "crashed" else status
+            raise
+        except KeyboardInterrupt:
+            status = "interrupted" if status == "crashed" else status
+            raise
+        finally:
+            if folder is not None and status not in ("finished", None) and folder.path.is_dir():
+                _writestatus_of(trainer, status)
+            trainer.logs.close()
+
+
+def _writestatus_of(trainer, status: str) -> None:
+    """How a run ended that did not finish."""
+    try:
+        if trainer.progress.tasks:
+            trainer.write_results(status)
+        else:
+            trainer.folder.write("summary.json", trainer.summary(status), durable=True)
+    except OSError as error:
+        complain(f"warning: that the run is {status} cannot be written into its folder ({reason(error)})")
+
+
+def _finish(trainer: Trainer, summary: dict) -> None:
+    """The result first, then everything that could go wrong."""
+    folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
+    unwritten = None
+    if folder is not None:
+        try:
+            trainer.write_results("finished")
+        except OSError as error:
+            unwritten = error
+        else:
+            _settle_checkpoint(trainer)
+            _draw(lambda: logs.finish(summary, tasks, trainer.joint))
+    say(closing_table(summary, tasks, folder))
+    if trainer.optimizer.programs is not None:
+        say(str(trainer.optimizer.programs))
+    if unwritten is not None:
+        raise RunFailed(
+            f"the results cannot be written to {folder.path} ({reason(unwritten)}): they stand only on the console. "
+            f"Mend that, then: {again(folder.path)}"
+        )
+
+
+def _draw(draw):
+    """A picture is not worth a result."""
+    try:
+        return draw()
+    except Exception as error:
+        complain(
+            f"warning: the pictures could not be drawn ({type(error).__name__}: {reason(error)}); the results are "
+            "complete, and --resume draws what is missing"
+        )
+
+
+def _settle_checkpoint(trainer) -> None:
+    """What stays of the checkpoints of a run that is finished: the last one, or the weights alone."""
+    path = trainer.folder.path
+    try:
+        if trainer.config.keep_checkpoint:
+            checkpoint.keep_last(path / "checkpoint")
+            return
+        state = trainer.method.state_dict()
+        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
+        checkpoint.save_weights(path / "model.pt", weights)
+        checkpoint.remove(path / "checkpoint")
+    except OSError as error:
+        complain(f"warning: the checkpoint is left as it is ({reason(error)})")
+
+
+def _complete(config: Config, folder: RunFolder) -> None:
+    """What is missing of a finished run's pictures and of TensorBoard's last entries."""
+    try:
+        summary, progress = (read_json(folder.path / name) for name in ("summary.json", "accuracy.json"))
+        logs = Logs(config, folder, None)
+        joint = config.joint or config.learner.trains_jointly
+        done = logs.finish(summary, progress["tasks"], joint, there=entries(folder.path))
+        logs.close()
+    except Exception as error:
+        raise UsageError(
+            f"{folder.path}: this run is finished, but its pictures cannot be drawn from its summary.json and "
+            f"accuracy.json ({type(error).__name__}: {reason(error)}). Use --from to repeat it."
+        ) from error
+    what = f"what was missing is written: {', '.join(done)}" if done else "and nothing of it is missing"
+    say(f"{folder.path}: this run is finished; {what}. Use --from to repeat it, or to change its flags.")
+
+
+def is_done(path: Path) -> bool:
+    """Whether the run in this folder is finished."""
+    try:
+        return read_json(path / "summary.json")["status"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
