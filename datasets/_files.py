@@ -340,7 +340,7 @@ def _octal(field: bytes) -> int | None:
 def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
     """Tiny-ImageNet from `root/tiny-imagenet-200.zip` or `root/tiny-imagenet-200/`, downloaded if neither is there.
 
-    The decoded images are kept in `root/tiny-imagenet-200-cache/` (or under ~/.cache/continual) for the next start.
+    The decoded images are kept in `root/tiny-imagenet-200-cache/` (or under ~/.cache/flatcl) for the next start.
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 64, 64), y int64 (N,), the line of wnids.txt; test is
     the official validation split, whose labels are public. Raises DataError.
     """
@@ -526,7 +526,7 @@ def _fingerprint(source: Path | None) -> dict[str, Any] | None:
 def _cache_folders(root: Path) -> tuple[Path, Path]:
     """Beside the source; else, where that cannot be written, in the home folder under a key of the source's path."""
     key = hashlib.sha256(str((root / TINY).resolve()).encode()).hexdigest()[:16]
-    return root / f"{TINY}-cache", Path.home() / ".cache" / "continual" / f"{TINY}-{key}"
+    return root / f"{TINY}-cache", Path.home() / ".cache" / "flatcl" / f"{TINY}-{key}"
 
 
 def _cached(caches: Sequence[Path], fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:

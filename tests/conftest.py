@@ -57,7 +57,7 @@ def forget_plugins():
         for key, obj in list(registry._objects.items()):
             if obj.__module__ != f"{package}.{key}":
                 del registry._objects[key]
-    for module in [name for name in sys.modules if name.startswith("continual_plugin_")]:
+    for module in [name for name in sys.modules if name.startswith("flatcl_plugin_")]:
         del sys.modules[module]
 
 

@@ -31,7 +31,7 @@ ENGINE = flags_of(EngineArgs, "engine")
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch):
     """Threads and the user's settings must not leak from test to test."""
-    monkeypatch.delenv("CONTINUAL_DATA", raising=False)
+    monkeypatch.delenv("FLATCL_DATA", raising=False)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -159,9 +159,9 @@ def test_selectors_keep_their_origins():
 
 
 def test_the_environment_gives_the_data_folder_and_argv_beats_it(monkeypatch):
-    monkeypatch.setenv("CONTINUAL_DATA", "/somewhere/data")
+    monkeypatch.setenv("FLATCL_DATA", "/somewhere/data")
     config = resolve([*FAST])
-    assert (config.base_path, config.origins["base_path"]) == ("/somewhere/data", "$CONTINUAL_DATA")
+    assert (config.base_path, config.origins["base_path"]) == ("/somewhere/data", "$FLATCL_DATA")
     config = resolve([*FAST, "--base_path", "here"])
     assert (config.base_path, config.origins["base_path"]) == ("here", "argv")
 

@@ -487,7 +487,7 @@ def test_a_method_learns_of_boundaries_only_where_there_are_any(root, name, boun
 
 @pytest.fixture(scope="module")
 def real():
-    for folder in (os.environ.get("CONTINUAL_DATA"), Path(__file__).parents[2] / "shared" / "data"):
+    for folder in (os.environ.get("FLATCL_DATA"), Path(__file__).parents[2] / "shared" / "data"):
         if folder and any((Path(folder) / "MNIST" / "raw").glob("t10k-labels-idx1-ubyte*")):
             return Path(folder)
     pytest.skip("the real MNIST is not on this machine")

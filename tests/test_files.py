@@ -172,7 +172,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, n_zeros", [("MNIST", 5923), ("FashionMNIST", 6000)])
 def test_real_data(name, n_zeros, recwarn):
-    root = Path(os.environ.get("CONTINUAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    root = Path(os.environ.get("FLATCL_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (root / name).is_dir():
         pytest.skip(f"no real {name}")
     (train_x, train_y), (test_x, test_y) = load_mnist(root, name)
@@ -506,7 +506,7 @@ def test_tiny_cache_in_the_home_folder(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", only_at_home)
     assert_rows(load_tinyimagenet(root), expected)
-    assert len(list((tmp_path / "home" / ".cache" / "continual").iterdir())) == 1
+    assert len(list((tmp_path / "home" / ".cache" / "flatcl").iterdir())) == 1
     no_decoding(monkeypatch)
     assert_rows(load_tinyimagenet(root), expected)
     assert [path.name for path in root.iterdir()] == ["tiny-imagenet-200.zip"]

@@ -75,7 +75,7 @@ class OddEr(ER):
 
 def plugin(folder, load="pass", declared="", augmentations="[]", method="pass"):
     """A file with these parts, in place of one that was loaded before."""
-    for module in [name for name in sys.modules if name.startswith("continual_plugin_odd")]:
+    for module in [name for name in sys.modules if name.startswith("flatcl_plugin_odd")]:
         del sys.modules[module]
         for registry in (DATASETS, METHODS):
             registry.forget(module)

@@ -194,7 +194,7 @@ def test_an_installed_package_counts_with_what_it_imports_of_itself(tmp_path, mo
     info = tmp_path / "flatter-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flatter\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[continual.models]\nmine = flatter.method:Mine\n")
+    (info / "entry_points.txt").write_text("[flatcl.models]\nmine = flatter.method:Mine\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     code = code_of([METHODS.load("mine")])
     assert {"flatter.method", "flatter.costs", "models/er.py"} <= code.keys()

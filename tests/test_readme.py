@@ -24,7 +24,7 @@ Some text with `python main.py --list` in a line, and `python main.py` alone, wh
 ```
 python main.py --model er \\
     --dataset seq-synth   # with a comment
-$ CONTINUAL_DATA=data .venv/bin/python main.py --model sgd --notes "two words" && echo done
+$ FLATCL_DATA=data .venv/bin/python main.py --model sgd --notes "two words" && echo done
 tensorboard --logdir results
 ```
 

@@ -334,10 +334,10 @@ def installed(tmp_path, monkeypatch):
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-continual\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[continual.models]\nforeign-method = foreign_continual:Foreign\nruined = foreign_ruin:Nothing\n"
-        "[continual.datasets]\nmy-data = foreign_plugin:MyData\n"
-        "[continual.backbones]\nmy-net = foreign_plugin:MyNet\n"
-        "[continual.optimizers]\nmy_optimizer = foreign_plugin:MyOptimizer\n"
+        "[flatcl.models]\nforeign-method = foreign_continual:Foreign\nruined = foreign_ruin:Nothing\n"
+        "[flatcl.datasets]\nmy-data = foreign_plugin:MyData\n"
+        "[flatcl.backbones]\nmy-net = foreign_plugin:MyNet\n"
+        "[flatcl.optimizers]\nmy_optimizer = foreign_plugin:MyOptimizer\n"
     )
     (site / "foreign_continual.py").write_text(
         '"""Not registered by a decorator."""\n\nfrom flatcl.models.sgd import SGD\n\n\n'

@@ -214,7 +214,7 @@ def test_where_selects_by_summary_and_by_flag(grid):
         (["--where", "model"], "--where expects key=value, got 'model'."),
         (["--pivot", "dataset", "--format", "csv"], "--pivot does not fit --format csv"),
         (["--picture", "bars.pdf"], "--picture expects a file that ends in .png"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "unknown flag: --nonsense"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(three_seeds, capsys, words, message):

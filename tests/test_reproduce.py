@@ -41,7 +41,7 @@ SMALL = HEAD + (
 def small(tmp_path, monkeypatch):
     """The data file of a small table; the working folder has neither data nor results."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CONTINUAL_DATA", raising=False)
+    monkeypatch.delenv("FLATCL_DATA", raising=False)
     file = tmp_path / "targets.csv"
     file.write_text(SMALL)
     return file
@@ -290,7 +290,7 @@ def test_cells_are_patterns(small):
         (["small", "--show", "--download"], "--show runs nothing"),
         (["small", "--picture", "bars.pdf"], "--picture expects a file that ends in .png"),
         (["small", "--out", "no/where.txt"], "--out: cannot write no/where.txt"),
-        (["small", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["small", "--nonsense"], "unknown flag: --nonsense"),
         (["small", "--", "--seed", "1"], "--seed after -- is an axis"),
         (["small", "--", "--n_tasks", "5"], "--n_tasks after -- is an axis"),
         (["small", "--", "--lr", "x"], "--lr expects a number, got 'x'"),

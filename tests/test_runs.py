@@ -51,7 +51,7 @@ METRICS = {
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch):
     """Threads and the user's settings must not leak from test to test."""
-    monkeypatch.delenv("CONTINUAL_DATA", raising=False)
+    monkeypatch.delenv("FLATCL_DATA", raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -123,7 +123,7 @@ class EngineArgs:
     threads: int = flag(
         1, "CPU threads of a run; some sums, and so its numbers, depend on them in the last digits", low=1, high=4096
     )
-    base_path: str = flag("./data", "folder of the data sets (default also from $CONTINUAL_DATA)", result=False)
+    base_path: str = flag("./data", "folder of the data sets (default also from $FLATCL_DATA)", result=False)
     results_path: str = flag("./results", "folder of the run folders", result=False)
     notes: str = flag("", "free text, kept in the run's files", result=False)
     non_verbose: bool = flag(False, "no progress bar", result=False)
@@ -544,8 +544,8 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
     layers.put(dataset.defaults, f"dataset {dataset.name}")
     layers.put({name: cls.name for name, cls in chosen.items()}, "argv")
     layers.origins |= {"backbone": f"dataset {dataset.name}", "optimizer": f"model {model.name}"}
-    if os.environ.get("CONTINUAL_DATA"):
-        layers.put({"base_path": os.environ["CONTINUAL_DATA"]}, "$CONTINUAL_DATA")
+    if os.environ.get("FLATCL_DATA"):
+        layers.put({"base_path": os.environ["FLATCL_DATA"]}, "$FLATCL_DATA")
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
         if not isinstance(buffer_size, int | None):

@@ -1,7 +1,7 @@
 """Names <-> files. A registry lists a package's files by their names and imports only the one that is asked for.
 
 `@METHODS.register("er_ace")` in `models/er_ace.py` makes the name `er_ace`; nothing else has to be edited.
-Plugins (`--plugin FILE`) and installed packages (entry points `continual.models`, ...) add names without a fork.
+Plugins (`--plugin FILE`) and installed packages (entry points `flatcl.models`, ...) add names without a fork.
 """
 
 import ast
@@ -16,10 +16,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from flatcl._clone import PARTS
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # of the folders that the registries look into
+IS_CLONE = (ROOT / "flatcl").is_dir()  # or else an installed package
+HOME = ROOT if IS_CLONE else ROOT.parent  # where `python -m flatcl` is found
 
 
 def canonical(name: str) -> str:
@@ -161,7 +164,7 @@ class Plugin:
         return hashlib.sha256(self.source).hexdigest()
 
 
-PLUGIN = "continual_plugin_"  # the modules of plugins begin so
+PLUGIN = "flatcl_plugin_"  # the modules of plugins begin so
 
 
 def read_plugin(path: str) -> Plugin:
@@ -205,6 +208,9 @@ def _execute(plugin: Plugin) -> None:
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, plugin.path))
     module.__plugin__ = plugin
     sys.modules[name] = module
+    beside = str(Path(plugin.path).parent)
+    if beside not in sys.path:  # it finds what lies beside it, as a script does; behind all that is installed
+        sys.path.append(beside)
     try:
         exec(compile(plugin.source, plugin.path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # whatever a plugin does wrong, the user needs the file and the reason
@@ -218,6 +224,8 @@ def _why(error: BaseException) -> str:
     """Why an import failed, in one line."""
     if isinstance(error, SystemExit):
         return f"it ends the program while it is imported (sys.exit({error.code!r}))"
+    if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in PARTS:
+        return f"there is no module '{error.name}' here: ours are imported as flatcl.{error.name}"
     return " ".join(f"it does not import: {type(error).__name__}: {error}".split())
 
 
@@ -227,8 +235,8 @@ def _unload(module: str) -> None:
         registry.forget(module)
 
 
-METHODS = Registry("model", "models", "continual.models")
-DATASETS = Registry("dataset", "datasets", "continual.datasets", separator="-")
-BACKBONES = Registry("backbone", "backbone", "continual.backbones", separator="-")
-OPTIMIZERS = Registry("optimizer", "utils/optim", "continual.optimizers")
+METHODS = Registry("model", "models", "flatcl.models")
+DATASETS = Registry("dataset", "datasets", "flatcl.datasets", separator="-")
+BACKBONES = Registry("backbone", "backbone", "flatcl.backbones", separator="-")
+OPTIMIZERS = Registry("optimizer", "utils/optim", "flatcl.optimizers")
 REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS)

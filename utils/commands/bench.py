@@ -27,7 +27,7 @@ from flatcl.utils.commands._parser import Parser
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.engine.build import resolve_device
 from flatcl.utils.optim._sharpness import frozen_statistics, norm
-from flatcl.utils.registry import DATASETS, OPTIMIZERS, ROOT
+from flatcl.utils.registry import DATASETS, HOME, OPTIMIZERS
 
 METHODS = ("er", "derpp", "derpp_sam", "mgser_sam")
 
@@ -267,7 +267,7 @@ def bench_start_up() -> None:
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            subprocess.run([sys.executable, str(ROOT / "main.py"), *words], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-m", "flatcl", "train", *words], check=True, capture_output=True, cwd=HOME)
             seconds.append(time.perf_counter() - start)
         print(f"start-up of {words[0]}: {median(seconds):.2f} s")
 
@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     if not args.quick:
         words = ["--whole_run", "1", "--device", args.device, "--threads", str(args.threads)]
         done = subprocess.run(
-            [sys.executable, "-m", "flatcl", "bench", *words], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-m", "flatcl", "bench", *words], capture_output=True, text=True, cwd=HOME
         )
         print(done.stdout.splitlines()[-1] if done.returncode == 0 else done.stderr)
     bench_start_up()

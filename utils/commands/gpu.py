@@ -35,7 +35,7 @@ from flatcl.utils.engine import results
 from flatcl.utils.engine.build import build, resolve_device
 from flatcl.utils.files import write_json
 from flatcl.utils.optim._driver import Driver
-from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT
+from flatcl.utils.registry import HOME, METHODS, OPTIMIZERS
 
 RESNET = {"dataset": "seq-cifar10", "backbone": "resnet18", "buffer_size": 500}
 MLP = {"dataset": "perm-mnist", "buffer_size": 500}
@@ -164,17 +164,8 @@ def worker(flags: dict[str, Any], count: int, device: torch.device) -> None:
 
 def processes(number: int, flags: dict[str, Any], count: int, device: torch.device) -> float:
     """Seconds until the last of `number` processes has done its steps, all begun at once."""
-    words = [
-        sys.executable,
-        "-m",
-        "flatcl",
-        "gpu",
-        "--device",
-        str(device),
-        "--worker",
-        json.dumps([flags, count]),
-    ]
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    words = [sys.executable, "-m", "flatcl", "gpu", "--device", str(device), "--worker", json.dumps([flags, count])]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HOME}
     started = [subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options) for _ in range(number)]
     try:
         for process in started:
@@ -240,7 +231,7 @@ def lines_of(
     while done < total:
         process = subprocess.Popen(
             [sys.executable, *command, "--part", part, "--skip", str(done), *words],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HOME, start_new_session=True,
         )  # fmt: skip
         timer = threading.Timer(max(1.0, end - time.monotonic()), process.kill)
         timer.start()

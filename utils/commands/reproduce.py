@@ -423,7 +423,7 @@ def _list(args, rest: Sequence[str], targets: Sequence[Target]) -> int:
     if unused:
         given = ", ".join(f"--{flag}" for flag in unused)
         raise UsageError(f"{given} needs a table, got {LIST}. Choose from: {', '.join(_tables(targets))}.")
-    root = " ".join(rest_words.get("base_path", [])) or os.environ.get("CONTINUAL_DATA") or EngineArgs.base_path
+    root = " ".join(rest_words.get("base_path", [])) or os.environ.get("FLATCL_DATA") or EngineArgs.base_path
     _write(listing(targets, user_path(root), args.format), args.out)
     return sweep.OK
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import flatcl
 from flatcl.utils import launch
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import complain, reason
@@ -21,7 +22,7 @@ from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import open_regular, read_json, user_path, write_json
 from flatcl.utils.identity import named
-from flatcl.utils.registry import ROOT
+from flatcl.utils.registry import IS_CLONE, ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
 
@@ -175,6 +176,7 @@ def environment(device: str) -> dict[str, Any]:
             packages[name] = None
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
     return {
+        "version": flatcl.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
@@ -197,6 +199,8 @@ def _processor() -> str:
 
 
 def _git(*words: str) -> str | None:
+    if not IS_CLONE:  # the repository of whoever has installed us
+        return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
