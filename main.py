@@ -3,6 +3,7 @@
 import sys
 
 from flatcl.utils.commands.train import main
+from flatcl.utils.console import leave
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -2,9 +2,10 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
 from flatcl import __version__
-from flatcl.utils.console import complain, guarded
+from flatcl.utils.console import complain, guarded, leave
 from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.registry import nearest, summary_of
 from flatcl.utils.registry import parts as files_of
@@ -12,9 +13,8 @@ from flatcl.utils.registry import parts as files_of
 COMMANDS = "utils/commands"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command that the first word names; returns the exit code. argv: that of the process by default."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
+    """Runs the command that the first word names; returns the exit code."""
     with guarded():
         try:
             return _main(argv)
@@ -25,6 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         except RunFailed as error:
             complain(f"failed: {error}")
             return 1
+
+
+def command() -> NoReturn:
+    """The installed program."""
+    leave(main(sys.argv[1:]))
 
 
 def _main(argv: list[str]) -> int:
@@ -47,4 +52,4 @@ def _main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flatcl.utils import launch
 from flatcl.utils.arguments import resolve
+from flatcl.utils.console import leave
 from flatcl.utils.engine import ranks
 from flatcl.utils.engine.build import build
 from flatcl.utils.registry import BACKBONES
@@ -85,3 +86,4 @@ def main(file):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

@@ -246,3 +246,12 @@ def test_which_process_this_is(as_if_two):
     assert ranks.device_of(torch.device("cuda")) == torch.device("cuda:1")
     assert ranks.device_of(torch.device("cuda:0")) == torch.device("cuda:0")
     assert ranks.device_of(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("processes, code", [(2, 3), (1, -signal.SIGABRT)])
+def test_one_of_several_processes_ends_without_taking_python_apart(processes, code):
+    """What aborts there would make torchrun end the others, though all is done."""
+    lines = "import atexit, os; from flatcl.utils.console import leave; atexit.register(os.abort); print(1); leave(3)"
+    env = {**os.environ, "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == code and (done.stdout == "1\n" or processes == 1)

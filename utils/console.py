@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from flatcl.utils import launch
 from flatcl.utils.errors import RunFailed
@@ -90,6 +91,17 @@ def shown(show: Callable[[], None]) -> int:
     except OSError as error:
         silence("stdout")
         raise RunFailed(f"the output cannot be written ({reason(error)}).") from None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. One of several that train a run does not take Python apart before: torch has been seen to abort
+    there, when all was done (1 in some 100), and torchrun would have ended the others for it."""
+    if launch.size() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def reason(error: BaseException) -> str:
