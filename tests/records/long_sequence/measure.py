@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from flatcl.datasets._benchmark import Benchmark, DomainBenchmark  # noqa: E402
-from flatcl.utils import seeding  # noqa: E402
+from flatcl.utils.engine import seeding  # noqa: E402
 from flatcl.utils.registry import DATASETS  # noqa: E402
 
 NUM_TASKS = 1000
