@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from flatcl import __version__
-from flatcl.utils.console import complain, guarded, leave
+from flatcl.utils.console import complain, guarded, leave, shown
 from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.registry import nearest, summary_of
 from flatcl.utils.registry import parts as files_of
@@ -36,14 +36,11 @@ def _main(argv: list[str]) -> int:
     commands = files_of(COMMANDS)
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
-        print("usage: flatcl COMMAND ...\n")
-        for command, file in sorted(commands.items()):
-            print(f"  {command:10} {summary_of(file)}")
-        print("\nflatcl COMMAND --help says more. In a clone, python -m flatcl is the same.")
-        return 0
+        lines = [f"  {command:10} {summary_of(file)}" for command, file in sorted(commands.items())]
+        last = "flatcl COMMAND --help says more. In a clone, python -m flatcl is the same."
+        return shown(lambda: print("usage: flatcl COMMAND ...\n", *lines, f"\n{last}", sep="\n"))
     if name == "--version":
-        print(f"flatcl {__version__}")
-        return 0
+        return shown(lambda: print(f"flatcl {__version__}"))
     if name.startswith("-"):
         raise UsageError(f"the first word must be a command, got '{name}'. To train: flatcl train {' '.join(argv)}.")
     if name not in commands:

@@ -48,8 +48,10 @@ class TinyBn(nn.Sequential):
 
 @pytest.fixture(autouse=True)
 def forget_plugins():
-    """What a test adds to the registries ends with the test."""
+    """What a test adds to the registries, and folders of plugins on Python's path, end with the test."""
+    path = sys.path[:]
     yield
+    sys.path[:] = path
     from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
 
     for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):

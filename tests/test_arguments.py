@@ -382,7 +382,7 @@ def test_numbers_too_large_for_the_machine_give_no_traceback(name, capsys):
         ([*FAST, "--optimizer", "adamv"], "unknown optimizer: 'adamv'. Did you mean adam"),
         ([*FAST, "--bufer_size", "3"], "unknown flag: --bufer_size. Did you mean buffer_size"),
         ([*FAST, "--n-epoch", "3"], "unknown flag: --n_epoch. Did you mean n_epochs?"),
-        (["--list", "modles"], "there is no such registry. Did you mean models"),
+        (["--list", "modles"], "there is no list of 'modles'. Did you mean models"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

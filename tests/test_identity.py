@@ -16,6 +16,7 @@ from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import sweep
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.lock import Lock
+from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import code_of, differences, meaning
 from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
 
@@ -138,14 +139,47 @@ def test_a_plugin_is_known_by_its_text_not_by_its_name():
     assert differences({"plugin a.py": "1"}, {}) == ["plugin a.py"]
 
 
-def test_what_a_plugin_imports_counts(tmp_path, plugin, monkeypatch):
+def test_what_a_plugin_imports_counts(tmp_path, plugin):
     (plugin.parent / "scale.py").write_text("SCALE = 1.0\n")
     plugin.write_text(METHOD.replace("SCALE = 1.0\n", "import flatcl.models._views\nfrom scale import SCALE\n"))
-    monkeypatch.syspath_prepend(str(plugin.parent))
     code = resolve([*MINE, "--plugin", str(plugin)]).code
     assert {"plugin mine.py", "plugin's scale.py", "models/_views.py", "models/er.py"} <= code.keys()
     assert not any("torch" in file or file.startswith("utils/") and "optim" not in file for file in code)
     sys.modules.pop("scale")
+
+
+def test_what_lies_beside_a_plugin_travels_with_it(tmp_path, plugin):
+    """A run goes on where the plugin and its own module are gone."""
+    (plugin.parent / "scale.py").write_text("SCALE = 1.0\n")
+    plugin.write_text(METHOD.replace("SCALE = 1.0\n", "from scale import SCALE\n"))
+    words = ["--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "results"), "--non_verbose"]
+    start = [sys.executable, "main.py", *MINE, "--plugin", str(plugin), *words]
+    assert subprocess.run(start, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    plugin.unlink()
+    (plugin.parent / "scale.py").unlink()
+    (config,) = (tmp_path / "results").rglob("config.json")
+    again = [sys.executable, "main.py", "--from", str(config), "--results_path", str(tmp_path / "again")]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (copy,) = (tmp_path / "again").rglob("config.json")
+    assert json.loads(copy.read_text())["code"] == json.loads(config.read_text())["code"]
+
+
+def test_a_module_beside_a_plugin_that_another_one_hides_is_refused(tmp_path):
+    """Not silently another plugin's."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / f"{name}.py").write_text(f"import random\nimport helper  # {name}\n")
+        (tmp_path / name / "random.py").write_text("")  # Python's own goes before, as everywhere
+    try:
+        load_plugin(str(tmp_path / "a/a.py"))
+        with pytest.raises(UsageError, match=r"imports 'helper' and gets .*a/helper\.py, not .*b/helper\.py"):
+            load_plugin(str(tmp_path / "b/b.py"))
+        sys.modules.pop("helper")
+        load_plugin(str(tmp_path / "a/a.py"))
+    finally:
+        sys.modules.pop("helper", None)
 
 
 def test_the_identity_does_not_depend_on_the_path_of_the_clone(tmp_path):

@@ -196,7 +196,8 @@ def test_the_package_asks_for_what_the_requirements_name(installed):
     *asked, version = done([installed / "python", "-c", code]).split("\n")[:-1]
     assert version == flatcl.__version__
     assert asked == (ROOT / "requirements.txt").read_text().split()
-    assert re.search(rf"^## {re.escape(version)} |^## Unreleased$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    heading = "Unreleased" if "dev" in version else version
+    assert f"\n## {heading}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_wheel_trains_in_another_folder(installed, tmp_path):
@@ -251,7 +252,8 @@ def test_a_plugin_that_imports_the_old_way_gets_one_line(start, installed, tmp_p
     process = subprocess.run([*map(str, train(*words, plugin=plugin))], capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr == (
-        f"error: --plugin {plugin}: there is no module 'models' here: ours are imported as flatcl.models. "
+        f"error: --plugin {plugin}: it does not import: No module named 'models' (what is ours is imported as "
+        "flatcl.models). "
         "Mend the file and try again.\n"
     )
 

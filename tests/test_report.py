@@ -495,7 +495,7 @@ def test_sweep_refuses_before_any_work(words, message, capsys):
 
 
 def run_stub(argv):
-    """Stands for utils.run.main in a worker; the seed says what happens: 1 fails, 2 raises, 3 dies."""
+    """Stands for `main` of a run in a worker; the seed says what happens: 1 fails, 2 raises, 3 dies."""
     given = dict(zip(argv[::2], argv[1::2], strict=True))
     print("printed by the run", given["--threads"])
     seed = int(given["--seed"])

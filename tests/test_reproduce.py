@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_before_any_work(small, capsys, words, message):
 
 
 def fails(argv):
-    """Stands for utils.run.main in a worker."""
+    """Stands for `main` of a run in a worker."""
     return 1 if "200" in argv else 0
 
 

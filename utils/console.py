@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from flatcl.utils import launch
 from flatcl.utils.errors import RunFailed
-from flatcl.utils.registry import ROOT
+from flatcl.utils.registry import IS_CLONE
 
 LONGEST = 4000  # characters of a message
 
@@ -68,10 +68,16 @@ def silence(name: str) -> None:
 
 def program() -> str:
     """How a run is started, in the way in which this program was."""
-    script = sys.argv[0] if Path(sys.argv[0]).name == "main.py" else "main.py"
-    if Path(script).resolve() == ROOT / "main.py":
-        return f"torchrun ... {script}" if launch.size() > 1 else f"python {script}"
-    return "torchrun ... -m flatcl train" if launch.size() > 1 else "flatcl train"
+    called = Path(sys.argv[0] if sys.argv else "").name
+    if called == "flatcl" or not IS_CLONE:
+        words = "flatcl train" if launch.size() == 1 else "-m flatcl train"
+    elif called == "__main__.py":
+        words = "-m flatcl train"
+    else:
+        words = sys.argv[0] if called == "main.py" else "main.py"
+    if launch.size() > 1:
+        return f"torchrun ... {words}"
+    return words if words == "flatcl train" else f"python {words}"
 
 
 def again(run: str | os.PathLike) -> str:

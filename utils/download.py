@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+import flatcl
 from flatcl.utils.errors import DataError
 
 try:
@@ -147,7 +148,7 @@ def _open(url: str, first: int, last: int | str = "") -> HTTPResponse:
     for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
         opener.add_handler(getattr(urllib.request, handler + "Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
-    headers = {"User-Agent": "continual-datasets/1"}
+    headers = {"User-Agent": f"flatcl/{flatcl.__version__}"}
     if first or last != "":
         headers["Range"] = f"bytes={first}-{last}"
     return opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)

@@ -23,6 +23,10 @@ class RunFailed(RuntimeError):
     """Training cannot go on (a loss that is not finite). What was finished is kept; exit code 1."""
 
 
+class Interrupted(Exception):
+    """A signal asked a run to stop, and it has done so, with a checkpoint. Its argument is the signal's number."""
+
+
 def mistake(part: Any, problem: str) -> UsageError:
     """The error that names a method, an optimizer, ... (or its class), its file, and what is wrong with it."""
     kind = part if isinstance(part, type) else type(part)

@@ -20,6 +20,7 @@ from flatcl.utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
 
 FOLDERS = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim")
+BESIDE = "plugin's "  # in the name of a file that a plugin imports from its folder
 DIGITS = 16  # hexadecimal, of a sha256
 
 
@@ -29,11 +30,23 @@ def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str
     What counts is what the process has loaded, not what a file says by now. Of a plugin, what it imports of our folders
     and of its own counts too.
     """
-    plugins = named(plugins)
-    found = {f"plugin {name}": plugin.sha256 for name, plugin in plugins.items()}
-    beside = [Path(plugin.path).parent for plugin in plugins.values()]
+    found = {f"plugin {name}": plugin.sha256 for name, plugin in named(plugins).items()}
+    found |= {name: _read(module, file)[0] for name, module, file in _files(classes, plugins)}
+    return dict(sorted(found.items()))
+
+
+def beside_plugins(plugins: Iterable[Plugin]) -> dict[str, Path]:
+    """{path from its folder on: file} of what plugins import of their own folders."""
+    files = _files((), plugins)
+    return {name.removeprefix(BESIDE): file for name, _, file in files if name.startswith(BESIDE)}
+
+
+def _files(classes: Iterable[type], plugins: Iterable[Plugin]) -> Iterator[tuple[str, str, Path]]:
+    """(name, module, file) of each file that counts."""
+    plugins = list(plugins)
+    beside = [Path(plugin.path).parent for plugin in plugins]
     waiting = [base.__module__ for cls in classes for base in cls.__mro__]
-    waiting += [module for plugin in plugins.values() for module in _imports(ast.parse(plugin.source), "")]
+    waiting += [module for plugin in plugins for module in _imports(ast.parse(plugin.source), "")]
     done = set()
     while waiting:
         module = waiting.pop()
@@ -42,9 +55,8 @@ def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str
         done.add(module)
         name, file = _file_of(module, beside)
         if file is not None:
-            found[name], imported = _read(module, file)
-            waiting += imported
-    return dict(sorted(found.items()))
+            yield name, module, file
+            waiting += _read(module, file)[1]
 
 
 def named(plugins: Iterable[Plugin]) -> dict[str, Plugin]:
@@ -84,7 +96,7 @@ def _file_of(module: str, beside: Iterable[Path]) -> tuple[str, Path | None]:
     for folder in beside:
         below = Path(file).relative_to(folder).parts if Path(file).is_relative_to(folder) else (".",)
         if not any(part.startswith(".") or part == "site-packages" for part in below):
-            return f"plugin's {'/'.join(below)}", Path(file)
+            return BESIDE + "/".join(below), Path(file)
     return module, None
 
 

@@ -22,7 +22,7 @@ from flatcl.utils.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the folders that the registries look into
 IS_CLONE = (ROOT / "flatcl").is_dir()  # or else an installed package
-HOME = ROOT if IS_CLONE else ROOT.parent  # where `python -m flatcl` is found
+HOME = ROOT if IS_CLONE else None  # the working directory in which `python -m flatcl` is found; None: in any
 
 
 def canonical(name: str) -> str:
@@ -208,9 +208,9 @@ def _execute(plugin: Plugin) -> None:
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, plugin.path))
     module.__plugin__ = plugin
     sys.modules[name] = module
-    beside = str(Path(plugin.path).parent)
-    if beside not in sys.path:  # it finds what lies beside it, as a script does; behind all that is installed
-        sys.path.append(beside)
+    beside = Path(plugin.path).parent
+    if str(beside) not in sys.path:  # it finds what lies beside it, and before that what is installed
+        sys.path.append(str(beside))
     try:
         exec(compile(plugin.source, plugin.path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # whatever a plugin does wrong, the user needs the file and the reason
@@ -218,6 +218,28 @@ def _execute(plugin: Plugin) -> None:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"--plugin {plugin.path}: {_why(error)}. Mend the file and try again.") from error
+    problem = _hidden(plugin, beside)
+    if problem is not None:
+        _unload(name)
+        raise UsageError(problem)
+
+
+def _hidden(plugin: Plugin, beside: Path) -> str | None:
+    """What is wrong where a plugin has got another module than the one that lies beside it."""
+    if beside == ROOT:
+        return None
+    nodes = list(ast.walk(ast.parse(plugin.source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    for name in sorted({name.split(".")[0] for name in names} - sys.stdlib_module_names):
+        own = [file for file in (beside / f"{name}.py", beside / name / "__init__.py") if file.is_file()]
+        got = getattr(sys.modules.get(name), "__file__", None)
+        if own and got and os.path.realpath(got) not in map(os.path.realpath, own):
+            return (
+                f"--plugin {plugin.path}: it imports '{name}' and gets {got}, not {own[0]}, which lies beside it. "
+                "Rename the latter."
+            )
+    return None
 
 
 def _why(error: BaseException) -> str:
@@ -225,7 +247,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it ends the program while it is imported (sys.exit({error.code!r}))"
     if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in PARTS:
-        return f"there is no module '{error.name}' here: ours are imported as flatcl.{error.name}"
+        return f"it does not import: {error} (what is ours is imported as flatcl.{error.name})"
     return " ".join(f"it does not import: {type(error).__name__}: {error}".split())
 
 

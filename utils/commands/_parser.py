@@ -1,6 +1,7 @@
 """The flags of the commands that are not a run's: argparse, with our messages."""
 
 import argparse
+import itertools
 from collections.abc import Sequence
 
 from flatcl.utils.errors import UsageError
@@ -15,11 +16,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
         words = [_flag_spelling(word) for word in argv]
-        flags = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
-        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
-        unknown = [flag for flag in flags if flag[2:] not in known]
+        flags = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+        unknown = [flag for flag in flags if flag.startswith("--") and flag not in self._option_string_actions]
+        known = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+        known = [flag for flag in known if flag.startswith("--")]
         if unknown:
-            raise UsageError(*(f"unknown flag: {flag}. {nearest(flag[2:], known)}" for flag in unknown))
+            raise UsageError(*(f"unknown flag: {flag}. {nearest(flag, known)}" for flag in unknown))
         return super().parse_args(words)
 
     def error(self, message: str):

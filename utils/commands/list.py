@@ -24,7 +24,7 @@ def show(what: str, plugins: Sequence[str]) -> None:
     kinds = {"models": "model", "datasets": "dataset", "backbones": "backbone", "optimizers": "optimizer"}
     wanted = what.replace("-", "_")
     if wanted and wanted not in kinds:
-        raise UsageError(f"--list {wanted}: there is no such registry. {nearest(wanted, list(kinds))}")
+        raise UsageError(f"there is no list of '{what}'. {nearest(wanted, list(kinds))}")
     if wanted == "optimizers":
         print(_optimizer_table())
         return

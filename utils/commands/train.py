@@ -9,8 +9,8 @@ from typing import Any
 from flatcl.utils import launch
 from flatcl.utils.arguments import SELECTORS, Config, EngineArgs, Request, flags_of, resolve_request, schema, written
 from flatcl.utils.commands.list import show
-from flatcl.utils.console import again, complain, guarded, program, say, shown, silence
-from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.console import complain, guarded, program, say, shown, silence
+from flatcl.utils.errors import Interrupted, RunFailed, UsageError
 from flatcl.utils.registry import load_plugin
 from flatcl.utils.saved import check_code, read_saved
 
@@ -69,16 +69,11 @@ def _main(argv: list[str]) -> int:
 
 def _run(start: Callable[[], Any]) -> int:
     """A run, to its end or until a signal stops it."""
-    from flatcl.utils.engine.trainer import Interrupted
-
     try:
         start()
         return OK
     except Interrupted as stop:
-        if launch.number() == 0:
-            where = f" Continue with: {again(stop.folder)}" if stop.folder else ""
-            complain(f"interrupted at step {stop.step}.{where}")
-        return 128 + stop.signal
+        return 128 + stop.args[0]
 
 
 def _resume(request: Request) -> int:

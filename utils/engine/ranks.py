@@ -10,7 +10,7 @@ Rank 0 writes and prints. Where a rank dies, the others end with a message.
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from flatcl.utils import launch
 from flatcl.utils.engine import seeding
-from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.errors import Interrupted, RunFailed, UsageError
 
 
 def device_of(device: torch.device) -> torch.device:
@@ -59,6 +59,13 @@ class Ranks:
     def wait(self) -> None:
         """Until all are here."""
         self.greatest(0)
+
+    def leave(self) -> None:
+        """The last exchange: rank 0 may still be writing, and torchrun ends it where another one ends with an error.
+        Not for a rank that has failed, which could wait for what the others never send."""
+        with suppress(Lost):
+            self.wait()
+        distributed.destroy_process_group()
 
     def have_equal_generators(self) -> bool:
         """Whether torch's global generators stand at the same place on all ranks."""
@@ -141,8 +148,12 @@ def joined(device: torch.device, config: Any = None) -> Iterator[Ranks | None]:
     ranks = Ranks(device)
     if config is not None and not ranks.are_equal(_numbers(f"{config.hash} {sorted(config.code.items())}".encode())):
         raise UsageError("the processes are to make different runs: their flags or their code differ. Make them equal.")
-    yield ranks
-    distributed.destroy_process_group()  # after an error it could wait for what the others never send
+    try:
+        yield ranks
+    except Interrupted:  # all of them, after the same step
+        ranks.leave()
+        raise
+    ranks.leave()
 
 
 def _numbers(content: bytes) -> Tensor:

@@ -21,7 +21,7 @@ from flatcl.utils.console import complain, reason
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import open_regular, read_json, user_path, write_json
-from flatcl.utils.identity import named
+from flatcl.utils.identity import beside_plugins, named
 from flatcl.utils.registry import IS_CLONE, ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
@@ -52,9 +52,11 @@ class RunFolder:
         folder = cls(path)
         try:
             folder.lock.acquire()
-            for name, plugin in named(config.plugins).items():
-                (path / "plugins").mkdir(exist_ok=True)
-                (path / "plugins" / name).write_bytes(plugin.source)
+            copies = {name: file.read_bytes() for name, file in beside_plugins(config.plugins).items()}
+            copies |= {name: plugin.source for name, plugin in named(config.plugins).items()}
+            for name, content in copies.items():
+                (path / "plugins" / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / "plugins" / name).write_bytes(content)
             folder.write("config.json", config.to_json(), durable=True)
         except OSError as error:
             folder.lock.release()
@@ -168,6 +170,7 @@ def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on besides the configuration."""
     import torch
 
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     packages = {}
     for name in PACKAGES:
         try:
@@ -178,7 +181,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "version": flatcl.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -199,7 +202,7 @@ def _processor() -> str:
 
 
 def _git(*words: str) -> str | None:
-    if not IS_CLONE:  # the repository of whoever has installed us
+    if not IS_CLONE or not (ROOT / ".git").exists():  # it would be the repository of whoever has us in theirs
         return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)

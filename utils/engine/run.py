@@ -15,8 +15,8 @@ from flatcl.utils.engine.lock import Busy
 from flatcl.utils.engine.logs import Logs, entries
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.texts import closing_table, describe
-from flatcl.utils.engine.trainer import Interrupted, SignalWatch, Trainer
-from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.engine.trainer import SignalWatch, Trainer
+from flatcl.utils.errors import Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
 from flatcl.utils.saved import Parent, read_saved
 
@@ -196,6 +196,9 @@ def _train(trainer: Trainer) -> Trainer:
             return trainer
         except Interrupted:
             status = "interrupted"
+            where = f" Continue with: {again(folder.path)}" if folder else ""
+            if launch.number() == 0:
+                complain(f"interrupted at step {trainer.cost.steps}.{where}")
             raise
         except Busy as error:
             status = None  # the folder is another process's
@@ -212,11 +215,11 @@ def _train(trainer: Trainer) -> Trainer:
             raise
         finally:
             if folder is not None and status not in ("finished", None) and folder.path.is_dir():
-                _writestatus_of(trainer, status)
+                _write_status(trainer, status)
             trainer.logs.close()
 
 
-def _writestatus_of(trainer, status: str) -> None:
+def _write_status(trainer, status: str) -> None:
     """How a run ended that did not finish."""
     try:
         if trainer.progress.tasks:

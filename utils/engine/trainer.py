@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import cos, pi
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,11 @@ from flatcl.utils.engine.evaluator import Evaluator, rows_per_pass
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
 from flatcl.utils.engine.results import RunFolder
-from flatcl.utils.errors import RunFailed
+from flatcl.utils.errors import Interrupted, RunFailed
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 AGREED_EVERY = 20  # steps, after which several processes on GPUs agree whether they go on
 WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writing its matrix anew
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, after this step; a checkpoint has been written into its folder, if it has one."""
-
-    def __init__(self, signal: int, step: int, folder: Path | None):
-        super().__init__(f"interrupted by signal {signal} at step {step}")
-        self.signal, self.step, self.folder = signal, step, folder
 
 
 class Stream:
@@ -362,7 +353,7 @@ class Trainer:
                 start = time.monotonic()
                 self._try_to_keep(self.save_checkpoint, "a checkpoint")
                 if stop is not None:
-                    raise Interrupted(stop, self.cost.steps, self.folder and self.folder.path)
+                    raise Interrupted(stop)
         self._mid_epoch = False
         self._check_weights()
         if len(split) > 0:  # an epoch without rows takes no step, and none has failed
