@@ -35,6 +35,7 @@ class Mine(ER):
         loss = super().loss(*blocks)
         return loss.mapped(lambda part: part * SCALE)
 '''
+SWEEP = (sys.executable, "-m", "flatcl", "sweep")
 MINE = ("--model", "mine", "--dataset", "seq-synth", "--debug_mode", "--stop_after", "2", "--non_verbose")
 
 
@@ -239,19 +240,8 @@ def test_an_installed_package_counts_with_what_it_imports_of_itself(tmp_path, mo
 
 def swept(tmp_path, plugin, *words, model="mine"):
     """A sweep in a process of its own, as a user starts it. Returns what it says."""
-    argv = [
-        sys.executable,
-        "-m",
-        "flatcl",
-        "sweep",
-        "--models",
-        model,
-        "--datasets",
-        "seq-synth",
-        *words,
-        "--",
-    ]
-    argv += ["--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
+    argv = [*SWEEP, "--models", model, "--datasets", "seq-synth", *words]
+    argv += ["--", "--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
     argv += ["--plugin", str(plugin)] if plugin else []
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -533,18 +523,7 @@ def test_auto_needs_folders(capsys):
 @pytest.fixture
 def big(tmp_path):
     """Words of a sweep whose runs take long enough to be killed."""
-    argv = [
-        sys.executable,
-        "-m",
-        "flatcl",
-        "sweep",
-        "--models",
-        "er",
-        "--datasets",
-        "seq-digits",
-        "--seeds",
-        "0-1",
-    ]
+    argv = [*SWEEP, "--models", "er", "--datasets", "seq-digits", "--seeds", "0-1"]
     argv += ["--", "--n_epochs", "40", "--stop_after", "1", "--results_path", str(tmp_path / "results")]
     return argv
 
