@@ -22,7 +22,7 @@ CONTENT = ("flatcl", "models", "datasets", "backbone", "utils", "main.py", "pypr
 SHORT = ["--debug_mode", "--stop_after", "1", "--non_verbose", "--threads", "1", "--device", "cpu"]
 
 PLUGIN = '''
-"""A method whose file imports what is called as our parts are."""
+"""A method whose file imports modules with the names of our folders."""
 
 import datasets
 import utils
@@ -231,7 +231,7 @@ def test_the_wheel_has_the_names_of_an_installed_plugin(installed, tmp_path):
     assert '"small_plugin": ' in config.read_text()  # its code is a part of the run's identity
 
 
-def test_a_plugin_finds_other_packages_called_as_our_parts_are(installed, homonyms, tmp_path):
+def test_a_plugin_finds_packages_with_the_names_of_our_folders(installed, homonyms, tmp_path):
     """With the wheel, with main.py, and with the module in a clone."""
     beside = {**os.environ, "PYTHONPATH": str(homonyms / "site")}
     starts = [
@@ -252,7 +252,7 @@ def test_a_plugin_that_imports_the_old_way_gets_one_line(start, installed, tmp_p
     process = subprocess.run([*map(str, train(*words, plugin=plugin))], capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 2
     assert process.stderr == (
-        f"error: --plugin {plugin}: it does not import: No module named 'models' (what is ours is imported as "
+        f"error: --plugin {plugin}: it does not import: No module named 'models' (in this package it is "
         "flatcl.models). "
         "Mend the file and try again.\n"
     )

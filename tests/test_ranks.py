@@ -249,7 +249,7 @@ def test_which_process_this_is(as_if_two):
 
 
 @pytest.mark.parametrize("processes, code", [(2, 3), (1, -signal.SIGABRT)])
-def test_one_of_several_processes_ends_without_taking_python_apart(processes, code):
+def test_one_of_several_processes_skips_the_shutdown_of_the_interpreter(processes, code):
     """What aborts there would make torchrun end the others, though all is done."""
     lines = "import atexit, os; from flatcl.utils.console import leave; atexit.register(os.abort); print(1); leave(3)"
     env = {**os.environ, "WORLD_SIZE": str(processes)}

@@ -100,8 +100,8 @@ def shown(show: Callable[[], None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. One of several that train a run does not take Python apart before: torch has been seen to abort
-    there, when all was done (1 in some 100), and torchrun would have ended the others for it."""
+    """Ends the process. One of several that train a run skips the shutdown of the interpreter: torch has been seen to
+    abort there, after all work was done (1 start in some 100), and torchrun then ends the other processes."""
     if launch.size() > 1:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -247,7 +247,7 @@ def _why(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it ends the program while it is imported (sys.exit({error.code!r}))"
     if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in PARTS:
-        return f"it does not import: {error} (what is ours is imported as flatcl.{error.name})"
+        return f"it does not import: {error} (in this package it is flatcl.{error.name})"
     return " ".join(f"it does not import: {type(error).__name__}: {error}".split())
 
 

@@ -161,5 +161,5 @@ def _help(request: Request) -> None:
             print(f"\nflags of the {owner}:")
         limits = f" [{'|'.join(flag.choices)}]" if flag.choices else ""
         default = chosen["dataset"].defaults.get(flag.name, flag.default) if chosen["dataset"] else flag.default
-        shown = "" if default is None or default == "" or default == () else f" (default {written(default)})"
-        print(f"  --{flag.name:20} {flag.help.replace('%%', '%')}{limits}{shown}")
+        end = "" if default is None or default == "" or default == () else f" (default {written(default)})"
+        print(f"  --{flag.name:20} {flag.help.replace('%%', '%')}{limits}{end}")
