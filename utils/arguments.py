@@ -302,8 +302,13 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits over everything that can change a number."""
-        content = {name: self.values[name] for name, flag in sorted(self.flags.items()) if flag.result}
+        """12 hexadecimal digits over everything that can change a number: a flag that is added later, at its default,
+        leaves the hash as it is; one whose default changes raises PROTOCOL."""
+        content = {
+            name: self.values[name]
+            for name, flag in sorted(self.flags.items())
+            if flag.result and self.values[name] != flag.default
+        }
         if self.continues is not None:
             content["continues"] = [self.continues.config_hash, self.continues.tasks]
         text = json.dumps({"protocol": PROTOCOL, **content}, sort_keys=True)
