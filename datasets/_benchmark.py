@@ -37,6 +37,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Split({len(self):,} images {'x'.join(map(str, self.images.shape[1:]))}, uint8)"
+
 
 class Task:
     """One task: `index`, `classes` (outputs that it uses), and its `train` and `test` splits, made when asked for."""
@@ -49,8 +52,16 @@ class Task:
         return self.benchmark.train_split(self.index)
 
     @cached_property
+    def monitor(self) -> Split:
+        """What --early_stop holds out."""
+        return self.benchmark.monitor_split(self.index)
+
+    @cached_property
     def test(self) -> Split:
         return self.benchmark.test_split(self.index)
+
+    def __repr__(self) -> str:
+        return f"task {self.index + 1} of {self.benchmark.name}: outputs {self.classes.start}..{self.classes.stop - 1}"
 
 
 class JointTask(Task):
@@ -62,6 +73,12 @@ class JointTask(Task):
     @cached_property
     def train(self) -> Split:
         return self.benchmark.joint_split()
+
+    @cached_property
+    def monitor(self) -> Split:
+        parts = [task.monitor for task in self.benchmark] if self.benchmark.setting != "class-il" else []
+        columns = [[getattr(part, name) for part in parts] for name in ("images", "labels", "ids")]
+        return Split(*map(torch.cat, columns)) if parts else self.benchmark._monitor
 
 
 class Benchmark(Sequence[Task]):
@@ -103,15 +120,25 @@ class Benchmark(Sequence[Task]):
         self._train = self._base(train, order, device)
         self._test = self._base(test, order, device)
         if config.validation:
-            self._hold_out()
+            self._test = self._take_out("validation")
+        self._monitor = self._take_out("early stop") if config.early_stop is not None else None
         self._tests: dict[int, Split] = {}
         self._kept_bytes = 0
 
+    @classmethod
+    def _can_monitor(cls) -> bool:
+        """Whether `monitor_split` belongs to what makes the training images."""
+        train, monitor = (
+            next(base for base in cls.__mro__ if name in vars(base)) for name in ("train_split", "monitor_split")
+        )
+        return cls.setting != "general-continual" and issubclass(monitor, train)
+
     def to(self, device: torch.device) -> None:
         """Moves the images to a device."""
-        for name in ("_train", "_test"):
+        for name in ("_train", "_test", "_monitor"):
             split = getattr(self, name)
-            setattr(self, name, Split(split.images.to(device), split.labels.to(device), split.ids.to(device)))
+            if split is not None:
+                setattr(self, name, Split(split.images.to(device), split.labels.to(device), split.ids.to(device)))
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         """(train, test), each images (N, C, H, W) uint8 in 0..255 and labels (N,) int64 in 0..num_classes - 1, with at
@@ -151,6 +178,11 @@ class Benchmark(Sequence[Task]):
                 f"--stop_after must lie between start_from + 1 = {config.start_from + 1} and the number of tasks "
                 f"{config.n_tasks}, got {config.stop_after}. Give a number in between."
             )
+        if config.early_stop is not None and not cls._can_monitor():
+            problems.append(
+                f"--early_stop does not fit {cls.name}, which makes the training images of its tasks by itself and has "
+                "no `monitor_split`. Drop it."
+            )
         return problems + cls.check_classes(config)
 
     @classmethod
@@ -187,8 +219,9 @@ class Benchmark(Sequence[Task]):
         """What the seed and the flags decided, as JSON can hold it: the content of the run folder's benchmark.json.
 
         class_order: the class of the data set behind each output. held_out: with --validation, the rows of `load`'s
-        training images that are tested on. tasks: the classes, of the data set, and the rows of each. A benchmark that
-        decides more adds to it: `super().decided() | {"angles": [...]}`.
+        training images that are tested on. monitored: with --early_stop, those that tell when to stop. tasks: the
+        classes, of the data set, and the rows of each. A benchmark that decides more adds to it:
+        `super().decided() | {"angles": [...]}`.
         """
         order, tasks = self.class_order(), []
         for index in range(self.num_tasks):
@@ -196,7 +229,16 @@ class Benchmark(Sequence[Task]):
             classes = [order[output] for output in self.classes_of(index)]
             tasks.append({"classes": classes, "train_rows": train_rows, "test_rows": test_rows})
         held_out = {"held_out": self._test.ids.tolist()} if self.config.validation else {}
+        if self._monitor is not None:
+            held_out["monitored"] = self._monitor.ids.tolist()
         return {"class_order": order, **held_out, "tasks": tasks}
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return (
+            f"{self.name}: {self.num_tasks} task(s), {self.setting}, {self.num_classes} classes, images {size}, "
+            f"{len(self._train):,} to train on, {len(self._test):,} to test on"
+        )
 
     def num_rows(self, index: int) -> tuple[int, int] | None:
         """(training rows, test rows) of a task; None where only making its images would tell.
@@ -272,6 +314,10 @@ class Benchmark(Sequence[Task]):
     def train_split(self, index: int) -> Split:
         return self._of_classes(self._train, self.classes_of(index))
 
+    def monitor_split(self, index: int) -> Split:
+        """With --early_stop, the images of a task that it does not train on, and that tell when to stop."""
+        return self._of_classes(self._monitor, self.classes_of(index))
+
     def test_split(self, index: int) -> Split:
         if index in self._tests:
             return self._tests[index]
@@ -303,15 +349,15 @@ class Benchmark(Sequence[Task]):
         position[torch.tensor(order)] = torch.arange(self.num_classes)
         return Split(images.to(device), position[labels].to(device), torch.arange(len(labels), device=device))
 
-    def _hold_out(self) -> None:
-        """10 % of the training images, drawn at random, take the test set's place."""
-        rng = seeding.generator(self.config.seed, "validation")
+    def _take_out(self, purpose: str) -> Split:
+        """10 % of the training images, drawn at random; the others are trained on."""
+        rng = seeding.generator(self.config.seed, purpose)
         order = torch.from_numpy(rng.permutation(len(self._train))).to(self._train.labels.device)
         cut = max(1, len(order) // 10)
         held, kept = order[:cut].sort().values, order[cut:].sort().values
         full = self._train
         self._train = Split(full.images[kept], full.labels[kept], full.ids[kept])
-        self._test = Split(full.images[held], full.labels[held], full.ids[held])
+        return Split(full.images[held], full.labels[held], full.ids[held])
 
 
 class DomainBenchmark(Benchmark):
@@ -346,6 +392,9 @@ class DomainBenchmark(Benchmark):
 
     def train_split(self, index: int) -> Split:
         return self._transformed(self._train, index)
+
+    def monitor_split(self, index: int) -> Split:
+        return self._transformed(self._monitor, index)
 
     def make_test(self, index: int) -> Split:
         return self._transformed(self._test, index)

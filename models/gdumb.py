@@ -80,6 +80,9 @@ class GDumb(Method):
                 f"--lr_scheduler has no effect on gdumb, whose fit has its own, got {config.lr_scheduler}. "
                 "Use --maxlr and --minlr."
             )
+        for name, value in (("warmup_epochs", config.warmup_epochs), ("early_stop", config.early_stop)):
+            if value:
+                problems.append(f"--{name} has no effect on gdumb, which learns after the last task. Drop it.")
         peak = config.maxlr or config.lr
         if config.minlr > peak:
             name = "lr" if config.maxlr is None else "maxlr"

@@ -95,6 +95,19 @@ class EngineArgs:
     model_config: str = flag(
         "best", "'best' applies published hyperparameters, 'default' drops them", choices=("best", "default")
     )
+    warmup_epochs: int = flag(
+        0, "epochs at the start of each task in which the learning rate rises to its value, evenly from step to step",
+        low=0, high=10**6,
+    )  # fmt: skip
+    clip_grad: float | None = flag(
+        None, "greatest norm of an update: a larger one is scaled down to it, after all that method and optimizer do",
+        above=0, high=1e30,
+    )  # fmt: skip
+    early_stop: int | None = flag(
+        None, "a task ends when its accuracy on held-out images (10 %% of its training images) has not risen for so "
+        "many epochs, and goes on with the weights of its best epoch",
+        low=1, high=10**6, fixed=True,
+    )  # fmt: skip
     budget_rows: int | None = flag(
         None,
         "compute of the run, rows forward + 2 x rows backward, shared evenly by its tasks; in place of --n_epochs",
@@ -125,6 +138,13 @@ class EngineArgs:
     )
     base_path: str = flag("./data", "folder of the data sets (default also from $FLATCL_DATA)", result=False)
     results_path: str = flag("./results", "folder of the run folders", result=False)
+    eval_every: int | None = flag(
+        None, "epochs between evaluations inside a task, for metrics.jsonl and TensorBoard; default: none inside",
+        low=1, result=False,
+    )  # fmt: skip
+    save_predictions: bool = flag(
+        False, "keep the final network's logits of all test images, and a confusion matrix", result=False
+    )
     notes: str = flag("", "free text, kept in the run's files", result=False)
     non_verbose: bool = flag(False, "no progress bar", result=False)
     disable_log: bool = flag(False, "write no run folder", result=False)
@@ -317,7 +337,11 @@ class Config:
     @cached_property
     def code(self) -> dict[str, str]:
         """{file: digest} of what defines the four chosen classes, and of plugins; see `utils/identity.py`."""
-        return code_of((SELECTORS[name].load(self.values[name]) for name in SELECTORS), self.plugins)
+        chosen = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
+        found = code_of(chosen, self.plugins)
+        for cls in chosen:
+            found |= cls.sources(self) if hasattr(cls, "sources") else {}
+        return found
 
     def to_json(self) -> dict:
         flags = {name: {"value": self.values[name], "origin": self.origins[name]} for name in self.values}
@@ -738,6 +762,19 @@ def _check_together(config: Config) -> list[str]:
             problems.append(
                 "--lr_scheduler cosine needs a number of epochs, which --budget_rows leaves open. Use multistep."
             )
+    if config.warmup_epochs > config.n_epochs and config.budget_rows is None:
+        problems.append(
+            f"--warmup_epochs must be at most --n_epochs {config.n_epochs}, got {config.warmup_epochs}. Give less."
+        )
+    if config.early_stop is not None and config.budget_rows is not None:
+        problems.append("--early_stop and --budget_rows exclude each other: both end a task. Give one of them.")
+    elif config.early_stop is not None and config.n_epochs == 1:
+        problems.append("--early_stop has no effect in 1 epoch. Give a larger --n_epochs.")
+    if config.eval_every is not None and config.eval_every >= config.n_epochs and config.budget_rows is None:
+        problems.append(
+            f"--eval_every must be less than --n_epochs {config.n_epochs}, since the end of a task is evaluated "
+            f"anyway, got {config.eval_every}. Give less, or drop it."
+        )
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
             problems.append(f"--{name} has no effect with --lr_scheduler {config.lr_scheduler}. Use multistep.")

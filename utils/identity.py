@@ -9,7 +9,9 @@ anyway) do not change it. A plugin counts as it is, byte for byte.
 import ast
 import functools
 import hashlib
+import inspect
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,9 +32,21 @@ def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str
     What counts is what the process has loaded, not what a file says by now. Of a plugin, what it imports of our folders
     and of its own counts too.
     """
+    classes = list(classes)
     found = {f"plugin {name}": plugin.sha256 for name, plugin in named(plugins).items()}
+    found |= {f"class {base.__name__}": _digest_of_class(base) for cls in classes for base in cls.__mro__
+              if base.__module__ == "__main__"}  # fmt: skip
     found |= {name: _read(module, file)[0] for name, module, file in _files(classes, plugins)}
     return dict(sorted(found.items()))
+
+
+def _digest_of_class(cls: type) -> str:
+    """Of a class that a script or a notebook defines: of the rest of it, nothing counts."""
+    try:
+        text = _dump(meaning(textwrap.dedent(inspect.getsource(cls))))
+    except (OSError, TypeError, SyntaxError):  # typed into a console that keeps no lines
+        return "unknown"
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 def beside_plugins(plugins: Iterable[Plugin]) -> dict[str, Path]:
@@ -89,7 +103,13 @@ def _file_of(module: str, beside: Iterable[Path]) -> tuple[str, Path | None]:
         name = module.removeprefix("flatcl.").replace(".", "/") + ".py"
         file = Path(file or ROOT / name)
         return name, file if file.is_file() else None
-    if file is None or not file.endswith(".py") or plugin_of(module) is not None or module.split(".")[0] == "flatcl":
+    if (
+        module == "__main__"
+        or file is None
+        or not file.endswith(".py")
+        or plugin_of(module) is not None
+        or module.split(".")[0] == "flatcl"
+    ):
         return module, None
     if module.split(".")[0] in _foreign_packages():
         return module, Path(file)

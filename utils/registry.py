@@ -60,6 +60,10 @@ class Registry:
     def written(self, name: str) -> str:
         return canonical(name).replace("_", self.separator)
 
+    def has(self, name: str, obj: object) -> bool:
+        """Whether `name` stands for this object."""
+        return self._objects.get(canonical(name)) is obj
+
     def names(self) -> list[str]:
         """All names in writing form, sorted; imports nothing."""
         keys = set(self._files()) | set(self._objects) | set(self._entry_points())

@@ -29,6 +29,10 @@ class Buffer:
     def __len__(self) -> int:
         return min(self.num_seen, self.capacity)
 
+    def __repr__(self) -> str:
+        shapes = (f"{name} {tuple(part.shape[1:])} {str(part.dtype)[6:]}" for name, part in self.columns.items())
+        return f"Buffer({len(self):,} of {self.capacity:,} rows{': ' if self.columns else ''}{', '.join(shapes)})"
+
     def add(self, **columns: Tensor) -> None:
         """Present n rows, in order, to the reservoir. `columns[name]` (n, ...), on the buffer's device.
 

@@ -42,6 +42,7 @@ def build(config: Config, device, folder, group=None):
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
     )
+    optimizer.clip = config.clip_grad
     if not optimizer.params:
         raise UsageError(
             f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flatcl.utils.engine.augment import Augment
 from flatcl.utils.engine.layout import rows_of_forward
+from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import DataError
 
 CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
@@ -48,11 +49,8 @@ class Evaluator:
         `num_tasks` tasks are evaluated (default: all); the accuracy on the others is None.
         """
         num_tasks = len(self.benchmark) if num_tasks is None else num_tasks
-        modes = [(module, module.training) for module in method.modules()]
-        method.eval()
-        counts = torch.cat([self._count(method, tasks, classes_seen) for tasks in self._passes(num_tasks)])
-        for module, was_training in modes:  # one by one: a frozen teacher stays in eval mode
-            module.training = was_training
+        with eval_mode(method):
+            counts = torch.cat([self._count(method, tasks, classes_seen) for tasks in self._passes(num_tasks)])
         correct = counts.tolist()  # (num_tasks, settings); the one wait for the device
         rest = [None] * (len(self.benchmark) - num_tasks)
         return {
@@ -71,13 +69,52 @@ class Evaluator:
             images += self.sizes[index]
         yield range(first, num_tasks)
 
+    @torch.inference_mode()
+    def held_out(self, method, task, split, classes_seen: int) -> float:
+        """Accuracy, a fraction, on other images of one task, in the first of the settings."""
+        owners = torch.zeros(len(split), dtype=torch.int64, device=self.augment.device)
+        with eval_mode(method):
+            counts = self._correct(method, [task], (split.images, split.labels, owners), classes_seen)
+        return counts[0, 0].item() / len(split)
+
+    @torch.inference_mode()
+    def logits(self, method, images: Tensor, task: int | None = None) -> Tensor:
+        """Stored images (N, C, H, W) uint8, on any device -> logits (N, K) on the method's, in eval mode. `task` is for
+        methods that must be told it, and for nothing else."""
+        with eval_mode(method):
+            return torch.cat([self._forward(method, rows, task) for rows in images.split(self._step(method, images))])
+
+    def predictions(self, method) -> dict[str, Tensor]:
+        """Of all test images, in the order of their tasks, on the CPU: `logits` (N, K) float32, `labels` (N,) int64
+        (the output that stands for the class) and `tasks` (N,) int64."""
+        parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "tasks": []}
+        for task in self.benchmark:
+            parts["logits"].append(self.logits(method, task.test.images, task.index).float().cpu())
+            parts["labels"].append(task.test.labels.cpu())
+            parts["tasks"].append(torch.full((len(task.test),), task.index))
+        return {name: torch.cat(columns) for name, columns in parts.items()}
+
+    def _step(self, method, images: Tensor) -> int:
+        """Images of one forward."""
+        shape, device = images.shape[1:], self.augment.device
+        return rows_of_forward(method, shape, device, rows_per_pass(shape, device))
+
+    def _forward(self, method, images: Tensor, task: int | None) -> Tensor:
+        inputs = self.augment.plain(images)
+        return method(inputs, task) if self.needs_task else method(inputs)
+
     def _count(self, method, indices: range, classes_seen: int) -> Tensor:
         """(tasks, settings) int64: images that are classified correctly."""
         tasks = [self.benchmark[index] for index in indices]
-        images, labels, owners = self._images(tasks)
+        return self._correct(method, tasks, self._images(tasks), classes_seen)
+
+    def _correct(
+        self, method, tasks: Sequence, rows_of_tasks: tuple[Tensor, Tensor, Tensor], classes_seen: int
+    ) -> Tensor:
+        """(tasks, settings) int64: of these images, labels, and positions in `tasks`, those classified correctly."""
+        images, labels, owners = rows_of_tasks
         device = self.augment.device
-        shape = images.shape[1:]
-        step = rows_of_forward(method, shape, device, rows_per_pass(shape, device))
+        step = self._step(method, images)
         first = torch.tensor([task.classes.start for task in tasks], device=device)
         last = torch.tensor([task.classes.stop - 1 for task in tasks], device=device)
         width = torch.arange(max(len(task.classes) for task in tasks), device=device)
@@ -86,8 +123,7 @@ class Evaluator:
         for start in starts if self.ranks is None else starts[self.ranks.number :: self.ranks.size]:
             rows = slice(start, start + step)
             y, owner = labels[rows].to(device, non_blocking=True), owners[rows]
-            inputs = self.augment.plain(images[rows])
-            logits = method(inputs, tasks[0].index) if self.needs_task else method(inputs)
+            logits = self._forward(method, images[rows], tasks[0].index)
             right = []
             if not self.needs_task:
                 competing = logits[:, :classes_seen] if self.argmax == "seen" else logits

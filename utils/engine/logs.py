@@ -170,6 +170,22 @@ class Logs:
                     self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
         self.board.flush()
 
+    def epoch(self, epochs: int, task: int, cost: Any, row: dict, averages: dict) -> None:
+        """An evaluation inside a task, after so many of its epochs."""
+        if self.folder is None:
+            return
+        line = {"task": task, "epochs": epochs, "step": cost.steps}
+        self._append({**line, "accuracy_inside": row, "average_accuracy_inside": averages})
+        for setting, value in averages.items():
+            self.board.scalar(f"accuracy_inside/{setting}", value, cost.steps)
+
+    def custom(self, name: str, value: float, step: int) -> None:
+        """A number that a callback or the engine logs by its name."""
+        if self.folder is None:
+            return
+        self.board.scalar(name, value, step)
+        self._append({"step": step, name: value if abs(value) < float("inf") else None})
+
     def print_task(self, seen: int, averages: dict) -> None:
         """The line that everybody waits for."""
         parts = " ".join(f"[{WRITTEN[setting]}]: {100 * value:.2f} %" for setting, value in averages.items())
@@ -219,6 +235,15 @@ class Logs:
                     self.board.image(name, pictures.to_array(figure))
                 done += sorted(missing)
         return done
+
+    def confusion(self, counts: Any) -> None:
+        """The picture of a confusion matrix (K, K)."""
+        from flatcl.utils.engine import pictures
+
+        title = f"{self.config.model} on {self.config.dataset}"
+        figure = pictures.confusion(counts, title)
+        pictures.save(figure, self.folder.path / "confusion_matrix.png")
+        self.board.image("confusion_matrix", pictures.to_array(figure))
 
     def _hparams(self, finals: dict[str, float]) -> None:
         """hparams into this run's own event file (the writer's `add_hparams` would open a second run)."""

@@ -59,6 +59,31 @@ def accuracy_matrix(matrix: Matrix, title: str, tasks: Sequence[int] | None = No
     return figure
 
 
+def confusion(counts: np.ndarray, title: str) -> "Figure":
+    """A confusion matrix (K, K) of counts as a heat map: of each true class (row), the share of its images, in %, that
+    was taken for each class (column)."""
+    totals = counts.sum(1, keepdims=True)
+    percent = np.divide(100.0 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    size = len(counts)
+    cell = min(0.5 if size <= MAX_NUMBERED else 0.3, MATRIX_INCHES / size)
+    figure = _figure(max(cell * size + 1.9, 4.2), max(cell * size + 1.2, 2.9))
+    axes = figure.add_subplot()
+    image = axes.imshow(np.ma.masked_invalid(percent), cmap="YlGnBu", vmin=0, vmax=100)
+    if size <= MAX_NUMBERED:
+        for row, column in np.argwhere(percent >= 0.5):
+            colour = "white" if percent[row, column] > 60 else INK
+            axes.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    _cell_borders(axes, *((size, size) if cell >= BORDERED_INCHES else (1, 1)))
+    places = range(0, size, max(1, -(-size // 20)))
+    for ticks in (axes.set_xticks, axes.set_yticks):
+        ticks(places, [str(place) for place in places], fontsize=8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("class")
+    axes.set_title(f"{title}: confusion matrix", fontsize=11, wrap=True)
+    figure.colorbar(image, ax=axes, label="% of the class's images").outline.set_visible(False)
+    return figure
+
+
 def curves(matrix: Matrix, title: str) -> "Figure":
     """Average accuracy over the tasks seen so far, and forgetting, after each task. Beside the average each task's own
     accuracy, or, of many tasks, between which accuracies half and 90 % of those seen so far lie."""

@@ -119,6 +119,8 @@ class Programs:
         """One step on these blocks. Of a replay: its objective has loss and rows, and no update is given."""
         phases = self._method_phase(), phase_of(self.optimizer, OF_OPTIMIZER)
         why = next((phase.why for phase in phases if isinstance(phase, Ordinary)), None)
+        if self.optimizer.lr_rises:
+            why = "the learning rate rises from step to step (--warmup_epochs)"
         if why is not None:
             self.ordinary[why] += 1
             return self._ordinary(blocks, trace)

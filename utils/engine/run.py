@@ -8,8 +8,9 @@ from pathlib import Path
 from flatcl.utils import launch
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import again, complain, reason, say
-from flatcl.utils.engine import checkpoint, ranks, results
+from flatcl.utils.engine import checkpoint, predictions, ranks, results
 from flatcl.utils.engine.build import build, computing, resolve_device
+from flatcl.utils.engine.callbacks import Callbacks
 from flatcl.utils.engine.layout import has_convolutions
 from flatcl.utils.engine.lock import Busy
 from flatcl.utils.engine.logs import Logs, entries
@@ -21,7 +22,7 @@ from flatcl.utils.files import read_json
 from flatcl.utils.saved import Parent, read_saved
 
 
-def train(config: Config) -> Trainer:
+def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
     """One whole run, from an empty network. Raises `Interrupted`, `RunFailed`, `UsageError`."""
     ranks.check(config)
     device = resolve_device(config.device)
@@ -37,10 +38,12 @@ def train(config: Config) -> Trainer:
             raise
         say(describe(config))
         _hint_at_threads(trainer)
-        return _train(trainer)
+        return _train(trainer, callbacks or Callbacks())
 
 
-def resume(config: Config, path: Path, changed_files: Sequence[str] = ()) -> Trainer | None:
+def resume(
+    config: Config, path: Path, changed_files: Sequence[str] = (), callbacks: Callbacks | None = None
+) -> Trainer | None:
     """Goes on with the run of this configuration in the folder `path`. Of a finished one, draws and logs what is
     missing, and returns None. `changed_files`: those whose code is no longer what the run was made with."""
     device = resolve_device(config.device)
@@ -65,7 +68,7 @@ def resume(config: Config, path: Path, changed_files: Sequence[str] = ()) -> Tra
             trainer.begin_anew()
             _take_over(trainer, parents)
         else:
-            with _fitting(path):
+            with fitting(path):
                 trainer.load_checkpoint(state)
         if group is not None:
             group.wait()  # until all have read what rank 0 will write anew
@@ -74,7 +77,7 @@ def resume(config: Config, path: Path, changed_files: Sequence[str] = ()) -> Tra
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
         say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
-        return _train(trainer)
+        return _train(trainer, callbacks or Callbacks())
 
 
 def unfinished(config: Config, keep_changed: bool) -> Path | None:
@@ -114,7 +117,7 @@ def _take_over(trainer, state: dict | None) -> None:
     """What the run that this one continues has left, if it continues one."""
     if state is not None:
         parent = trainer.config.continues
-        with _fitting(parent.run):
+        with fitting(parent.run):
             trainer.continue_from(state, same_optimizer=parent.optimizer == trainer.config.optimizer)
 
 
@@ -134,13 +137,13 @@ def _state_of(parent: Parent | None) -> dict | None:
 
 
 @contextmanager
-def _fitting(folder) -> Iterator[None]:
-    """What another version has saved can fail to load in many ways."""
+def fitting(folder) -> Iterator[None]:
+    """Inside, what a run folder has is loaded; what another version has saved can fail to in many ways."""
     try:
         yield
     except Exception as error:
         raise UsageError(
-            f"{folder}/checkpoint does not fit this program's network or method ({reason(error)}). Use the version "
+            f"what {folder} has kept does not fit this program's network or method ({reason(error)}). Use the version "
             "that wrote it, or start a new run with --from."
         ) from error
 
@@ -185,9 +188,10 @@ def _write_decided(benchmark, folder) -> None:
         ) from None
 
 
-def _train(trainer: Trainer) -> Trainer:
+def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
     """Runs a trainer to its end and writes how it ended, whatever that is."""
-    folder, status = trainer.folder, "crashed"
+    folder, status, trainer.callbacks = trainer.folder, "crashed", callbacks
+    callbacks.trainer = trainer
     with SignalWatch(trainer):
         try:
             summary = trainer.run()
@@ -214,6 +218,7 @@ def _train(trainer: Trainer) -> Trainer:
             status = "interrupted" if status == "crashed" else status
             raise
         finally:
+            trainer.status = status or "running"
             if folder is not None and status not in ("finished", None) and folder.path.is_dir():
                 _write_status(trainer, status)
             trainer.logs.close()
@@ -241,6 +246,8 @@ def _finish(trainer: Trainer, summary: dict) -> None:
             unwritten = error
         else:
             _settle_checkpoint(trainer)
+            if trainer.config.save_predictions:
+                _save_predictions(trainer)
             _draw(lambda: logs.finish(summary, tasks, trainer.joint))
     say(closing_table(summary, tasks, folder))
     if trainer.optimizer.programs is not None:
@@ -250,6 +257,17 @@ def _finish(trainer: Trainer, summary: dict) -> None:
             f"the results cannot be written to {folder.path} ({reason(unwritten)}): they stand only on the console. "
             f"Mend that, then: {again(folder.path)}"
         )
+
+
+def _save_predictions(trainer: Trainer) -> None:
+    """predictions.npz, and the confusion matrix as a picture."""
+    found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
+    try:
+        predictions.save(trainer.folder.path, found)
+    except OSError as error:
+        complain(f"warning: {predictions.FILE} cannot be written ({reason(error)})")
+    counts = predictions.confusion_matrix(found, trainer.benchmark.class_order())
+    _draw(lambda: trainer.logs.confusion(counts))
 
 
 def _draw(draw):

@@ -7,6 +7,8 @@ off does not shift the others. Augmentation (kornia), dropout and initial weight
 import json
 import random
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,6 +48,18 @@ def set_global_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0].cpu())
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Afterwards, the global generators of Python, NumPy and torch stand where they stood before."""
+    before, of_python, of_numpy = global_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        set_global_state(before)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def differ(before: dict, after: dict) -> bool:

@@ -18,6 +18,8 @@ from flatcl.utils.arguments import DEBUG_BATCHES, MANY_TASKS, Config
 from flatcl.utils.console import reason
 from flatcl.utils.engine import checkpoint, seeding
 from flatcl.utils.engine.augment import Augment
+from flatcl.utils.engine.callbacks import Callbacks, State
+from flatcl.utils.engine.early_stop import EarlyStop
 from flatcl.utils.engine.evaluator import Evaluator, rows_per_pass
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
@@ -164,8 +166,9 @@ class Trainer:
         self.cost, self.progress = Cost(), Progress()
         self._rows: dict[str, list[Tensor]] = {}  # the matrices' measured values, as checkpoints keep them
         self._written, self._writing_s = 0.0, 0.0  # when it was last written, and how long that took
+        self.early = None if config.early_stop is None else EarlyStop(config.early_stop)
         method.lr = config.lr
-        self.logs = Logs(config, folder, self.device)
+        self.logs, self.callbacks, self.status = Logs(config, folder, self.device), Callbacks(), "running"
         self._stop_signal: int | None = None
         self._mid_epoch = False
         self._started = self._saved = time.monotonic()
@@ -178,11 +181,17 @@ class Trainer:
             self.progress.untrained = self._evaluation(classes_seen=self.benchmark.num_classes)
         try:
             for index in self._task_indices()[len(self.progress.tasks) :]:
+                if self._stop_signal is not None and self.ranks is None:  # asked for when no step was under way
+                    raise Interrupted(self._stop_signal)
                 self._train_task(self.benchmark.joint_task if self.joint else self.benchmark[index])
         finally:
             self.cost.wall_s = time.monotonic() - self._started
             self.logs.close_bar()
         return self.summary("finished")
+
+    def stop(self, number: int) -> None:
+        """Ends the run after the step under way, as the signal with this number does."""
+        self._stop_signal = self._stop_signal or number
 
     def summary(self, status: str) -> dict[str, Any]:
         """The content of summary.json; metrics speak of the tasks that are finished."""
@@ -222,6 +231,7 @@ class Trainer:
             "cost": vars(self.cost),
             "order": seeding.generator_state(self.stream.rng),
             "stream": self.stream.state_dict() if self._mid_epoch else None,
+            "early_stop": None if self.early is None else self.early.state_dict(),
             "random": seeding.global_state(),
             "metrics_size": self.folder.metrics_size(),
         }
@@ -234,6 +244,8 @@ class Trainer:
         if state["stream"] is not None:
             self.stream.load_state_dict(state["stream"])
             self._mid_epoch = True
+            if self.early is not None:
+                self.early.load_state_dict(state["early_stop"], self.device)
         if self.folder is not None:
             self.folder.truncate_metrics(state["metrics_size"])
         self.logs.resume(self.cost.steps)
@@ -279,6 +291,8 @@ class Trainer:
             self.method.begin_task(task)
             self.optimizer.begin_task(task)
             self.cost.train_s += time.monotonic() - start
+            if self.early is not None:
+                self.early.begin()
         n_epochs = self.method.num_epochs(task, self.n_epochs)
         batches = self.stream.num_batches(self.method.train_split(task, self.progress.epoch))
         done = batches * self.progress.epoch + (self.stream.batches_to_skip if self._mid_epoch else 0)
@@ -292,9 +306,16 @@ class Trainer:
                 self.method.begin_epoch(task, epoch)
                 self.optimizer.begin_epoch(epoch, None if self.config.budget_rows else n_epochs)
             split = self.method.train_split(task, epoch)
-            self._train_epoch(split)
+            self.optimizer.lr_rises = epoch < self.config.warmup_epochs
+            self._train_epoch(split, task)
+            self._tell("after_epoch", task, epoch)
             if self.config.budget_rows is not None and len(split) == 0:
                 break  # such epochs never spend it
+            if self.early is not None and self._is_best_past(task):
+                break
+            self._evaluate_inside(task, epoch + 1, n_epochs)
+        if self.early is not None:
+            self.early.restore(self.method)
         self.logs.close_bar()
         if self.has_boundaries:
             start = time.monotonic()
@@ -303,6 +324,47 @@ class Trainer:
             self.cost.train_s += time.monotonic() - start
             self._count_rows()
         self._finish_task(task)
+
+    def _is_best_past(self, task) -> bool:
+        """Whether the held-out images have not been classified better for --early_stop epochs."""
+        split = task.monitor
+        if len(split) == 0:  # of a small task, none was drawn
+            return False
+        start = time.monotonic()
+        accuracy = self.evaluate.held_out(self.method, task, split, task.classes.stop)
+        self.cost.eval_s += time.monotonic() - start
+        self.logs.custom("accuracy/held_out", accuracy, self.cost.steps)
+        return self.early.note(accuracy, self.method)
+
+    def _evaluate_inside(self, task, epochs: int, n_epochs: int) -> None:
+        """What --eval_every asks for after so many epochs of a task; its end is evaluated anyway."""
+        every = self.config.eval_every
+        if every is None or epochs % every or (epochs == n_epochs and self.config.budget_rows is None):
+            return
+        row = self._evaluate_row(task)
+        columns = range(len(self.benchmark)) if self.joint else [*self.progress.tasks, task.index]
+        averages = {name: metrics.average_accuracy([values[i] for i in columns], len(columns))
+                    for name, values in row.items()}  # fmt: skip
+        self.logs.epoch(epochs, task.index, self.cost, row, averages)
+        self._tell("after_evaluation", task, epochs - 1, accuracy=row)
+
+    def _evaluate_row(self, task) -> dict[str, list[float | None]]:
+        """{setting: accuracy on each task}, with what is learned up to this task."""
+        seen = self.benchmark.num_classes if self.joint else task.classes.stop
+        only_seen = self.config.evaluated == "seen" and not self.joint
+        return self._evaluation(classes_seen=seen, num_tasks=task.index + 1 if only_seen else None)
+
+    def _tell(self, event: str, task, epoch: int, done: list[tuple] = (), accuracy: dict | None = None) -> None:
+        """Calls the callbacks, if there are any."""
+        if not self.callbacks.given:
+            return
+        state = State(self, task.index, epoch)
+        if done:
+            loss = done[0][0].loss
+            state.loss, state.terms = loss.total, loss.terms
+        if accuracy is not None:
+            state.accuracy = accuracy
+        self.callbacks.tell(event, state)
 
     def _count_rows(self) -> None:
         """Takes over the rows of passes that the method has made by itself."""
@@ -326,14 +388,20 @@ class Trainer:
         share = self.config.budget_rows * (len(self.progress.tasks) + 1) / len(self._task_indices())
         return self.cost.forward_rows + 2 * self.cost.backward_rows >= share
 
-    def _train_epoch(self, split) -> None:
+    def _train_epoch(self, split, task) -> None:
         start, log_every = time.monotonic(), self.config.log_every
         most = 1  # steps on a batch
+        rate, num_batches, batch_number = self.method.lr, self.stream.num_batches(split), self.stream.batches_to_skip
         for batch in self.stream.epoch(split):
             if self._mid_epoch and self._is_spent():
                 break
             self._mid_epoch = True
             self.cost.batches += 1
+            batch_number += 1
+            if self.optimizer.lr_rises:
+                risen = (self.progress.epoch * num_batches + batch_number) / (self.config.warmup_epochs * num_batches)
+                self.method.lr = rate * risen
+                self.optimizer.set_lr(self.method.lr)
             logged = self.cost.batches % log_every == 0
             done = self.method.observe(batch, self.optimizer, trace=logged)
             self.cost.steps += len(done)
@@ -347,6 +415,7 @@ class Trainer:
             if logged or self.device.type == "cpu":
                 self._check_skips()
             self.logs.advance(len(batch.y))
+            self._tell("after_step", task, self.progress.epoch, done)
             stop = self._signal()
             if stop is not None or self._checkpoint_is_due():
                 self.cost.train_s += time.monotonic() - start
@@ -357,7 +426,7 @@ class Trainer:
         self._mid_epoch = False
         self._check_weights()
         if len(split) > 0:  # an epoch without rows takes no step, and none has failed
-            self._check_skips(limit=most * self.stream.num_batches(split))
+            self._check_skips(limit=most * num_batches)
         self.cost.train_s += time.monotonic() - start
 
     def _signal(self) -> int | None:
@@ -415,9 +484,7 @@ class Trainer:
         return bool(minutes) and time.monotonic() - self._saved > 60 * minutes
 
     def _finish_task(self, task) -> None:
-        seen = self.benchmark.num_classes if self.joint else task.classes.stop
-        only_seen = self.config.evaluated == "seen" and not self.joint
-        row = self._evaluation(classes_seen=seen, num_tasks=task.index + 1 if only_seen else None)
+        row = self._evaluate_row(task)
         for setting, values in row.items():
             self.progress.accuracy.setdefault(setting, []).append(values)
             measured = [value for value in values if value is not None]
@@ -426,13 +493,15 @@ class Trainer:
         if len(self.progress.tasks) == (2 if self.has_boundaries else 1):
             for doubt in self.method.doubts():
                 warnings.warn(doubt, stacklevel=2)
-        self.progress.epoch = 0
+        epoch, self.progress.epoch = self.progress.epoch, 0
         averages = {setting: self._average(setting) for setting in row}
         if self.folder is not None:
             self._try_to_keep(self._write_results_so_far, "the results so far")
         self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages)
         self._try_to_keep(self.save_checkpoint, "a checkpoint")
         self.logs.print_task(len(self.benchmark) if self.joint else len(self.progress.tasks), averages)
+        for event in ("after_evaluation", "after_task"):
+            self._tell(event, task, epoch, accuracy=row)
 
     def write_results(self, status: str) -> None:
         """accuracy.json and summary.json; raises `OSError`. The last ones are on the disk when this returns."""

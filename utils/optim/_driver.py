@@ -136,6 +136,8 @@ class Driver:
         self._batchnorms = normalise_single_values(method)
         self._to_watch = WATCHED
         self._side: Any = None  # a second stream
+        self.clip: float | None = None  # greatest norm of an update
+        self.lr_rises = False  # the learning rate is another one in each step
         self.programs: Any = None  # `flatcl.utils.engine.program.Programs`, where steps are recorded
 
     @property
@@ -220,6 +222,8 @@ class Driver:
                 objective.check_update(self, update)
                 self._to_watch -= 1
             update = objective.combine(update)
+            if self.clip is not None:
+                update = torch._foreach_mul(update, (self.clip / norm(update)).clamp(max=1))
         except BaseException:
             self._restore_statistics(before)
             raise

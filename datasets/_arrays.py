@@ -1,0 +1,130 @@
+"""Benchmarks of images that a user has in memory: `flatcl.benchmark_from_arrays`."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from flatcl.datasets._benchmark import Arrays, Benchmark
+from flatcl.datasets._checks import checked_arrays
+from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.registry import DATASETS
+
+Pair = tuple[Any, Any]  # images and labels, arrays or tensors
+DIGITS = 12  # hexadecimal, of a sha256
+
+
+class FromArrays(Benchmark):
+    """What the benchmarks made of arrays share; `arrays` and `order` are set in each."""
+
+    arrays: tuple[Arrays, Arrays]
+    order: tuple[int, ...]  # of the classes, as the tasks name them
+    transforms: Callable[[], list[nn.Module]] | None = None
+    digest: str
+
+    def load(self, root: Path) -> tuple[Arrays, Arrays]:
+        return self.arrays
+
+    def augmentations(self) -> list[nn.Module]:
+        return [] if self.transforms is None else type(self).transforms()
+
+    def class_order(self) -> list[int]:
+        is_given = self.config.custom_class_order or self.config.permute_classes
+        return super().class_order() if is_given else list(self.order)
+
+    @classmethod
+    def sources(cls, config: Any) -> dict[str, str]:
+        return {f"arrays of {cls.name}": cls.digest}
+
+
+def benchmark_from_arrays(
+    train: Pair,
+    test: Pair,
+    tasks: int | Sequence[Sequence[int]] | None = None,
+    *,
+    name: str | None = None,
+    augmentations: Callable[[], list[nn.Module]] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    backbone: str = "mnistmlp",
+    **defaults: Any,
+) -> type[Benchmark]:
+    """A class-incremental benchmark of arrays: give it to `flatcl.train` or `flatcl.build` as `dataset`.
+
+    train, test: (images, labels), NumPy arrays or tensors. Images are uint8 in 0..255, (N, C, H, W), (N, H, W, C) with
+    1 or 3 channels, or (N, H, W); labels are whole numbers (N,), 0..K - 1.
+    tasks: the classes of each task, [[0, 1], [2, 3, 4]], each class once; or the number of tasks, which divides K;
+    None: one task for each class.
+    name: how the benchmark is called in results; default: `arrays-` and a digest of the arrays.
+    augmentations: a function that returns kornia augmentations of images in 0..1, each drawing for each image; default:
+    none. mean, std: one number for each channel, of pixels in 0..1; default: no normalisation.
+    backbone and further keywords (`lr=0.1, batch_size=32, n_epochs=5`): the benchmark's defaults for these flags.
+
+    Returns a subclass of `flatcl.datasets.Benchmark`. Raises `DataError` and `UsageError` for what does not fit.
+    """
+    parts = [_pair(what, part) for what, part in (("train", train), ("test", test))]
+    images, labels = parts[0]
+    classes = int(labels.max()) + 1 if labels.ndim == 1 and len(labels) else 1
+    if images.ndim != 4:
+        raise DataError(
+            f"train: images must be (N, C, H, W), (N, H, W, C) or (N, H, W), got {tuple(images.shape)}. Reshape them."
+        )
+    content: dict[str, Any] = {"num_classes": classes, "shape": tuple(images.shape[1:]), "name": "arrays"}
+    content |= {"mean": None if mean is None else tuple(mean), "std": None if std is None else tuple(std)}
+    content["arrays"] = checked_arrays(type("Checked", (FromArrays,), content), parts)
+    content["order"], sizes = _tasks(tasks, classes)
+    transforms = None if augmentations is None else augmentations()
+    content["digest"] = _digest(content["arrays"], f"{sizes} {content['order']} {mean} {std} {transforms}")
+    content |= {"task_sizes": sizes, "default_backbone": backbone, "defaults": {"n_tasks": len(sizes), **defaults}}
+    content["transforms"] = None if augmentations is None else staticmethod(augmentations)
+    name = name or f"arrays-{content['digest'][:8]}"
+    content["__doc__"] = f"{len(labels):,} training images of {classes} classes, given as arrays."
+    made = type("GivenArrays", (FromArrays,), {**content, "__module__": __name__})
+    return DATASETS.register(name)(made)
+
+
+def laid_out(images: Any) -> Tensor | np.ndarray:
+    """Images as (N, C, H, W), of (N, H, W) or, with 1 or 3 channels, (N, H, W, C); anything else as it is."""
+    images = images if isinstance(images, Tensor) else np.asarray(images)
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+        return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else images.transpose(0, 3, 1, 2)
+    return images
+
+
+def _pair(what: str, part: Any) -> Pair:
+    """(images, labels); the checks of all benchmarks say what is wrong with them."""
+    if not isinstance(part, tuple | list) or len(part) != 2:
+        raise DataError(f"{what} must be a pair (images, labels), got {type(part).__name__}. Give both arrays.")
+    return laid_out(part[0]), part[1] if isinstance(part[1], Tensor) else np.asarray(part[1])
+
+
+def _tasks(tasks: Any, classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(order of the classes, number of classes of each task)."""
+    if tasks is None:
+        tasks = classes
+    if isinstance(tasks, int):
+        if tasks < 1 or classes % tasks:
+            raise UsageError(
+                f"tasks must divide the {classes} classes, got {tasks}. Give the classes of each, as [[0, 1], [2]]."
+            )
+        return tuple(range(classes)), (classes // tasks,) * tasks
+    order = [int(label) for task in tasks for label in task]
+    if sorted(order) != list(range(classes)) or not all(len(task) for task in tasks):
+        raise UsageError(
+            f"tasks must name each of the classes 0..{classes - 1} once, and no task may be empty, got {list(tasks)}."
+        )
+    return tuple(order), tuple(len(task) for task in tasks)
+
+
+def _digest(arrays: tuple[Arrays, Arrays], settings: str) -> str:
+    found = hashlib.sha256(settings.encode())
+    for images, labels in arrays:
+        found.update(f"{tuple(images.shape)}".encode())
+        found.update(images.numpy())
+        found.update(labels.numpy())
+    return found.hexdigest()[:DIGITS]

@@ -1,0 +1,424 @@
+"""The Python API: runs that are described by the same flags as on the command line, and what they leave, as objects.
+
+Problems with what is given are a `flatcl.utils.errors.UsageError` (a `ValueError`), training that cannot go on is a
+`RunFailed`; both say in one line what, got, and what to do.
+"""
+
+import copy
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flatcl.datasets._arrays import benchmark_from_arrays, laid_out
+from flatcl.datasets._benchmark import Benchmark
+from flatcl.models._method import Method
+from flatcl.utils.arguments import SELECTORS, Config, Request, resolve_request
+from flatcl.utils.engine import checkpoint, predictions, run, seeding
+from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.engine.build import build as build_parts
+from flatcl.utils.engine.build import computing, resolve_device
+from flatcl.utils.engine.callbacks import Callback, Callbacks, State
+from flatcl.utils.engine.passes import eval_mode
+from flatcl.utils.engine.texts import describe
+from flatcl.utils.engine.trainer import Trainer
+from flatcl.utils.errors import Interrupted, UsageError
+from flatcl.utils.files import read_json
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.registry import Registry
+from flatcl.utils.saved import check_code, read_saved
+
+__all__ = ["Callback", "Experiment", "Run", "State", "benchmark_from_arrays", "build", "load", "resume", "train"]
+
+BASES = {"model": Method, "dataset": Benchmark, "backbone": nn.Module, "optimizer": Driver}
+WHENCE = "Give a name (see python -m flatcl list), a class, or, as a backbone, a network."
+
+
+def train(*, callbacks: Sequence[Any] = (), **given: Any) -> "Run":
+    """Trains a method on a benchmark, as `flatcl train` does, and returns the run: `build(**given).run(callbacks)`.
+
+    >>> run = flatcl.train(model="mgser_sam", dataset="seq-digits", buffer_size=200, seed=1)
+    >>> run.accuracy["class-il"][-1]  # after the last task, on each task
+    """
+    return build(**given).run(callbacks)
+
+
+def build(
+    *,
+    model: str | type[Method] | None = None,
+    dataset: str | type[Benchmark] | None = None,
+    backbone: str | type[nn.Module] | nn.Module | None = None,
+    optimizer: str | type[Driver] | None = None,
+    plugins: Sequence[str | os.PathLike] = (),
+    from_run: str | os.PathLike | None = None,
+    continue_run: bool = False,
+    **flags: Any,
+) -> "Experiment":
+    """A run that is described and checked, and not started yet.
+
+    model, dataset, backbone, optimizer: names, as on the command line, or your own classes; a class without a
+    registered name gets that of the class. dataset: also what `benchmark_from_arrays` returns. backbone: also a network
+    (`nn.Module`), which takes (N, C, H, W) float32 and gives logits (N, K) for all K classes; each run trains a copy
+    of it, from its present weights whatever the seed. Methods that need features ask it for `features(x)` (N, F) and
+    `num_features`.
+    plugins: Python files that register more names. from_run: a run folder whose flags are the defaults here;
+    continue_run: also go on from where that run ended.
+    flags: all flags of the command line, by their names and with the same defaults: numbers, texts, True and False,
+    tuples or lists where a flag takes several, None for "none".
+
+    Raises `UsageError` with all that is wrong.
+    """
+    chosen = dict(model=model, dataset=dataset, backbone=backbone, optimizer=optimizer)
+    words = _selected(chosen) | {name: [_word(name, value)] for name, value in flags.items()}
+    request = Request(
+        words=words,
+        plugins=tuple(os.fspath(file) for file in plugins),
+        source=None if from_run is None else os.fspath(from_run),
+        continues=continue_run,
+    )
+    return Experiment(resolve_request(request))
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    device: str = "auto",
+    base_path: str | os.PathLike | None = None,
+    **objects: Any,
+) -> "Run":
+    """A run that has been made, finished or not, to look at and to ask for predictions. Writes nothing.
+
+    folder: the run folder. device: where its network goes when it is asked for. base_path: the folder of the data sets,
+    if it is another one now. objects: `model`, `dataset`, `backbone`, `optimizer`, where the run was made with classes
+    or a network of your own that are in no file. Executes the run's plugins, if it has some.
+    """
+    saved = read_saved(os.fspath(folder))
+    words = _selected(objects) | {"device": [device]}
+    if base_path is not None:
+        words["base_path"] = [os.fspath(base_path)]
+    config = resolve_request(Request(words=words, plugins=(), source=str(saved.file), keep_changed=True))
+    return Run(config, saved.folder)
+
+
+def resume(
+    folder: str | os.PathLike, *, callbacks: Sequence[Any] = (), keep_changed: bool = False, **objects: Any
+) -> "Run":
+    """Goes on with a run that was stopped, to its end; one that is finished is returned as `load` does.
+
+    objects: as for `load`. keep_changed: although the code that made it has changed since.
+    """
+    saved = read_saved(os.fspath(folder))
+    request = Request(words=_selected(objects), plugins=(), source=str(saved.file), keep_changed=keep_changed)
+    config = resolve_request(request)
+    changed = [] if run.is_done(saved.folder) else check_code(saved, config, keep_changed)
+    told = Callbacks(callbacks)
+    with _ending(told):
+        run.resume(config, saved.folder, changed, told)
+    return Run(config, saved.folder, told.trainer)
+
+
+class Experiment:
+    """A run that can be started: `config` has every flag's value and origin (`Config`)."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Every flag's value."""
+        return dict(self.config.values)
+
+    def run(self, callbacks: Sequence[Any] = ()) -> "Run":
+        """Trains from the start, into a new run folder (none with disable_log=True). Each call is the same run again.
+
+        callbacks: objects with some of the methods of `Callback`. Raises `RunFailed` where training cannot go on (what
+        was finished is kept), and `KeyboardInterrupt` after Ctrl-C, with a checkpoint for `resume`. A run that a
+        callback has stopped is returned, with the status 'interrupted'.
+        """
+        told = Callbacks(callbacks)
+        with _ending(told):
+            run.train(self.config, told)
+        trainer = told.trainer
+        return Run(self.config, None if trainer.folder is None else trainer.folder.path, trainer)
+
+    def __repr__(self) -> str:
+        return f"Experiment({describe(self.config)})"
+
+
+class Run:
+    """A run and what it has left. `folder`: its run folder, None where it writes none; `config`: its flags."""
+
+    def __init__(self, config: Config, folder: Path | None, trainer: Trainer | None = None):
+        self.config, self.folder, self._trainer = config, folder, trainer
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Every flag's value."""
+        return dict(self.config.values)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json: status, metrics, accuracy, cost, ... Fractions are in 0..1."""
+        if self.folder is None:
+            return self._trainer.summary(self._trainer.status)
+        try:
+            return read_json(self.folder / "summary.json")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{self.folder}/summary.json cannot be read ({error}): this run has finished no task, or the file is "
+                "damaged."
+            ) from None
+
+    @property
+    def status(self) -> str:
+        """'finished', 'running', 'interrupted', 'diverged' or 'crashed'."""
+        return self.summary["status"]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """{setting: {metric: fraction}}; `flatcl.utils.metrics` has the definitions."""
+        return self.summary["metrics"]
+
+    @property
+    def accuracy(self) -> dict[str, np.ndarray]:
+        """{setting: (tasks trained, T) float64}: [t, j] is the accuracy, a fraction, on task j after task t, both
+        counted from 0; NaN where it was not measured."""
+        return {setting: np.array(rows, dtype=np.float64) for setting, rows in self.summary["accuracy"].items()}
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """The benchmark with its data: a sequence of tasks, each with `classes`, `train` and `test`."""
+        return self._built.benchmark
+
+    @property
+    def model(self) -> Method:
+        """The trained method, an `nn.Module`: `model.net` is the network, `model(x)` gives its logits."""
+        return self._built.method
+
+    @property
+    def buffer(self) -> Buffer | None:
+        """The memory: `buffer.all()` gives its columns {name: (rows, ...)}. None for a method without one."""
+        if self.folder is not None and not checkpoint.exists(self.folder / "checkpoint"):
+            raise UsageError(
+                f"{self.folder} keeps its weights alone (--keep_checkpoint 0), not its memory. Repeat the run without."
+            )
+        return getattr(self.model, "buffer", None)
+
+    def logits(self, images: Any, task: int | None = None) -> Tensor:
+        """Images (N, C, H, W) uint8 as the benchmark stores them -> logits (N, K) float32, on the CPU.
+
+        Column k is the k-th class that was learned: `benchmark.class_order()[k]` of the data set. task: for methods
+        that must be told it (`pnn`), counted from 0.
+        """
+        images = self._images(images)
+        with self._computing():
+            return self._built.evaluate.logits(self.model, images, task).float().cpu()
+
+    def predict(self, images: Any, task: int | None = None) -> Tensor:
+        """Images (N, C, H, W) uint8 -> the classes (N,) int64 that they are taken for, numbered as in the data set.
+        With `task`, counted from 0, only that task's classes compete (task-il)."""
+        logits = self.logits(images, task)
+        order = torch.tensor(self.benchmark.class_order())
+        if task is None:
+            return order[logits.argmax(1)]
+        outputs = self.benchmark[task].classes
+        return order[outputs.start : outputs.stop][logits[:, outputs.start : outputs.stop].argmax(1)]
+
+    def features(self, images: Any) -> Tensor:
+        """Images (N, C, H, W) uint8 -> what the network's last layer sees of them, (N, F) float32, on the CPU."""
+        net = self.model.net
+        if not hasattr(net, "features"):
+            raise UsageError(f"the network {self.config.backbone} has no `features`. Use one that has.")
+        images, augment = self._images(images), self._built.augment
+        with self._computing(), eval_mode(net), torch.inference_mode():
+            return torch.cat([net.features(augment.plain(rows)).float().cpu() for rows in images.split(256)])
+
+    def confusion_matrix(self) -> np.ndarray:
+        """(K, K) int64: how many test images of the class of a row were taken for the class of a column, both numbered
+        as in the data set; all tasks together, all classes competing (under `pnn`: the task's own network)."""
+        return predictions.confusion_matrix(self._predictions, self._class_order)
+
+    def class_accuracy(self) -> np.ndarray:
+        """(K,) float64, fractions: the accuracy on each class of the data set; NaN for one without test images."""
+        return predictions.class_accuracy(self.confusion_matrix())
+
+    def __repr__(self) -> str:
+        config = self.config
+        try:
+            status = self.status
+            scores = (f"{setting} {100 * values['final_average_accuracy']:.2f} %" for setting, values in
+                      self.metrics.items())  # fmt: skip
+            end = f"{status}, {', '.join(scores)}"
+        except UsageError:
+            end = "no task finished"
+        return f"Run({config.model} on {config.dataset}, seed {config.seed}: {end}; {self.folder or 'no folder'})"
+
+    @cached_property
+    def _built(self) -> Trainer:
+        """The parts of the run: those that it was trained with, or built anew and put where the run has left them."""
+        if self._trainer is not None:
+            return self._trainer
+        device, weights = resolve_device(self.config.device), self.folder / "model.pt"
+        with seeding.untouched(), computing(self.config, device):
+            if checkpoint.exists(self.folder / "checkpoint") or not weights.is_file():
+                state = checkpoint.load(self.folder / "checkpoint", self.config.hash)
+                trainer = build_parts(self.config, device, None)
+                with run.fitting(self.folder):
+                    trainer.load_checkpoint(state)
+            else:
+                trainer = build_parts(self.config, device, None)
+                with run.fitting(self.folder):
+                    _load_weights(trainer.method, weights)
+        return trainer
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with seeding.untouched(), computing(self.config, self._built.device):
+            yield
+
+    @cached_property
+    def _predictions(self) -> dict[str, np.ndarray]:
+        found = None if self.folder is None else predictions.load(self.folder)
+        if found is not None:
+            return found
+        with self._computing():
+            return {name: column.numpy() for name, column in self._built.evaluate.predictions(self.model).items()}
+
+    @cached_property
+    def _class_order(self) -> list[int]:
+        """From the run folder, so that a confusion matrix that is there needs no data; else from the benchmark."""
+        try:
+            return read_json(self.folder / "benchmark.json")["class_order"]
+        except (TypeError, OSError, ValueError, KeyError):
+            return self.benchmark.class_order()
+
+    def _images(self, images: Any) -> Tensor:
+        """Checked, as a tensor (N, C, H, W) uint8."""
+        images, shape = torch.as_tensor(laid_out(images)), tuple(self.benchmark.shape)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape or len(images) == 0:
+            raise UsageError(
+                f"images must be uint8 (N, C, H, W) with (C, H, W) = {shape} and at least one, got "
+                f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}. Give them as the benchmark stores "
+                "them, neither scaled nor normalised."
+            )
+        return images
+
+
+@contextmanager
+def _ending(told: Callbacks) -> Iterator[None]:
+    """How a run may end, for a caller in Python. What it draws leaves the caller's random numbers alone."""
+    with seeding.untouched():
+        try:
+            yield
+        except Interrupted:
+            if not told.have_stopped:
+                raise KeyboardInterrupt from None
+
+
+def _load_weights(method: Method, file: Path) -> None:
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    missing, unexpected = method.load_state_dict(weights, strict=False)
+    odd = [*unexpected, *(name for name in missing if not name.endswith("_extra_state"))]
+    if odd:
+        raise ValueError(f"other parameters: {', '.join(odd[:3])}")
+
+
+def _selected(chosen: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{selector: [name]}; classes and networks are entered into the registries."""
+    odd = chosen.keys() - SELECTORS.keys()
+    if odd:
+        raise UsageError(f"there is no argument {', '.join(sorted(odd))} here. Choose from: {', '.join(SELECTORS)}.")
+    return {kind: [_name(kind, value)] for kind, value in chosen.items() if value is not None}
+
+
+def _name(kind: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if kind == "backbone" and isinstance(value, nn.Module):
+        value = _copies_of(value)
+    if not isinstance(value, type) or not issubclass(value, BASES[kind]):
+        what = f"{BASES[kind].__module__}.{BASES[kind].__name__}"
+        raise UsageError(f"{kind} must be a name or a class derived from {what}, got {value!r}. {WHENCE}")
+    return _registered(SELECTORS[kind], value)
+
+
+def _registered(registry: Registry, cls: type) -> str:
+    own = vars(cls).get("name")
+    if own is None or not registry.has(own, cls):
+        registry.register(own or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__))(cls)
+    return cls.name
+
+
+def _copies_of(net: nn.Module) -> type[nn.Module]:
+    """A backbone that is a copy of this network; its name has a digest of its weights."""
+    digest = _digest_of(net)
+    content: dict[str, Any] = {"net": copy.deepcopy(net), "digest": digest, "given": type(net)}
+    content |= {name: getattr(type(net), name, None) for name in ("features", "stages") if hasattr(net, name)}
+    content["name"] = f"{type(net).__name__.lower()}-{digest[:8]}"
+    return type("GivenNetwork", (_Given,), {**content, "__module__": __name__, "__doc__": f"A {type(net).__name__}."})
+
+
+class _Given(nn.Module):
+    """What stands for a network that was given as an object: called like a backbone's class, it returns a copy."""
+
+    net: nn.Module
+    digest: str
+    given: type[nn.Module]
+
+    def __new__(cls, shape: tuple[int, int, int], num_classes: int, args: None = None) -> nn.Module:
+        net = copy.deepcopy(cls.net)
+        problem = _misfit(net, shape, num_classes)
+        if problem is not None:
+            raise UsageError(
+                f"the network that was given must take {(2, *shape)} float32 and give logits {(2, num_classes)}, "
+                f"{problem}. Give its last layer {num_classes} outputs."
+            )
+        return net
+
+    @classmethod
+    def sources(cls, config: Any) -> dict[str, str]:
+        return {f"network {cls.name}": cls.digest}
+
+
+def _misfit(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> str | None:
+    """What is wrong with a network for images (C, H, W), if something is."""
+    try:
+        with seeding.untouched(), torch.no_grad(), eval_mode(net):
+            out = net(torch.zeros(2, *shape, device=next(net.parameters()).device))
+    except Exception as error:  # code of the user, which may fail in any way
+        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+    if isinstance(out, Tensor) and tuple(out.shape) == (2, num_classes):
+        return None
+    return f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
+
+
+def _digest_of(net: nn.Module) -> str:
+    found = hashlib.sha256(repr(net).encode())
+    for name, tensor in net.state_dict().items():
+        if isinstance(tensor, Tensor):
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
+
+
+def _word(name: str, value: Any) -> str:
+    """A keyword's value, as it would be typed."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool | np.bool_):
+        return str(int(value))
+    if isinstance(value, int | float | np.integer | np.floating):
+        return repr(value.item() if isinstance(value, np.generic) else value)
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple):
+        return ",".join(_word(name, item) for item in value)
+    raise UsageError(f"{name} must be a number, a text, True or False, or a list of such, got {value!r}.")

@@ -1,0 +1,99 @@
+"""What a user's own code gets while a run goes on: it reads, logs and stops, and changes nothing.
+
+A callback is any object with some of the methods of `Callback`. Each gets the run's `State`.
+"""
+
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from flatcl.utils.engine import seeding
+from flatcl.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from flatcl.utils.engine.trainer import Trainer
+
+EVENTS = ("after_step", "after_epoch", "after_task", "after_evaluation")
+
+
+class Callback:
+    """Override what is needed; any other object with some of these methods will do, too. What a callback draws from
+    torch's global generators does not change the run."""
+
+    def after_step(self, state: "State") -> None:
+        """After each batch of the stream; `state.loss` is there."""
+
+    def after_epoch(self, state: "State") -> None:
+        """After each epoch of a task."""
+
+    def after_evaluation(self, state: "State") -> None:
+        """After an evaluation, at the end of a task or inside it (--eval_every); `state.accuracy` is there."""
+
+    def after_task(self, state: "State") -> None:
+        """After a task, when it is evaluated and its results are written."""
+
+
+class State:
+    """Where a run stands. To be read, not changed.
+
+    model: the method (`Method`), in training mode; optimizer, benchmark, config (`Config`); folder: the run folder
+    (`pathlib.Path`), None where nothing is written. task, epoch: counted from 0; step: optimizer steps so far.
+    loss () and terms {name: ()}: of the step that was just taken, tensors on the device (reading their values waits for
+    it); None and {} elsewhere. accuracy {setting: [fraction of each task]}: of the last evaluation.
+    """
+
+    def __init__(self, trainer: "Trainer", task: int, epoch: int):
+        self._trainer = trainer
+        self.model, self.optimizer, self.benchmark = trainer.method, trainer.optimizer, trainer.benchmark
+        self.config = trainer.config
+        self.folder = None if trainer.folder is None else trainer.folder.path
+        self.task, self.epoch, self.step = task, epoch, trainer.cost.steps
+        self.loss: Tensor | None = None
+        self.terms: dict[str, Tensor] = {}
+        self.accuracy: dict[str, list[float | None]] = {}
+
+    def logits(self, images: Tensor, task: int | None = None) -> Tensor:
+        """Stored images (N, C, H, W) uint8 -> logits (N, K) of the present network, in eval mode; see `Run.logits`."""
+        return self._trainer.evaluate.logits(self.model, images, task)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Writes a number (or tensor ()) to TensorBoard, under `name`, and to metrics.jsonl."""
+        self._trainer.logs.custom(name, float(value), self.step)
+
+    def stop(self) -> None:
+        """Ends the run after the step under way, with a checkpoint from which it can be resumed."""
+        self._trainer.stop(signal.SIGINT)
+        self._trainer.callbacks.have_stopped = True
+
+    def __repr__(self) -> str:
+        return f"State(task={self.task}, epoch={self.epoch}, step={self.step}, of {self.model.name})"
+
+
+class Callbacks:
+    """The callbacks of a run, in the order in which they were given. Raises `UsageError` for what is none. `trainer`:
+    the run's, as soon as it begins; `have_stopped`: whether one of them has asked for its end."""
+
+    def __init__(self, given: Sequence[Any] = ()):
+        self.given = tuple(given)
+        self.trainer: Trainer | None = None
+        self.have_stopped = False
+        for callback in self.given:
+            if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
+                raise UsageError(
+                    f"a callback must be an object with some of the methods {', '.join(EVENTS)}, got {callback!r}. "
+                    "Derive its class from flatcl.Callback, and give an object of it."
+                )
+
+    def tell(self, event: str, state: State) -> None:
+        """Calls the method of this name of each callback that has it."""
+        hooks = [getattr(callback, event) for callback in self.given if hasattr(callback, event)]
+        if not hooks:
+            return
+        before = seeding.global_state()
+        try:
+            for hook in hooks:
+                hook(state)
+        finally:
+            seeding.set_global_state(before)
