@@ -333,7 +333,7 @@ def test_threads_are_part_of_the_identity():
 
 @pytest.fixture
 def stopped(tmp_path, plugin, monkeypatch):
-    """The folder of a run of the plugin that was stopped in its second task."""
+    """The folder of a run of the plugin that was stopped after its first task."""
     from flatcl.utils.engine.trainer import Trainer
 
     with monkeypatch.context() as patch:
@@ -357,7 +357,7 @@ def test_resume_with_changed_code_is_refused_and_names_the_files(stopped, capsys
     assert "was made by other code: models/er.py changed since" in error and "--keep_changed 1" in error
     assert main(["--resume", str(stopped), "--keep_changed", "1"]) == 0
     (later,) = json.loads(file.read_text())["changed_code"]
-    assert later["after_step"] == 6 and later["code"]["models/er.py"] != "0" * 16
+    assert later["after_step"] == 5 and later["code"]["models/er.py"] != "0" * 16
 
 
 def test_resume_refuses_a_plugin_whose_text_has_changed(stopped, plugin, capsys):

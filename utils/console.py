@@ -81,7 +81,9 @@ def program() -> str:
 
 
 def again(run: str | os.PathLike) -> str:
-    """The command that goes on with a run."""
+    """The command that goes on with a run, or the call, where a script or a notebook has made it."""
+    if "flatcl._api" in sys.modules and Path(sys.argv[0] or "-").name not in ("flatcl", "main.py", "__main__.py"):
+        return f"flatcl.resume({os.fspath(run)!r})"
     return f"{program()} --resume {run}"
 
 

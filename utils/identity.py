@@ -103,13 +103,8 @@ def _file_of(module: str, beside: Iterable[Path]) -> tuple[str, Path | None]:
         name = module.removeprefix("flatcl.").replace(".", "/") + ".py"
         file = Path(file or ROOT / name)
         return name, file if file.is_file() else None
-    if (
-        module == "__main__"
-        or file is None
-        or not file.endswith(".py")
-        or plugin_of(module) is not None
-        or module.split(".")[0] == "flatcl"
-    ):
+    is_counted_elsewhere = module.split(".")[0] in ("__main__", "flatcl") or plugin_of(module) is not None
+    if file is None or not file.endswith(".py") or is_counted_elsewhere:
         return module, None
     if module.split(".")[0] in _foreign_packages():
         return module, Path(file)

@@ -5,15 +5,12 @@ A callback is any object with some of the methods of `Callback`. Each gets the r
 
 import signal
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from flatcl.utils.engine import seeding
 from flatcl.utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from flatcl.utils.engine.trainer import Trainer
 
 EVENTS = ("after_step", "after_epoch", "after_task", "after_evaluation")
 
@@ -36,7 +33,7 @@ class Callback:
 
 
 class State:
-    """Where a run stands. To be read, not changed.
+    """Where a run stands; `trainer` (`Trainer`) is the run's. To be read, not changed.
 
     model: the method (`Method`), in training mode; optimizer, benchmark, config (`Config`); folder: the run folder
     (`pathlib.Path`), None where nothing is written. task, epoch: counted from 0; step: optimizer steps so far.
@@ -44,7 +41,7 @@ class State:
     it); None and {} elsewhere. accuracy {setting: [fraction of each task]}: of the last evaluation.
     """
 
-    def __init__(self, trainer: "Trainer", task: int, epoch: int):
+    def __init__(self, trainer: Any, task: int, epoch: int):
         self._trainer = trainer
         self.model, self.optimizer, self.benchmark = trainer.method, trainer.optimizer, trainer.benchmark
         self.config = trainer.config
@@ -77,7 +74,7 @@ class Callbacks:
 
     def __init__(self, given: Sequence[Any] = ()):
         self.given = tuple(given)
-        self.trainer: Trainer | None = None
+        self.trainer: Any = None
         self.have_stopped = False
         for callback in self.given:
             if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
