@@ -402,7 +402,9 @@ class Domains(DomainBenchmark):
 
 def domains(cls=Domains):
     return cls(
-        SimpleNamespace(n_tasks=6, base_path=".", validation=False, custom_class_order=(), permute_classes=False)
+        SimpleNamespace(
+            n_tasks=6, base_path=".", validation=False, early_stop=None, custom_class_order=(), permute_classes=False
+        )
     )
 
 
