@@ -265,6 +265,11 @@ def test_none_is_a_value_where_a_flag_is_optional():
             "--n_epochs and --budget_rows exclude each other",
             "one of them",
         ),
+        (["--budget_rows", "1000", "--early_stop", "2"], "--early_stop and --budget_rows exclude", "Give one"),
+        (["--early_stop", "2"], "--early_stop has no effect in 1 epoch", "--n_epochs"),
+        (["--warmup_epochs", "2"], "--warmup_epochs must be at most --n_epochs 1, got 2", "Give less"),
+        (["--eval_every", "1"], "--eval_every must be less than --n_epochs 1", "got 1"),
+        (["--clip_grad", "0"], "--clip_grad must be greater than 0", "got 0"),
         (["--budget_rows", "1000", "--debug_mode"], "--debug_mode has a length of its own", "--budget_rows"),
         (["--budget_rows", "1000", "--lr_scheduler", "cosine"], "--lr_scheduler cosine needs a number of", "multistep"),
         (["--amp", "fp16"], "--amp must be one of none, bf16", "'fp16'"),
@@ -282,6 +287,7 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),
         (["--model", "icarl", "--buffer_size", "9"], "--buffer_size must have room for one exemplar of each", "got 9"),
         (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows does not fit lwf", "--n_epochs"),
+        (["--model", "gdumb", "--warmup_epochs", "1"], "--warmup_epochs has no effect on gdumb", "Drop it"),
         (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has nothing to share", "--fitting_epochs"),
         (["--model", "pnn", "--class_il_argmax", "seen"], "--class_il_argmax has no effect on pnn", "Drop it"),
         (["--model", "mer", "--beta", "0"], "--beta must be greater than 0", "got 0"),
@@ -381,7 +387,7 @@ def test_numbers_too_large_for_the_machine_give_no_traceback(name, capsys):
         ([*FAST, "--backbone", "resnet81"], "unknown backbone: 'resnet81'. Did you mean resnet18"),
         ([*FAST, "--optimizer", "adamv"], "unknown optimizer: 'adamv'. Did you mean adam"),
         ([*FAST, "--bufer_size", "3"], "unknown flag: --bufer_size. Did you mean buffer_size"),
-        ([*FAST, "--n-epoch", "3"], "unknown flag: --n_epoch. Did you mean n_epochs?"),
+        ([*FAST, "--n-epoch", "3"], "unknown flag: --n_epoch. Did you mean n_epochs"),
         (["--list", "modles"], "there is no list of 'modles'. Did you mean models"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -1015,6 +1021,16 @@ def check_keep_checkpoint(tmp_path, capsys, monkeypatch):
     assert all(torch.equal(value, state[name]) for name, value in weights.items())
 
 
+def check_eval_every(tmp_path, capsys, monkeypatch):
+    lines = (finished_run(tmp_path, "--n_tasks", "5", "--stop_after", "1", "--debug_mode", "0", "--n_epochs", "3",
+                          "--eval_every", "1") / "metrics.jsonl").read_text().splitlines()  # fmt: skip
+    assert [json.loads(line)["epochs"] for line in lines if "accuracy_inside" in line] == [1, 2]
+
+
+def check_save_predictions(tmp_path, capsys, monkeypatch):
+    assert (finished_run(tmp_path, "--save_predictions", "1") / "predictions.npz").is_file()
+
+
 OBSERVED = {
     "model": check_model,
     "dataset": check_dataset,
@@ -1047,6 +1063,11 @@ OBSERVED = {
     "class_il_argmax": check_class_il_argmax,
     "eval_tasks": differs("--eval_tasks", "seen"),
     "model_config": check_model_config,
+    "warmup_epochs": differs("--warmup_epochs", "1"),
+    "clip_grad": differs("--clip_grad", "0.1"),
+    "early_stop": differs("--early_stop", "1", base=("--debug_mode", "0", "--n_epochs", "4")),
+    "eval_every": check_eval_every,
+    "save_predictions": check_save_predictions,
     "budget_rows": differs("--budget_rows", "20000", base=("--debug_mode", "0")),
     "amp": differs("--amp", "bf16"),
     "channels_last": differs("--channels_last", "0", base=("--backbone", "reduced-resnet18")),
