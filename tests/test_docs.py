@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from docs import pictures, tables
-from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, ROOT
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, REGISTRIES, ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *tables.PAGES]
 SETTINGS = ("class-il", "domain-il", "general-continual")
@@ -147,3 +147,14 @@ def test_the_citation_can_be_read():
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert content["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= set(content)
     assert content["license"] == "MIT" and "2405.09492" in json.dumps(content["references"])
+
+
+def test_the_readme_names_and_counts_all_that_can_be_chosen():
+    text = (ROOT / "README.md").read_text()
+    for registry in REGISTRIES:
+        missing = [name for name in registry.names() if f"`{name}`" not in text]
+        assert not missing, f"{registry.kind}: {missing}"
+    counts = {"methods": METHODS, "optimizers": OPTIMIZERS, "benchmarks": DATASETS}
+    for page in (text, (ROOT / "docs/index.md").read_text()):
+        for number, what in re.findall(r"\b(\d+) (methods|optimizers|benchmarks)\b", page):
+            assert int(number) == len(counts[what].names()), what
