@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench gpu clean
+.PHONY: run test lint docs bench gpu clean
 
 run: .venv/.run
 	$(BIN)/python main.py --model mgser_sam --dataset seq-digits
@@ -13,6 +13,9 @@ test: .venv/.test
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: .venv/.run
 	$(BIN)/python -m flatcl bench
@@ -30,6 +33,10 @@ clean:
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/.test: .venv/.run tests/requirements.txt
+.venv/.docs: .venv/bin/python docs/requirements.txt
+	$(BIN)/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
+
+.venv/.test: .venv/.run tests/requirements.txt docs/requirements.txt
 	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@

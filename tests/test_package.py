@@ -12,13 +12,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import flatcl
 from flatcl.__main__ import main
 from flatcl.utils.registry import ROOT
 
 CONTENT = ("flatcl", "models", "datasets", "backbone", "utils", "main.py", "pyproject.toml", "requirements.txt",
-           "README.md", "LICENSE")  # fmt: skip
+           "README.md", "LICENSE", "MANIFEST.in", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
+           "mkdocs.yml", "docs")  # fmt: skip
 SHORT = ["--debug_mode", "--stop_after", "1", "--non_verbose", "--threads", "1", "--device", "cpu"]
 
 PLUGIN = '''
@@ -188,14 +190,19 @@ def test_the_packed_files_are_those_of_the_repository(packed):
     assert {name for name in names if name.endswith(".py")} == here
     assert "flatcl/utils/commands/targets.csv" in names
     with tarfile.open(archive) as inside:
-        assert {"requirements.txt", "README.md", "LICENSE"} <= {Path(name).name for name in inside.getnames()}
+        names = {name.partition("/")[2] for name in inside.getnames()}
+    assert {"requirements.txt", "README.md", "LICENSE", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"} <= names
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").iterdir() if path.is_file()} <= names
 
 
 def test_the_package_asks_for_what_the_requirements_name(installed):
     code = "import importlib.metadata as m; print('\\n'.join(m.requires('flatcl'))); print(m.version('flatcl'))"
     *asked, version = done([installed / "python", "-c", code]).split("\n")[:-1]
     assert version == flatcl.__version__
-    assert asked == (ROOT / "requirements.txt").read_text().split()
+    assert [line for line in asked if "extra ==" not in line] == (ROOT / "requirements.txt").read_text().split()
+    extra = [line.split(";")[0].strip() for line in asked if 'extra == "docs"' in line]
+    docs = (ROOT / "docs/requirements.txt").read_text().split()
+    assert {Requirement(line) for line in extra} == {Requirement(line) for line in docs}
     heading = "Unreleased" if "dev" in version else version
     assert f"\n## {heading}\n" in (ROOT / "CHANGELOG.md").read_text()
 

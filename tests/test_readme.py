@@ -1,5 +1,6 @@
-"""The README's commands resolve and its example files run as they are printed."""
+"""The commands in README and pages resolve, and the example files run as they are printed."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -10,12 +11,12 @@ import pytest
 from flatcl.utils.commands.train import main
 from flatcl.utils.registry import ROOT
 
-FOUND = (
+PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "tests/records").glob("*/README.md")),
-)
-PAGES = [page for page in FOUND if page.is_file()]
+]
 REGISTERS = re.compile(r'@(METHODS|DATASETS|BACKBONES|OPTIMIZERS)\.register\("([^"]+)"\)')
 SELECTOR = {"METHODS": "model", "DATASETS": "dataset", "BACKBONES": "backbone", "OPTIMIZERS": "optimizer"}
 SAMPLE = """
@@ -89,8 +90,9 @@ def examples(text):
 
 
 def collected(of):
-    return [pytest.param(item, id=f"{page.parent.name if page.parent != ROOT else 'front'}-{number}") for page in PAGES
-            for number, item in enumerate(of(page.read_text()))]  # fmt: skip
+    """The items of each page as parameters of a test, named by the page (a record: by its folder)."""
+    return [pytest.param(item, id=f"{page.stem if page.parent.parent.name != 'records' else page.parent.name}-{number}")
+            for page in PAGES for number, item in enumerate(of(page.read_text()))]  # fmt: skip
 
 
 def test_the_parser_finds_commands_and_examples():
@@ -105,17 +107,17 @@ def test_the_parser_finds_commands_and_examples():
     assert (selector, name) == ("model", "one") and code.startswith("@METHODS") and code.endswith("...\n")
 
 
-def test_the_readme_has_commands_and_an_example_of_each_kind():
-    if not (ROOT / "README.md").is_file():
-        pytest.skip("there is no README yet")
+def test_the_readme_is_short_and_the_pages_have_an_example_of_each_kind():
     text = (ROOT / "README.md").read_text()
-    assert len(commands(text, "main.py")) >= 5
+    assert len(text.splitlines()) <= 150
+    assert len(commands(text, "main.py")) >= 3 and commands(text, "-m flatcl")
+    text = (ROOT / "docs/extending.md").read_text()
     assert {selector for selector, _, _ in examples(text)} == set(SELECTOR.values())
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """A working folder of its own, with the README's example files as plugins."""
+    """A working folder of its own, with the pages' example files as plugins."""
     monkeypatch.chdir(tmp_path)
     words = []
     for page in PAGES:
@@ -149,6 +151,24 @@ def test_command_exists_and_answers_help(command):
     assert done.returncode == 0 and "--" in done.stdout, done.stderr
 
 
+def with_parser(text):
+    return [words for words in commands(text, "-m flatcl") if words[0] in ("report", "reproduce")]
+
+
+@pytest.mark.parametrize("words", collected(with_parser))
+def test_flags_of_report_and_reproduce_are_known(words):
+    command = importlib.import_module(f"flatcl.utils.commands.{words[0]}")
+    words = words[: words.index("--")] if "--" in words else words
+    assert command._parser().parse_args(words[1:])
+
+
+def test_targets_of_make_exist():
+    rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {word for page in PAGES for line in shell_lines(page.read_text()) if line.startswith("make ")
+             for word in line.split("#")[0].split()[1:] if "=" not in word}  # fmt: skip
+    assert {"run", "test", "docs"} <= named <= {*rules}
+
+
 def sweeps(text):
     return [words for words in commands(text, "-m flatcl") if words[0] == "sweep"]
 
@@ -177,7 +197,7 @@ def test_example_trains_two_tasks(example, tmp_path, capsys):
 
 @pytest.mark.parametrize("example", collected(examples))
 def test_example_is_listed_with_its_first_line(example, tmp_path, capsys):
-    """Written into the house, the file says what it is, as every file of the house does."""
+    """In a folder of a registry, the file says what it is, as every other file there does."""
     _, name, code = example
     assert re.match(r'"""[^"\n]+', code), "no docstring"
     file = tmp_path / "example.py"
@@ -189,7 +209,7 @@ def test_example_is_listed_with_its_first_line(example, tmp_path, capsys):
 def test_the_table_of_optimizers_is_that_of_their_files():
     from flatcl.utils.registry import OPTIMIZERS
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/optimizers.md").read_text()
     rows = re.findall(
         r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", text, re.MULTILINE
     )

@@ -7,7 +7,7 @@ others of two or more dimensions but biases: that code would leave out a matrix 
 0.01, where the code's command line has 0; unlike that code, BatchNorm's running statistics move in the clean pass only.
 
 Passes: 2 forward, 2 backward
-Memory: 2 P (moved weights, clean gradient)
+Memory: 2 P (perturbed weights, clean gradient)
 """
 
 from dataclasses import dataclass

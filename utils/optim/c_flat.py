@@ -9,7 +9,7 @@ One rho for all three, 1e-12 added to each norm, as in the authors' code. That c
 SGD: `--sam_from_task 1` does so.
 
 Passes: 4 forward, 4 backward
-Memory: 5 P (moved weights, offset, three gradients)
+Memory: 5 P (perturbed weights, offset, three gradients)
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ L+ + L- - 2 L and by L+ - L-, which the code leaves out; `--cr_log 1` divides, a
 1e-8. BatchNorm's running statistics move at w only, where the code moves them at w - e too.
 
 Passes: 3 forward, 3 backward
-Memory: 4 P (moved weights, offset, two gradients)
+Memory: 4 P (perturbed weights, offset, two gradients)
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ other out: floor(esam_gamma * n) of n, at least one (the code takes one less, an
 left out in a task's first step; one always stays. Nothing is frozen, BatchNorm's running statistics move at w only.
 
 Passes: 2 + gamma forward, 1 + gamma backward
-Memory: 2 P (moved weights, clean gradient)
+Memory: 2 P (perturbed weights, clean gradient)
 """
 
 from dataclasses import dataclass

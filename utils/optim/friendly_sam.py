@@ -7,7 +7,7 @@ As the authors' code, not as the paper's formula: d takes m from before the step
 so it starts anew with each task.
 
 Passes: 2 forward, 2 backward
-Memory: 4 P (moved weights, clean gradient, average before and after)
+Memory: 4 P (perturbed weights, clean gradient, average before and after)
 """
 
 from dataclasses import dataclass

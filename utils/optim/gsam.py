@@ -8,7 +8,7 @@ rho_t follows the learning rate down, and starts anew with it in each task. The 
 torch has ASAM's as a flag.
 
 Passes: 2 forward, 2 backward
-Memory: 2 P (moved weights, clean gradient)
+Memory: 2 P (perturbed weights, clean gradient)
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ CIFAR-100 found better than the paper's 0.7 for vision transformers. Look-LayerS
 published descriptions contradict each other.
 
 Passes: 1 + 1/k forward, 1 + 1/k backward
-Memory: 3 P (moved weights, clean gradient, g_v)
+Memory: 3 P (perturbed weights, clean gradient, g_v)
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ the smallest of these has rows, nor so many that BatchNorm would see a single on
 running averages take m clean passes a step, with the momentum 1 - (1 - tau)^(1/m), which keeps their pace.
 
 Passes: 2 forward, 2 backward (in 2 m shards)
-Memory: 3 P (moved weights, clean gradient, sum)
+Memory: 3 P (perturbed weights, clean gradient, sum)
 """
 
 from collections.abc import Iterator

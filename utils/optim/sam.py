@@ -5,7 +5,7 @@
 Weight decay acts in the base step only, not in the ascent.
 
 Passes: 2 forward, 2 backward
-Memory: 2 P (moved weights, clean gradient)
+Memory: 2 P (perturbed weights, clean gradient)
 """
 
 from flatcl.utils.optim._sharpness import SharpnessAware

@@ -13,7 +13,7 @@ running statistics move with the newest batch.
 The clean pass, from which guides, stored logits and the loss come, is the one at y. A task's first step is the base's.
 
 Passes: 2 forward, 2 backward
-Memory: 3 P (moved weights, h before and after), the previous batch
+Memory: 3 P (perturbed weights, h before and after), the previous batch
 """
 
 from collections.abc import Callable

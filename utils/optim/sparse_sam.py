@@ -17,7 +17,7 @@ from task to task and its schedule restarts; new weights are moved. No time is s
 products stay dense.
 
 Passes: 2 forward, 2 backward
-Memory: 3 P (moved weights, clean gradient, mask)
+Memory: 3 P (perturbed weights, clean gradient, mask)
 """
 
 import math

@@ -5,7 +5,7 @@
 This is `--renormalize 1` on SAM, which the other variants can have too. No clamp of the ratio, as in the authors' code.
 
 Passes: 2 forward, 2 backward
-Memory: 2 P (moved weights, clean gradient)
+Memory: 2 P (perturbed weights, clean gradient)
 """
 
 from dataclasses import dataclass
