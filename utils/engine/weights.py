@@ -3,6 +3,7 @@
 A file of weights is read without running any code that it may hold.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,7 +44,8 @@ def read(file: str) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Any) -> Any:
-    with open_regular(path) as opened:
+    with open_regular(path) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it doubts of a foreign file, it refuses in the end
         return torch.load(opened, map_location="cpu", weights_only=True)
 
 
@@ -59,10 +61,10 @@ def _read_safetensors(path: Any) -> dict[str, Tensor]:
 
 
 def _why(error: Exception) -> str:
-    """torch's own message advises to run the code."""
+    """In a few words; torch's own advise to run the code."""
     if "weights_only" in str(error) or "Weights only" in str(error):
         return "it is damaged, or it holds objects whose code would have to be run, which is refused"
-    return f"it cannot be read as weights ({reason(error)})"
+    return f"it cannot be read as weights ({reason(error).split('. ')[0]})"
 
 
 def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -> str:
