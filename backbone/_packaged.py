@@ -78,7 +78,8 @@ class Packaged(nn.Module):
             raise UsageError(
                 f"--backbone {self.name} cannot take images of {shape} ({reason(error)}). Choose another."
             ) from error
-        assert size == (1, self.num_features), f"features of {self.name} are {tuple(size)}"
+        if size != (1, self.num_features):
+            raise UsageError(f"--backbone {self.name} gives no vectors, but {tuple(size)}. Choose another.")
 
     @property
     def published_names(self) -> dict[str, str]:

@@ -5,6 +5,8 @@ Needs the package timm (the extra flatcl[timm]). Networks are made without weigh
 the images alone, where the network demands one. Only those that end in one Linear layer are taken.
 """
 
+from typing import Any
+
 from torch import nn
 
 from flatcl.backbone._packaged import Packaged
@@ -27,8 +29,8 @@ class Timm(Packaged):
     def variants(cls) -> list[str]:
         return [*timm.list_models(), *timm.list_models(pretrained=True)]
 
-    def make(self, channels: int, num_classes: int) -> tuple[nn.Module, object]:
-        net = timm.create_model(self.variant_name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    def make(self, channels: int, num_classes: int) -> tuple[nn.Module, Any]:
+        net: Any = timm.create_model(self.variant_name, pretrained=False, num_classes=num_classes, in_chans=channels)
         if net.pretrained_cfg.get("fixed_input_size"):
             self.resizes_to = tuple(net.pretrained_cfg["input_size"][1:])
         return net, net.get_classifier()

@@ -4,6 +4,8 @@ Variants: each name of torchvision.models.list_models(torchvision.models), as in
 All see RGB: grey images are repeated. Only those that end in a Linear layer are taken.
 """
 
+from typing import Any
+
 from torch import nn
 from torchvision import models
 
@@ -22,7 +24,7 @@ class Torchvision(Packaged):
     def variants(cls) -> list[str]:
         return models.list_models(models)
 
-    def make(self, channels: int, num_classes: int) -> tuple[nn.Module, object]:
+    def make(self, channels: int, num_classes: int) -> tuple[nn.Module, Any]:
         plain = dict(aux_logits=False, init_weights=True) if self.variant_name in AUXILIARY else {}
         net = models.get_model(self.variant_name, weights=None, num_classes=num_classes, **plain)
         if isinstance(net, models.VisionTransformer):

@@ -19,7 +19,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
+from typing import Any
 
 from flatcl._clone import PARTS
 from flatcl.utils.errors import UsageError
@@ -86,7 +87,7 @@ class Registry:
             self._load_entry_point(key)
         if key not in self._objects:
             raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
-        found = self._objects[key]
+        found: Any = self._objects[key]
         if not self._is_family(key):
             if colon:
                 raise UsageError(f"unknown {self.kind}: '{name}'. {found.name} is one alone: write it without ':'.")
@@ -112,7 +113,7 @@ class Registry:
 
     def _is_family(self, key: str) -> bool:
         if key in self._objects:
-            return hasattr(self._objects[key], "variant")
+            return isinstance(getattr(self._objects[key], "variant", None), MethodType)
         return self.note(key, "Variants") != ""
 
     def _docstring(self, name: str) -> str:

@@ -61,7 +61,7 @@ def _read_safetensors(path: Any) -> dict[str, Tensor]:
 
 
 def _why(error: Exception) -> str:
-    """In a few words; torch's own advise to run the code."""
+    """In a few words; torch's own message advises to run the code."""
     if "weights_only" in str(error) or "Weights only" in str(error):
         return "it is damaged, or it holds objects whose code would have to be run, which is refused"
     return f"it cannot be read as weights ({reason(error).split('. ')[0]})"
@@ -75,7 +75,7 @@ def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -
     """
     own = net.state_dict()
     prefix, names = max(
-        ((prefix, names) for prefix in _prefixes(state) for names in _namings(net, own)),
+        ((prefix, names) for prefix in sorted(_prefixes(state)) for names in _namings(net, own)),
         key=lambda pair: (sum(pair[0] + name in state for name in pair[1].values()), -len(pair[0])),
     )
     found = {name: state[prefix + there] for name, there in names.items() if prefix + there in state}
@@ -88,7 +88,7 @@ def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -
         if name not in fresh and value.shape != own[name].shape
     ]
     kinds = {"missing": missing, "unexpected": sorted(others), "of another shape": reshaped}
-    misfits = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    misfits = [f"{len(odd)} {kind} ({_some(odd)})" for kind, odd in kinds.items() if odd]
     if misfits:
         raise UsageError(
             f"--pretrained_weights {file} does not fit --backbone {backbone}: {'; '.join(misfits)}. Give weights of "
@@ -96,7 +96,9 @@ def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -
         )
     loaded = {name: value for name, value in found.items() if name not in fresh}
     net.load_state_dict(loaded, strict=False)
-    return f"note: {len(loaded)} tensors of {file} loaded into {backbone}" + _left(own, found, fresh)
+    outside = sum(not name.startswith(prefix) for name in state)
+    rest = f"; {outside} of its tensors are of no part of it" if outside else ""
+    return f"note: {len(loaded)} tensors of {file} loaded into {backbone}" + _left(own, found, fresh) + rest
 
 
 def _prefixes(names: Iterable[str]) -> set[str]:
@@ -112,11 +114,12 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     return found
 
 
-def _namings(net: nn.Module, own: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+def _namings(net: nn.Module, own: Iterable[str]) -> Iterator[Mapping[str, str]]:
     """{name in the network: name in a file}, each way of naming."""
     yield {name: name for name in own}
-    if hasattr(net, "published_names"):
-        yield net.published_names
+    published: Any = getattr(net, "published_names", None)
+    if published is not None:
+        yield published
 
 
 def _fresh(net: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -149,7 +152,7 @@ def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a number"
 
 
-def _some(names: list) -> str:
+def _some(names: list[Any]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + (" ..." if names[SHOWN:] else "")
 
 
@@ -163,4 +166,4 @@ def freeze(net: nn.Module) -> None:
     classifier.requires_grad_(True)
     kept = {*classifier.modules()}
     for part in net.modules():
-        part.is_frozen = part not in kept
+        vars(part)["is_frozen"] = part not in kept
