@@ -34,7 +34,7 @@ from flatcl.utils.errors import Interrupted, UsageError
 from flatcl.utils.files import read_json
 from flatcl.utils.optim._driver import Driver
 from flatcl.utils.registry import Registry
-from flatcl.utils.saved import check_code, read_saved
+from flatcl.utils.saved import Saved, check_code, read_saved
 
 __all__ = ["Callback", "Experiment", "Run", "State", "benchmark_from_arrays", "build", "load", "resume", "train"]
 
@@ -104,7 +104,7 @@ def load(
     words = _selected(objects) | {"device": [device]}
     if base_path is not None:
         words["base_path"] = [os.fspath(base_path)]
-    config = resolve_request(Request(words=words, plugins=(), source=str(saved.file), keep_changed=True))
+    config = resolve_request(_of_saved(saved, words, keep_changed=True))
     return Run(config, saved.folder)
 
 
@@ -116,8 +116,7 @@ def resume(
     objects: as for `load`. keep_changed: although the code that made it has changed since.
     """
     saved = read_saved(os.fspath(folder))
-    request = Request(words=_selected(objects), plugins=(), source=str(saved.file), keep_changed=keep_changed)
-    config = resolve_request(request)
+    config = resolve_request(_of_saved(saved, _selected(objects), keep_changed))
     changed = [] if run.is_done(saved.folder) else check_code(saved, config, keep_changed)
     told = Callbacks(callbacks)
     with _ending(told):
@@ -270,11 +269,11 @@ class Run:
         with seeding.untouched(), computing(self.config, device):
             if checkpoint.exists(self.folder / "checkpoint") or not weights.is_file():
                 state = checkpoint.load(self.folder / "checkpoint", self.config.hash)
-                trainer = build_parts(self.config, device, None)
+                trainer = build_parts(self.config, device, None, is_new=False)
                 with run.fitting(self.folder):
                     trainer.load_checkpoint(state)
             else:
-                trainer = build_parts(self.config, device, None)
+                trainer = build_parts(self.config, device, None, is_new=False)
                 with run.fitting(self.folder):
                     _load_weights(trainer.method, weights)
         return trainer
@@ -321,6 +320,13 @@ def _ending(told: Callbacks) -> Iterator[None]:
         except Interrupted:
             if not told.have_stopped:
                 raise KeyboardInterrupt from None
+
+
+def _of_saved(saved: Saved, words: dict[str, list[str]], keep_changed: bool) -> Request:
+    """The request for a run as it was. From its checkpoint on, its pretrained weights are not needed."""
+    goes_on = checkpoint.exists(saved.folder / "checkpoint") or run.is_done(saved.folder)
+    resume = str(saved.folder) if goes_on else None
+    return Request(words=words, plugins=(), source=str(saved.file), resume=resume, keep_changed=keep_changed)
 
 
 def _load_weights(method: Method, file: Path) -> None:

@@ -201,6 +201,13 @@ class Method(nn.Module):
         """(N, C, H, W) float32 -> logits (N, K), for the evaluator. `task` is None unless the task is known."""
         return self.net(x)
 
+    def train(self, mode: bool = True) -> "Method":
+        """Parts that are frozen (`utils/engine/weights.py`) stay in eval mode."""
+        super().train(mode)
+        for part in self.modules():
+            part.training = part.training and not getattr(part, "is_frozen", False)
+        return self
+
     def count(self, forward: int, backward: int = 0) -> None:
         """Adds rows to the run's cost: a teacher's forward, passes at the end of a task, ..."""
         self.rows = [self.rows[0] + forward, self.rows[1] + backward]

@@ -122,6 +122,10 @@ class PNN(Method):
         problems = super().check(config, benchmark)
         if config.class_il_argmax != "all":
             problems.append("--class_il_argmax has no effect on pnn, for which class-il is not defined. Drop it.")
+        if config.freeze_backbone:
+            problems.append("--freeze_backbone does not fit pnn, whose columns are trained one by one. Drop it.")
+        if config.pretrained_weights is not None:
+            problems.append("--pretrained_weights does not fit pnn, which draws a new network for each task. Drop it.")
         if not hasattr(BACKBONES.load(config.backbone), "stages"):
             problems.append(f"--model pnn joins its backbone's `stages`, {config.backbone} shows none. Choose another.")
         return problems

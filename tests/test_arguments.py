@@ -929,6 +929,15 @@ def check_cuda_graph(tmp_path, capsys, monkeypatch):
         assert ("were replays of recorded ones" in capsys.readouterr().out) == (wish != "0")
 
 
+def check_pretrained_weights(tmp_path, capsys, monkeypatch):
+    _, other = build(*FAST, "--seed", "1")
+    torch.save(other.method.net.state_dict(), tmp_path / "weights.pt")
+    _, trainer = build(*FAST, "--pretrained_weights", str(tmp_path / "weights.pt"))
+    pairs = zip(trainer.method.net.parameters(), other.method.net.parameters(), strict=True)
+    assert all(torch.equal(one, another) for one, another in pairs)
+    assert f"6 tensors of {tmp_path / 'weights.pt'} loaded into mnistmlp" in capsys.readouterr().out
+
+
 def check_sync_bn(tmp_path, capsys, monkeypatch):
     assert main([*FAST, "--sync_bn", "1"]) == 2
     assert "--sync_bn 1 has no effect in one process" in capsys.readouterr().err
@@ -1055,6 +1064,8 @@ OBSERVED = {
     "n_tasks": check_n_tasks,
     "start_from": check_start_from,
     "stop_after": check_stop_after,
+    "pretrained_weights": check_pretrained_weights,
+    "freeze_backbone": differs("--freeze_backbone", "1"),
     "joint": check_joint,
     "validation": check_validation,
     "permute_classes": differs("--permute_classes"),

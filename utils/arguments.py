@@ -25,7 +25,7 @@ from typing import Any
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError, mistake
 from flatcl.utils.files import is_writable
-from flatcl.utils.identity import PROTOCOL, code_of, differences, named
+from flatcl.utils.identity import PROTOCOL, check_weights, code_of, differences, named, weights_of
 from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
 from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
@@ -71,6 +71,15 @@ class EngineArgs:
         0, "first task to train, counted from 0; the classes of those before count as learned", low=0, fixed=True
     )
     stop_after: int | None = flag(None, "number of tasks after which training stops; default: all", low=1)
+    pretrained_weights: str | None = flag(
+        None,
+        "file of the weights that the network begins with: safetensors, or a state dict that torch has saved, also the "
+        "model.pt of a run; a classifier of another number of classes is left as drawn",
+        fixed=True,
+    )
+    freeze_backbone: bool = flag(
+        False, "train the classifier alone; BatchNorm and dropout of the rest stay in eval mode", fixed=True
+    )
     joint: bool = flag(False, "train on all tasks at once (upper bound)", fixed=True)
     validation: bool = flag(
         False, "hold out 10 %% of the training images and evaluate on them, not on the test set", fixed=True
@@ -306,6 +315,7 @@ class Config:
     plugins: tuple[Plugin, ...] = ()
     continues: Parent | None = None
     flags: dict[str, Flag] = dataclasses.field(default_factory=dict, repr=False)
+    begun_by: Mapping[str, str] | None = None  # the code of the run whose checkpoint this one goes on from
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -336,11 +346,14 @@ class Config:
 
     @cached_property
     def code(self) -> dict[str, str]:
-        """{file: digest} of what defines the four chosen classes, and of plugins; see `utils/identity.py`."""
-        chosen = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
-        found = code_of(chosen, self.plugins)
-        for cls in chosen:
+        """{file: digest} of what defines the four chosen classes, of plugins and of pretrained weights; see
+        `utils/identity.py`."""
+        classes = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
+        found = code_of(classes, self.plugins)
+        for cls in classes:
             found |= cls.sources(self) if hasattr(cls, "sources") else {}
+        if self.pretrained_weights is not None:
+            found |= weights_of(self.pretrained_weights, self.begun_by)
         return found
 
     def to_json(self) -> dict:
@@ -380,7 +393,7 @@ class Request:
     wants_help: bool = False
     listing: str | None = None
     source: str | None = None  # --from
-    resume: str | None = None
+    resume: str | None = None  # from its checkpoint
     continues: bool = False  # the run of --from, from where it ended
     keep_changed: bool = False  # a run's plugin, or with --resume its code, may differ from what it was made with
 
@@ -486,7 +499,8 @@ def resolve_request(request: Request) -> Config:
             layers.origins[name] = f"from {file}"
 
     parent = parent_of(saved) if request.continues else saved.continues if saved else None
-    config = Config(layers.values, layers.origins, plugins, parent, flags)
+    begun_by = saved.code if saved and request.resume else parent.code if parent else None
+    config = Config(layers.values, layers.origins, plugins, parent, flags, begun_by)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
     problems = problems or _check_together(config)
     if parent is not None:
@@ -651,7 +665,7 @@ def _choose(request: Request, file_values: dict) -> tuple[dict[str, type], list[
         elif selector in file_values:
             load(selector, str(file_values[selector]))
         elif selector in ("model", "dataset"):
-            problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.names())}.")
+            problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.choices())}.")
     if chosen["dataset"] and chosen["backbone"] is None and "backbone" not in request.words:
         load("backbone", chosen["dataset"].default_backbone)
     if chosen["model"] and chosen["optimizer"] is None and "optimizer" not in request.words:
@@ -784,6 +798,8 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
     if config.permute_classes and config.custom_class_order:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
+    if config.pretrained_weights is not None and config.begun_by is None:
+        problems += check_weights(config.pretrained_weights)
     jointly = config.joint or config.learner.trains_jointly
     if jointly and (config.start_from or config.stop_after):
         given = "--joint" if config.joint else f"--model {config.model}"

@@ -1,6 +1,7 @@
 """Files that are whole at any moment, and careful reading of files that may be damaged, foreign or endless."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -102,6 +103,15 @@ def _finite(word: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{word[:20]} is too large")
     return value
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Of a file's bytes, hexadecimal. Raises `OSError`, or `ValueError` for a device or a pipe."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def user_path(text: str | os.PathLike) -> Path:

@@ -3,7 +3,8 @@
 Counted are the files of the four classes and of their bases, and what these import from the same folders; the engine
 (the rest of `utils/`) is not: pinned accuracies and the protocol number speak for it. A digest is of what a file means:
 comments, docstrings, layout, type hints, help texts and published values (flags, which a run's configuration has
-anyway) do not change it. A plugin counts as it is, byte for byte.
+anyway) do not change it. A plugin counts as it is, byte for byte, and so does a file of pretrained weights. A class may
+name further sources (`sources(config) -> {name: digest}`), such as the package that its network comes from.
 """
 
 import ast
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flatcl.utils.errors import UsageError
+from flatcl.utils.files import open_regular, sha256_of, user_path
 from flatcl.utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
@@ -53,6 +56,34 @@ def beside_plugins(plugins: Iterable[Plugin]) -> dict[str, Path]:
     """{path from its folder on: file} of what plugins import of their own folders."""
     files = _files((), plugins)
     return {name.removeprefix(BESIDE): file for name, _, file in files if name.startswith(BESIDE)}
+
+
+def weights_of(file: str, then: Mapping[str, str] | None) -> dict[str, str]:
+    """{'weights NAME': sha256} of --pretrained_weights. A run that goes on from a checkpoint has the weights that were
+    in the file `then` (the code that made it), whatever has become of the file."""
+    if then is not None:
+        return {name: digest for name, digest in then.items() if name.startswith("weights ")}
+    path = user_path(file)
+    try:
+        return {f"weights {path.name}": sha256_of(path)}
+    except (OSError, ValueError) as error:
+        raise UsageError(_unreadable_weights(file, error)) from None
+
+
+def check_weights(file: str) -> list[str]:
+    """A problem where --pretrained_weights is no file that can be read."""
+    try:
+        open_regular(user_path(file)).close()
+        return []
+    except UsageError as error:
+        return [f"--pretrained_weights: {problem}" for problem in error.problems]
+    except (OSError, ValueError) as error:
+        return [_unreadable_weights(file, error)]
+
+
+def _unreadable_weights(file: str, error: Exception) -> str:
+    why = getattr(error, "strerror", None) or error
+    return f"--pretrained_weights {file}: it cannot be read ({why}). Give a file of weights."
 
 
 def _files(classes: Iterable[type], plugins: Iterable[Plugin]) -> Iterator[tuple[str, str, Path]]:

@@ -2,10 +2,15 @@
 
 `@METHODS.register("er_ace")` in `models/er_ace.py` makes the name `er_ace`; nothing else has to be edited.
 Plugins (`--plugin FILE`) and installed packages (entry points `flatcl.models`, ...) add names without a fork.
+
+A family stands for many: `timm:resnet18` is the class that the family `timm` gives for `resnet18`, by its class method
+`variant(name)`: the same class for the same name, and a `UsageError` for a name that it does not know. Its file's
+docstring has a line `Variants: ...` that says what the names are.
 """
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -14,7 +19,8 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
+from typing import Any
 
 from flatcl._clone import PARTS
 from flatcl.utils.errors import UsageError
@@ -65,13 +71,18 @@ class Registry:
         return self._objects.get(canonical(name)) is obj
 
     def names(self) -> list[str]:
-        """All names in writing form, sorted; imports nothing."""
-        keys = set(self._files()) | set(self._objects) | set(self._entry_points())
-        return sorted(self.written(key) for key in keys)
+        """All names in writing form, sorted, without those of families; imports nothing."""
+        return sorted(self.written(key) for key in self._keys() if not self._is_family(key))
+
+    def choices(self) -> list[str]:
+        """What a user can write: the names, and `timm:NAME` for a family, sorted; imports nothing."""
+        families = (f"{self.written(key)}:NAME" for key in self._keys() if self._is_family(key))
+        return sorted([*self.names(), *families])
 
     def load(self, name: str):
-        """The object behind `name`; raises `UsageError` with the nearest names when there is none."""
-        key = canonical(name)
+        """The object behind `name`, for `family:variant` the family's; raises `UsageError` with the nearest names when
+        there is none."""
+        key, colon, variant = _split(name)
         if key not in self._objects and key in self._files():
             importlib.import_module(self._module(key))
             if key not in self._objects:
@@ -79,8 +90,18 @@ class Registry:
         if key not in self._objects and key in self._entry_points():
             self._load_entry_point(key)
         if key not in self._objects:
-            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key), self.names())}")
-        return self._objects[key]
+            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
+        found: Any = self._objects[key]
+        if not self._is_family(key):
+            if colon:
+                raise UsageError(f"unknown {self.kind}: '{name}'. {found.name} is one alone: write it without ':'.")
+            return found
+        if not variant:
+            raise UsageError(
+                f"{self.kind} '{found.name}' is a family: give one of its names too, {found.name}:NAME. "
+                f"{self.summary(key)}"
+            )
+        return found.variant(variant)
 
     def summary(self, name: str) -> str:
         """The first line of the file's docstring, read without importing it."""
@@ -91,11 +112,20 @@ class Registry:
         lines = (line.strip() for line in self._docstring(name).splitlines())
         return next((line.removeprefix(f"{label}:").strip() for line in lines if line.startswith(f"{label}:")), "")
 
+    def _keys(self) -> set[str]:
+        return set(self._files()) | set(self._objects) | set(self._entry_points())
+
+    def _is_family(self, key: str) -> bool:
+        if key in self._objects:
+            return isinstance(getattr(self._objects[key], "variant", None), MethodType)
+        return self.note(key, "Variants") != ""
+
     def _docstring(self, name: str) -> str:
-        path = self._files().get(canonical(name))
+        key, _, _ = _split(name)
+        path = self._files().get(key)
         doc = _docstring_of(path) if path else None
-        if doc is None and canonical(name) in self._objects:
-            known = self._objects[canonical(name)]
+        if doc is None and key in self._objects:
+            known = self._objects[key]
             doc = known.__doc__ or sys.modules[known.__module__].__doc__
         return (doc or "").strip()
 
@@ -142,14 +172,23 @@ def summary_of(file: Path) -> str:
     return (_docstring_of(file) or "").split("\n")[0]
 
 
+def _split(name: str) -> tuple[str, str, str]:
+    """(key, ':' or nothing, the variant as it is written) of a name."""
+    key, colon, variant = name.partition(":")
+    return canonical(key), colon, variant.strip()
+
+
+@functools.cache
 def _docstring_of(file: Path) -> str | None:
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """`Did you mean ...?`, or all names when none is near."""
+def nearest(name: str, names: list[str], otherwise: str | None = None) -> str:
+    """`Did you mean ...?`, or, when none is near, all names, unless there is something else to say."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.55)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Choose from: {', '.join(names)}."
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return otherwise or f"Choose from: {', '.join(names)}."
 
 
 @dataclass(frozen=True)

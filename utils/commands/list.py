@@ -31,7 +31,7 @@ def show(what: str, plugins: Sequence[str]) -> None:
     for plural, kind in kinds.items():
         if wanted in ("", plural):
             print(f"{plural}:")
-            for name in SELECTORS[kind].names():
+            for name in SELECTORS[kind].choices():
                 print(f"  {name:18} {SELECTORS[kind].summary(name)}")
 
 

@@ -87,7 +87,8 @@ def _resume(request: Request) -> int:
             f"--resume continues a run as it was: --{', --'.join(changed)} cannot be changed. "
             "Use --from to start a new run with other values."
         )
-    config = resolve_request(replace(request, source=str(saved.file), resume=None))
+    goes_on = None if run.has_nothing(saved.folder) else request.resume
+    config = resolve_request(replace(request, source=str(saved.file), resume=goes_on))
     changed_files = [] if run.is_done(saved.folder) else check_code(saved, config, request.keep_changed)
     if config.dry_run:
         return shown(lambda: _describe(config))

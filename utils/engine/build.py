@@ -7,18 +7,21 @@ import torch
 
 from flatcl.models._method import Context
 from flatcl.utils.arguments import Config
-from flatcl.utils.engine import program, ranks, seeding
+from flatcl.utils.console import say
+from flatcl.utils.engine import program, ranks, seeding, weights
 from flatcl.utils.engine.augment import Augment
 from flatcl.utils.engine.augment_check import look_at, pipeline
 from flatcl.utils.engine.layout import lay_out, wants_channels_last
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import UsageError
+from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.registry import BACKBONES, OPTIMIZERS
 
 
-def build(config: Config, device, folder, group=None):
+def build(config: Config, device, folder, group=None, is_new: bool = True):
     """Benchmark, network, method, optimizer: each built once. Returns the trainer. `group`: the processes that train
-    this run, if there are several."""
+    this run, if there are several. `is_new`: nothing is going to be loaded from a checkpoint."""
+    given = weights.read(config.pretrained_weights) if is_new and config.pretrained_weights else None
     benchmark = config.benchmark(config, "cpu")
     benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
@@ -27,8 +30,12 @@ def build(config: Config, device, folder, group=None):
     look_at(augment, benchmark)
     backbone = BACKBONES.load(config.backbone)
     net = backbone(benchmark.shape, benchmark.num_classes, config.view(backbone))
+    if given is not None:
+        say(weights.put(given, net, config.pretrained_weights, config.backbone))
     if config.sync_bn and group is not None:
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = _synced(net, config.backbone)
+    if config.freeze_backbone:
+        weights.freeze(net)
     channels_last = wants_channels_last(config.channels_last, net, benchmark.shape, device)
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
     method = config.learner(net, config.view(config.learner), context).to(device)
@@ -51,6 +58,14 @@ def build(config: Config, device, folder, group=None):
     if group is None:
         _record_steps(config.cuda_graph, method, optimizer, device)
     return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _synced(net: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The network for --sync_bn. Raises `UsageError` for BatchNorm layers that do more than torch's own."""
+    odd = {type(layer).__name__ for layer in batchnorms(net) if not type(layer).__module__.startswith("torch.")}
+    if odd:
+        raise UsageError(f"--sync_bn does not know the layers {', '.join(sorted(odd))} of --backbone {name}. Drop it.")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 def _record_steps(wish: str, method, optimizer, device) -> None:

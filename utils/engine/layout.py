@@ -8,6 +8,7 @@ float64 otherwise.
 """
 
 import copy
+from math import prod
 
 import torch
 from torch import nn
@@ -59,7 +60,11 @@ def lay_out(module: nn.Module, channels_last: bool) -> None:
 
 
 def rows_of_forward(module: nn.Module, shape: tuple[int, ...], device: torch.device, most: int) -> int:
-    """Images of this shape (C, H, W) that pass the module at a time where no gradient is asked for, at most `most`."""
+    """Images of this shape (C, H, W) that pass the module at a time where no gradient is asked for: at most `most`, and
+    fewer where its network enlarges them (`resizes_to`)."""
+    given = shape[1] * shape[2]
+    pixels = max(given, *(prod(part.resizes_to) for part in module.modules() if getattr(part, "resizes_to", None)), 0)
+    most = max(1, most * given // pixels)
     if device.type != "cpu" or not has_convolutions(module):
         return most
-    return min(most, max(FEWEST, CPU_PIXELS // (shape[1] * shape[2])))
+    return min(most, max(FEWEST, CPU_PIXELS // pixels))

@@ -24,7 +24,10 @@ from flatcl.utils.files import open_regular, read_json, user_path, write_json
 from flatcl.utils.identity import beside_plugins, named
 from flatcl.utils.registry import IS_CLONE, ROOT
 
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm", "scikit-learn")
+PACKAGES = (
+    "torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm",
+    "scikit-learn",
+)  # fmt: skip
 
 
 class RunFolder:

@@ -29,7 +29,7 @@ def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
     state = _state_of(config.continues)
     with computing(config, device), ranks.joined(device, config) as group, _new_folder(config, group) as folder:
         try:
-            trainer = build(config, device, folder, group)
+            trainer = build(config, device, folder, group, is_new=state is None)
             _take_over(trainer, state)
             _begin(trainer)
         except BaseException:
@@ -59,11 +59,11 @@ def resume(
             return None
         if not is_first:
             group.wait()  # until what rank 0 mends is mended
-        state = None if _has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
+        state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
         if is_first and group is not None:
             group.wait()
         parents = _state_of(config.continues) if state is None else None
-        trainer = build(config, device, folder, group)
+        trainer = build(config, device, folder, group, is_new=state is None and parents is None)
         if state is None:
             trainer.begin_anew()
             _take_over(trainer, parents)
@@ -89,7 +89,7 @@ def unfinished(config: Config, keep_changed: bool) -> Path | None:
             if changed and not keep_changed:
                 say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
                 continue
-            if not is_done(path) and not _has_nothing(path):
+            if not is_done(path) and not has_nothing(path):
                 checkpoint.load(path / "checkpoint", config.hash)
             return path
         except UsageError as error:
@@ -97,7 +97,7 @@ def unfinished(config: Config, keep_changed: bool) -> Path | None:
     return None
 
 
-def _has_nothing(path: Path) -> bool:
+def has_nothing(path: Path) -> bool:
     """Whether a run was stopped before its first checkpoint: it begins anew."""
     return not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
 

@@ -68,9 +68,10 @@ class SharpnessAware(Driver):
                 "Give less, or use the optimizer sgd."
             )
         if config.perturb == "norm_only" and not _has_norms(config):
+            why = "--freeze_backbone 1 leaves" if config.freeze_backbone else f"the backbone {config.backbone} has"
             problems.append(
-                f"--perturb norm_only needs normalisation layers to train, the backbone {config.backbone} has none. "
-                "Choose another backbone, or perturb all."
+                f"--perturb norm_only needs normalisation layers to train, {why} none. Choose another backbone, or "
+                "perturb all."
             )
         return problems
 
@@ -135,8 +136,10 @@ class SharpnessAware(Driver):
 
 
 def _has_norms(config: Any) -> bool:
+    if config.freeze_backbone:  # the classifier, a Linear layer, is trained alone
+        return False
     backbone = BACKBONES.load(config.backbone)
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         net = backbone(config.benchmark.shape, config.benchmark.num_classes, config.view(backbone))
     norms = (module for module in net.modules() if isinstance(module, NORMS))
     return any(p.requires_grad for module in norms for p in module.parameters(recurse=False))
