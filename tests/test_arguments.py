@@ -837,6 +837,11 @@ def check_n_tasks(tmp_path, capsys, monkeypatch):
     assert len(build(*argv, "--n_tasks", "2")[1].benchmark) == 2
 
 
+def check_classes_per_task(tmp_path, capsys, monkeypatch):
+    _, trainer = build("--model", "er", "--dataset", "seq-synth", "--classes_per_task", "7,1,2")
+    assert [len(task.classes) for task in trainer.benchmark] == [7, 1, 2]
+
+
 def check_start_from(tmp_path, capsys, monkeypatch):
     _, trainer = build("--model", "er", *SMALL, "--start_from", "1")
     trainer.run()
@@ -1037,6 +1042,7 @@ OBSERVED = {
     ),  # fmt: skip
     "seed": differs("--seed", "1"),
     "n_tasks": check_n_tasks,
+    "classes_per_task": check_classes_per_task,
     "start_from": check_start_from,
     "stop_after": check_stop_after,
     "joint": check_joint,
