@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from flatcl.datasets import _pickled
 from flatcl.datasets._cache import cache_folders, cached, write_cache
-from flatcl.utils.download import fetch
+from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
 Rows = tuple[Tensor, Tensor]
@@ -89,6 +89,12 @@ def warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
             f"{where}: {got[0]} train and {got[1]} test images, the official data has {official[0]} and {official[1]}"
         )
         warnings.warn(f"{message}: a made set, not the official data", stacklevel=4)
+
+
+def check_archive(path: Path, official: str) -> None:
+    """An archive that holds the official number of rows; an unpacked folder has no checksum."""
+    if path.suffix == ".zip" and (got := md5_of(path)) != official:
+        raise DataError(f"{path}: corrupt (md5 {got}, officially {official}); delete it and start again to fetch it")
 
 
 def check_md5(data: bytes, official: str, path: Path) -> None:
