@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
@@ -62,14 +63,14 @@ class SeqEurosat(Benchmark):
 
 
 @one_line
-def load_eurosat(root: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def load_eurosat(root: Path) -> tuple[Arrays, ...]:
     """(train, test), each images uint8 (N, 3, 64, 64) and labels int64 (N,) in 0..9, the place in CLASSES, downloaded
     if absent; decoded images are kept in `root/eurosat-cache`. Raises `DataError`."""
     folder = root / "eurosat"
     path = obtained(folder / "2750", folder / "EuroSAT.zip", URL, MD5, "EuroSAT")
     caches = cache_folders(root / "eurosat-cache", folder)
     arrays = kept(caches, ARRAYS, {"source": fingerprint_of(path)}, lambda: _decode(path))
-    train, test = ((arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in ("train", "test"))
+    train, test = (tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in "xy") for part in ("train", "test"))
     warn_made(path, (len(train[1]), len(test[1])), (round(ROWS * (1 - TEST_SHARE)), round(ROWS * TEST_SHARE)))
     return train, test
 

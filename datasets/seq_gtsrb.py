@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
@@ -61,7 +62,7 @@ class SeqGtsrb(Benchmark):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         folder = root / "gtsrb"
-        zips = [zip for path, zip, _ in PARTS.values() if not any((folder / name).exists() for name in (path, zip))]
+        zips = [file for path, file, _ in PARTS.values() if not any((folder / name).exists() for name in (path, file))]
         return f"put {', '.join(zips)} into {folder}" if zips else None
 
     def augmentations(self) -> list[nn.Module]:
@@ -69,7 +70,7 @@ class SeqGtsrb(Benchmark):
 
 
 @one_line
-def load_gtsrb(root: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def load_gtsrb(root: Path) -> tuple[Arrays, ...]:
     """(train, test), each images uint8 (N, 3, 32, 32) and labels int64 (N,) in 0..42, downloaded if absent; decoded
     images are kept in `root/gtsrb-cache`. Raises `DataError`."""
     folder = root / "gtsrb"
@@ -80,7 +81,7 @@ def load_gtsrb(root: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     caches = cache_folders(root / "gtsrb-cache", folder)
     fingerprint = {part: fingerprint_of(path) for part, path in paths.items()}
     arrays = kept(caches, ARRAYS, fingerprint, lambda: _decode(paths))
-    train, test = ((arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in ROWS)
+    train, test = (tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in "xy") for part in ROWS)
     warn_made(folder, (len(train[1]), len(test[1])), tuple(ROWS.values()))
     return train, test
 

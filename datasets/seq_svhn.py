@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
@@ -50,7 +51,7 @@ def _official() -> dict[str, tuple[str, str, str]]:
 
 
 @one_line
-def load_svhn(root: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def load_svhn(root: Path) -> tuple[Arrays, ...]:
     """(train, test), each images uint8 (N, 3, 32, 32) and labels int64 (N,) in 0..9, downloaded if absent. Raises
     `DataError`."""
     parts = []
@@ -65,7 +66,7 @@ def load_svhn(root: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     return tuple(parts)
 
 
-def _parse(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _parse(data: bytes, path: Path) -> Arrays:
     """Images and labels of a MATLAB file with X (32, 32, 3, N) and y (N, 1), where 10 stands for the digit 0."""
     import scipy.io
 
@@ -85,4 +86,5 @@ def _parse(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path}: {images.shape[3]} images but {len(labels)} labels; {remedy}")
     if labels.dtype.kind not in "iu" or labels.max() > 10 or labels.min() < 0:
         raise DataError(f"{path}: its y is not whole numbers in 1..10; {remedy}")
-    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10
+    images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) % 10)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import declared
 
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import report, sweep
@@ -100,7 +101,7 @@ def test_sizes_that_cannot_be_are_refused():
     assert "--classes_per_task" in refused("--n_tasks", 3), "that there is a way"
 
 
-@pytest.mark.parametrize("name", DATASETS.names())
+@pytest.mark.parametrize("name", declared())
 def test_benchmarks_whose_tasks_are_not_cut_by_classes_refuse_sizes(name):
     cls = DATASETS.load(name)
     if cls.setting != "class-il":
