@@ -55,7 +55,7 @@ class Domains(FolderData, DomainBenchmark):
         if config.n_tasks != len(cls.domains):
             problems.append(
                 f"--n_tasks must be {len(cls.domains)}, the number of domains in {config.data_folder}, got "
-                f"{config.n_tasks}. Drop it."
+                f"{config.n_tasks}. Drop it, or give --n_tasks none."
             )
         return problems
 
