@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from flatcl.datasets import _images
-from flatcl.utils.arguments import args_of, flags_of, resolve
+from flatcl.utils.arguments import SELECTORS, args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.errors import DataError, UsageError
@@ -415,6 +415,22 @@ def test_other_data_is_other_code(dataset, own, many, npz, arrays, tmp_path, cap
     assert main(["--resume", str(run)]) == 2
     error = capsys.readouterr().err
     assert f"data {path} changed since" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_what_any_part_names_as_its_source_counts_as_code(kind):
+    chosen = {"model": "er", "dataset": "seq-synth", "backbone": "mnistmlp", "optimizer": "sgd"}
+    registry = SELECTORS[kind]
+
+    @registry.register("sourced")
+    class Sourced(registry.load(chosen[kind])):
+        @classmethod
+        def sources(cls, config):
+            return {"weights of it": f"digest {config.seed}"}
+
+    argv = [word for name, value in (chosen | {kind: "sourced"}).items() for word in (f"--{name}", value)]
+    code = resolve([*argv, "--seed", "3"]).code
+    assert code["weights of it"] == "digest 3" and list(code) == sorted(code)
 
 
 def test_the_digest_is_of_names_and_sizes_not_of_times(own):
