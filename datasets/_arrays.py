@@ -55,7 +55,7 @@ def benchmark_from_arrays(
     """A class-incremental benchmark of arrays: give it to `flatcl.train` or `flatcl.build` as `dataset`.
 
     train, test: (images, labels), NumPy arrays or tensors. Images are uint8 in 0..255, (N, C, H, W), (N, H, W, C) with
-    1 or 3 channels, or (N, H, W); labels are whole numbers (N,), 0..K - 1.
+    at most 4 channels, or (N, H, W); labels are whole numbers (N,), 0..K - 1.
     tasks: the classes of each task, [[0, 1], [2, 3, 4]], each class once; or the number of tasks, which divides K;
     None: one task for each class.
     name: how the benchmark is called in results; default: `arrays-` and a digest of the arrays.
@@ -87,11 +87,11 @@ def benchmark_from_arrays(
 
 
 def laid_out(images: Any) -> Tensor | np.ndarray:
-    """Images as (N, C, H, W), of (N, H, W) or, with 1 or 3 channels, (N, H, W, C); anything else as it is."""
+    """Images as (N, C, H, W), of (N, H, W) or, with at most 4 channels, (N, H, W, C); anything else as it is."""
     images = images if isinstance(images, Tensor) else np.asarray(images)
     if images.ndim == 3:
         return images[:, None]
-    if images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3):
+    if images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]:
         return images.permute(0, 3, 1, 2) if isinstance(images, Tensor) else images.transpose(0, 3, 1, 2)
     return images
 

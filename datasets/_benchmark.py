@@ -87,10 +87,13 @@ class Benchmark(Sequence[Task]):
     Labels are positions in the class order, so that a label is the output that stands for it. Building a benchmark
     loads its data to `device`; indexing it never advances anything.
 
-    Tasks of unequal sizes: `task_sizes = (50, 10, 10, 10, 10, 10)` has so many classes in each task (and six tasks; it
-    needs no `n_tasks` among the defaults). Where the sizes depend on flags, override `classes_of` and read
-    `self.num_tasks`, which is --n_tasks. Either way each task has at least one class, and the tasks' classes follow one
-    another from 0 to num_classes - 1: all classes before a task's are old ones.
+    Tasks of unequal sizes: a user gives --classes_per_task. A protocol that has them gives it among its `defaults`, or,
+    where a user shall not change it, says `task_sizes = (50, 10, 10, 10, 10, 10)` (and needs no `n_tasks` among the
+    defaults). Where the sizes depend on flags, override `classes_of` and read `self.num_tasks`, which is --n_tasks. In
+    all of these, each task has at least one class, and the tasks' classes follow one another from 0 to num_classes - 1:
+    all classes before a task's are old ones.
+
+    Where only the data says how many classes there are, or of which shape its images, override `declared`.
     """
 
     name: str
@@ -113,6 +116,8 @@ class Benchmark(Sequence[Task]):
     def __init__(self, config: Any, device: torch.device | str = "cpu"):
         self.config = config
         self.num_tasks: int = config.n_tasks
+        if config.classes_per_task:
+            self.task_sizes = config.classes_per_task
         loaded = self.load(user_path(config.base_path))
         check_declared(self)
         train, test = checked_arrays(self, loaded)
@@ -154,6 +159,26 @@ class Benchmark(Sequence[Task]):
         """What `load` would have to download, and where to put it by hand; None if all is there. Opens no file."""
         return None
 
+    @classmethod
+    def declared(cls, config: Any) -> type["Benchmark"]:
+        """This class, or a subclass (`with_declared`) that adds what only the data of this configuration tells:
+        num_classes and shape, and n_tasks among the `defaults` where the data decides it.
+
+        Called before the checks, so read no more than that takes; mean and std can be set on `self` by `load`. Raises
+        `UsageError` where the data is not there.
+        """
+        return cls
+
+    @classmethod
+    def with_declared(cls, **attributes: Any) -> type["Benchmark"]:
+        """A subclass of the same name."""
+        return type(cls.__name__, (cls,), {"__module__": cls.__module__, **attributes})
+
+    @classmethod
+    def sources(cls, config: Any) -> dict[str, str]:
+        """{name: digest} of files that a user gives and that change a run's numbers. They count as its code does."""
+        return {}
+
     def augmentations(self) -> list[nn.Module]:
         """kornia augmentations of the training images (N, C, H, W) float32 in 0..1, applied in order, before
         normalisation. Each draws for each image, from torch's global generators: a call has images of many batches, so
@@ -167,7 +192,12 @@ class Benchmark(Sequence[Task]):
         if undeclared:
             return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
         if config.n_tasks is None:
-            return [f"{cls.name} does not say how many tasks it has. Set n_tasks in its `defaults`, or give --n_tasks."]
+            return [
+                f"{cls.name} does not say how many tasks its {cls.num_classes} classes make. Give --classes_per_task "
+                "or --n_tasks; its author can set one of them in its `defaults`."
+            ]
+        if config.classes_per_task and not cls._takes_task_sizes():
+            return [f"--classes_per_task has no effect on {cls.name}, which says itself what its tasks are. Drop it."]
         problems = []
         if config.start_from >= config.n_tasks:
             problems.append(
@@ -186,9 +216,19 @@ class Benchmark(Sequence[Task]):
         return problems + cls.check_classes(config)
 
     @classmethod
+    def _takes_task_sizes(cls) -> bool:
+        return cls.setting == "class-il" and not cls.task_sizes and cls.classes_of is Benchmark.classes_of
+
+    @classmethod
     def check_classes(cls, config: Any) -> list[str]:
-        problems = []
-        if cls.task_sizes:
+        problems, sizes = [], config.classes_per_task
+        if sizes:
+            if sum(sizes) != cls.num_classes:
+                problems.append(
+                    f"--classes_per_task must add up to the {cls.num_classes} classes of {cls.name}, got {sum(sizes)} "
+                    f"({' + '.join(map(str, sizes))}). Give sizes that have this sum."
+                )
+        elif cls.task_sizes:
             if config.n_tasks != len(cls.task_sizes):
                 problems.append(
                     f"--n_tasks must be {len(cls.task_sizes)} on {cls.name}, whose tasks have "
@@ -197,7 +237,8 @@ class Benchmark(Sequence[Task]):
         elif cls.classes_of is Benchmark.classes_of and cls.num_classes % config.n_tasks:
             problems.append(
                 f"--n_tasks must divide the {cls.num_classes} classes of {cls.name}, got {config.n_tasks}. "
-                f"Choose from: {', '.join(str(n) for n in range(1, cls.num_classes + 1) if cls.num_classes % n == 0)}."
+                f"Choose from: {', '.join(str(n) for n in range(1, cls.num_classes + 1) if cls.num_classes % n == 0)}; "
+                "or give tasks of unequal sizes by --classes_per_task."
             )
         order = config.custom_class_order
         if order and sorted(order) != list(range(cls.num_classes)):

@@ -11,17 +11,15 @@ import functools
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import math
 import os
 import re
-import shutil
 import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -32,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatcl.datasets import _pickled
-from flatcl.utils.download import fetch
+from flatcl.datasets._cache import cache_folders, cached, write_cache
+from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
 Rows = tuple[Tensor, Tensor]
@@ -64,11 +63,11 @@ TINY = "tiny-imagenet-200"
 TINY_URLS = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "https://cs231n.stanford.edu/tiny-imagenet-200.zip")
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # as public code quotes it, from memory; torchvision does not list it
 TINY_ROWS = (100000, 10000)
-CACHE_VERSION = 1
-CHUNK_IMAGES = 256
+TINY_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
+CHUNK_IMAGES = 64
 
 
-def _one_line(load):
+def one_line(load):
     """What the operating system refuses (permissions, a broken disk) becomes a DataError too."""
 
     @functools.wraps(load)
@@ -84,7 +83,7 @@ def _one_line(load):
     return guarded
 
 
-def _warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
+def warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
     if tuple(got) != tuple(official):
         message = (
             f"{where}: {got[0]} train and {got[1]} test images, the official data has {official[0]} and {official[1]}"
@@ -92,7 +91,13 @@ def _warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None
         warnings.warn(f"{message}: a made set, not the official data", stacklevel=4)
 
 
-def _check_md5(data: bytes, official: str, path: Path) -> None:
+def check_archive(path: Path, official: str) -> None:
+    """An archive that holds the official number of rows; an unpacked folder has no checksum."""
+    if path.suffix == ".zip" and (got := md5_of(path)) != official:
+        raise DataError(f"{path}: corrupt (md5 {got}, officially {official}); delete it and start again to fetch it")
+
+
+def check_md5(data: bytes, official: str, path: Path) -> None:
     got = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if got != official:
         raise DataError(f"{path}: corrupt (md5 {got}, officially {official}); delete it and start again to fetch it")
@@ -108,7 +113,7 @@ def _read(file: BinaryIO, where: Path | str, limit: int) -> bytes:
     return content.getvalue()
 
 
-def _read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int) -> bytes:
     with open(path, "rb") as file:
         return _read(file, path, limit)
 
@@ -136,7 +141,7 @@ def _keep(path: Path, data: bytes) -> None:
 # ---------------------------------------------------------------------------------------------------------- MNIST
 
 
-@_one_line
+@one_line
 def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     """MNIST or FashionMNIST (`name`) from `root/<name>/raw`, downloaded if absent.
 
@@ -147,14 +152,14 @@ def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     _fetch_mnist(raw, name, [file for file in files if _mnist_source(raw, name, file) is None])
     sources = {file: _mnist_source(raw, name, file) for file in files}
     contents = {
-        file: _gunzip(path) if path.suffix == ".gz" else _read_file(path, MAX_FILE_BYTES)
+        file: _gunzip(path) if path.suffix == ".gz" else read_file(path, MAX_FILE_BYTES)
         for file, path in sources.items()
     }
     train, test = (_mnist_split(part, files, sources, contents) for part in MNIST_ROWS)
     for file, path in sources.items():
         if path == raw / f"{file}.gz":
             _keep(raw / file, contents[file])  # only now, when it is known to be sound
-    _warn_made(raw, (len(train[1]), len(test[1])), tuple(MNIST_ROWS.values()))
+    warn_made(raw, (len(train[1]), len(test[1])), tuple(MNIST_ROWS.values()))
     return train, test
 
 
@@ -192,7 +197,7 @@ def _mnist_split(
     for file, n_dims in ((f"{part}-images-idx3-ubyte", 3), (f"{part}-labels-idx1-ubyte", 1)):
         array = _parse_idx(contents[file], sources[file], n_dims)
         if len(array) == MNIST_ROWS[part]:
-            _check_md5(contents[file], md5s[file], sources[file])
+            check_md5(contents[file], md5s[file], sources[file])
         arrays.append(array)
     images, labels = arrays
     where = sources[f"{part}-images-idx3-ubyte"]
@@ -226,7 +231,7 @@ def _parse_idx(data: bytes, path: Path, n_dims: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- CIFAR
 
 
-@_one_line
+@one_line
 def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     """cifar10 or cifar100 (`name`) from torchvision's folder or archive in `root`, downloaded if absent.
 
@@ -236,7 +241,7 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     official, folder, archive, needed = _cifar_places(root, name)
     unpacked = all((folder / file).is_file() for file in needed)
     if unpacked:
-        contents = {file: _read_file(folder / file, MAX_FILE_BYTES) for file in needed}
+        contents = {file: read_file(folder / file, MAX_FILE_BYTES) for file in needed}
     else:
         if not archive.is_file():
             fetch([official.url], archive, official.tgz_md5, name)
@@ -247,7 +252,7 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
     if not unpacked:
         for file, data in contents.items():
             _keep(folder / file, data)  # only now, when it is known to be sound
-    _warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
+    warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
     return train, test
 
 
@@ -276,7 +281,7 @@ def _cifar_split(
     for file, md5 in md5s.items():
         record, labels = _cifar_batch(contents[file], where / file, key, n_classes)
         if len(labels) == official_rows // len(md5s):
-            _check_md5(contents[file], md5, where / file)
+            check_md5(contents[file], md5, where / file)
         images = np.frombuffer(record.data, np.uint8).reshape(record.shape, order=record.order)
         batches.append((images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)))
     images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
@@ -336,7 +341,7 @@ def _octal(field: bytes) -> int | None:
 # -------------------------------------------------------------------------------------------------- Tiny-ImageNet
 
 
-@_one_line
+@one_line
 def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
     """Tiny-ImageNet from `root/tiny-imagenet-200.zip` or `root/tiny-imagenet-200/`, downloaded if neither is there.
 
@@ -344,25 +349,25 @@ def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 64, 64), y int64 (N,), the line of wnids.txt; test is
     the official validation split, whose labels are public. Raises DataError.
     """
-    archive, caches, source = root / f"{TINY}.zip", _cache_folders(root), _tiny_source(root)
-    fingerprint = _fingerprint(source)  # taken before reading: what changes meanwhile is read again next time
-    arrays = _cached(caches, fingerprint)
+    archive, caches, source = root / f"{TINY}.zip", _tiny_caches(root), _tiny_source(root)
+    fingerprint = fingerprint_of(source)  # taken before reading: what changes meanwhile is read again next time
+    arrays = cached(caches, TINY_ARRAYS, fingerprint)
     if arrays is None:
         if source is None:
             fetch(TINY_URLS, archive, TINY_MD5, "Tiny-ImageNet")
-            source, fingerprint = archive, _fingerprint(archive)
+            source, fingerprint = archive, fingerprint_of(archive)
         arrays = _decode_source(source)
-        _write_cache(caches, arrays, fingerprint)
+        write_cache(caches, arrays, fingerprint)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    _warn_made(source or caches[0], (len(tensors["train_y"]), len(tensors["test_y"])), TINY_ROWS)
+    warn_made(source or caches[0], (len(tensors["train_y"]), len(tensors["test_y"])), TINY_ROWS)
     return (tensors["train_x"], tensors["train_y"]), (tensors["test_x"], tensors["test_y"])
 
 
-class _ZipSource:
-    """Members of the zip by their path below `tiny-imagenet-200/`, read in place: nothing is extracted."""
+class ZipSource:
+    """Members of a zip by their path below `folder` (`tiny-imagenet-200/`), read in place: nothing is extracted."""
 
-    def __init__(self, path: Path):
-        self.path, self.remedy = path, "delete the zip and fetch it again"
+    def __init__(self, path: Path, folder: str):
+        self.path, self.folder, self.remedy = path, folder, "delete the zip and fetch it again"
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, EOFError, ValueError) as error:
@@ -371,36 +376,50 @@ class _ZipSource:
         for name in self._zip.namelist():
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
                 raise DataError(f"{path}: refused, its member {name!r} points out of the folder; {self.remedy}")
-            if name.startswith(f"{TINY}/"):
-                self.names.add(name.removeprefix(f"{TINY}/"))
+            if name.startswith(folder):
+                self.names.add(name.removeprefix(folder))
 
     def read(self, name: str, limit: int) -> bytes:
         try:
-            with self._zip.open(f"{TINY}/{name}") as file:
-                return _read(file, f"{self.path}: member {TINY}/{name}", limit)
+            with self._zip.open(f"{self.folder}{name}") as file:
+                return _read(file, f"{self.path}: member {self.folder}{name}", limit)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{self.path}: member {TINY}/{name} is damaged ({error}); {self.remedy}") from error
+            raise DataError(f"{self.path}: member {self.folder}{name} is damaged ({error}); {self.remedy}") from error
 
     def close(self) -> None:
         self._zip.close()
 
 
-class _FolderSource:
+class FolderSource:
     """The same for an extracted folder."""
 
-    def __init__(self, path: Path):
-        self.path, self.remedy = path, "extract the zip again"
-        self.names = {name for name, _ in _walk(path)}
+    def __init__(self, path: Path, folder: str):
+        self.path, self.folder, self.remedy = path, folder, "extract the zip again"
+        self.names = {name for name, _ in walk(path)}
 
     def read(self, name: str, limit: int) -> bytes:
-        return _read_file(self.path / name, limit)
+        return read_file(self.path / name, limit)
 
     def close(self) -> None:
         pass
 
 
-def _walk(folder: Path):
-    """(path below `folder`, size in bytes) of every file. Unlike rglob, raises where a folder cannot be read."""
+def open_source(path: Path, folder: str) -> ZipSource | FolderSource:
+    """`folder`, with a / at its end, as it is named in the zip."""
+    return (ZipSource if path.suffix == ".zip" else FolderSource)(path, folder)
+
+
+def obtained(path: Path, archive: Path, url: str, md5: str, what: str) -> Path:
+    """`path`, or where it is not there, the archive that holds it, which is downloaded if need be."""
+    if path.exists():
+        return path
+    if not archive.is_file():
+        fetch([url], archive, md5, what)
+    return archive
+
+
+def walk(folder: Path) -> Iterator[tuple[str, os.DirEntry]]:
+    """(path below `folder`, entry) of every file. Unlike rglob, raises where a folder cannot be read."""
     stack = [""]
     while stack:
         below = stack.pop()
@@ -409,11 +428,11 @@ def _walk(folder: Path):
                 if entry.is_dir():
                     stack.append(f"{below}{entry.name}/")
                 else:
-                    yield below + entry.name, entry.stat().st_size
+                    yield below + entry.name, entry
 
 
 def _decode_source(path: Path) -> dict[str, np.ndarray]:
-    source = _ZipSource(path) if path.suffix == ".zip" else _FolderSource(path)
+    source = open_source(path, f"{TINY}/")
     try:
         wnids = _tiny_text(source, "wnids.txt").split()
         if len(wnids) != 200 or len(set(wnids)) != 200:
@@ -425,7 +444,7 @@ def _decode_source(path: Path) -> dict[str, np.ndarray]:
             if absent:
                 raise DataError(f"{path}: no {part} images of {_some(absent)}; {source.remedy}")
             arrays[f"{part}_y"] = np.array([label for _, label in rows], np.int64)
-            arrays[f"{part}_x"] = _decode_images(source, [name for name, _ in rows], part)
+            arrays[f"{part}_x"] = decode_source(source, [name for name, _ in rows], 64, _decode_image, "64x64 JPEG")
         return arrays
     finally:
         source.close()
@@ -434,7 +453,7 @@ def _decode_source(path: Path) -> dict[str, np.ndarray]:
 def missing_tinyimagenet(root: Path) -> str | None:
     """What `load_tinyimagenet` would have to download, and where to put it by hand; None if nothing. Opens no file."""
     root = Path(root)
-    if _tiny_source(root) is not None or any((cache / "meta.json").is_file() for cache in _cache_folders(root)):
+    if _tiny_source(root) is not None or any((cache / "meta.json").is_file() for cache in _tiny_caches(root)):
         return None
     return f"put {TINY}.zip into {root}"
 
@@ -444,18 +463,22 @@ def _tiny_source(root: Path) -> Path | None:
     return archive if archive.is_file() else folder if folder.is_dir() else None
 
 
+def _tiny_caches(root: Path) -> tuple[Path, Path]:
+    return cache_folders(root / f"{TINY}-cache", root / TINY)
+
+
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return f"{len(names)} classes ({shown}, ...)" if len(names) > 3 else shown
 
 
-def _tiny_text(source: _ZipSource | _FolderSource, name: str) -> str:
+def _tiny_text(source: ZipSource | FolderSource, name: str) -> str:
     if name not in source.names:
         raise DataError(f"{source.path}: {TINY}/{name} is missing; {source.remedy}")
     return source.read(name, MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
-def _tiny_train(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
+def _tiny_train(source: ZipSource | FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
     """(member, class) in the order of class and number, which is the same for zip and folder."""
     pattern = re.compile(r"train/([^/]+)/images/\1_(\d+)\.JPEG")
     found = (pattern.fullmatch(name) for name in source.names)
@@ -463,7 +486,7 @@ def _tiny_train(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) 
     return [(name, label) for label, _, name in sorted((classes[m[1]], int(m[2]), m[0]) for m in known)]
 
 
-def _tiny_val(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
+def _tiny_val(source: ZipSource | FolderSource, classes: Mapping[str, int]) -> list[tuple[str, int]]:
     """(member, class) in the order of the annotations. Every image needs a line and every line an image."""
     rows = {}
     for line in _tiny_text(source, "val/val_annotations.txt").splitlines():
@@ -480,26 +503,40 @@ def _tiny_val(source: _ZipSource | _FolderSource, classes: Mapping[str, int]) ->
     return list(rows.items())
 
 
-def _decode_images(source: _ZipSource | _FolderSource, names: Sequence[str], part: str) -> np.ndarray:
-    """uint8 (N, 3, 64, 64). Threads suffice, because Pillow and zlib release the interpreter's lock."""
-    images = np.empty((len(names), 3, 64, 64), np.uint8)
+def decode_source(
+    source: ZipSource | FolderSource, names: Sequence[str], size: int, decode: Callable[[bytes], np.ndarray], what: str
+) -> np.ndarray:
+    """uint8 (N, 3, size, size): what `decode` makes of these files' bytes. `what` says what they are, for people."""
 
-    def decode_chunk(start: int) -> int:
-        chunk = names[start : start + CHUNK_IMAGES]
-        for row, name in enumerate(chunk, start):
-            try:
-                images[row] = _decode_image(source.read(name, MAX_IMAGE_BYTES))
-            except (DataError, PermissionError):
-                raise
-            except Exception as error:  # on damaged data a decoder can raise nearly anything
-                raise DataError(f"{source.path}: {TINY}/{name} is no 64x64 JPEG ({error}); {source.remedy}") from error
-        return len(chunk)
+    images = np.empty((len(names), 3, size, size), np.uint8)
 
-    bar = tqdm(total=len(names), unit="image", desc=f"Tiny-ImageNet, {part}", file=sys.stderr, leave=False)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for count in pool.map(decode_chunk, range(0, len(names), CHUNK_IMAGES)):
-            bar.update(count)
+    def decode_row(row: int) -> None:
+        try:
+            images[row] = decode(source.read(names[row], MAX_IMAGE_BYTES))
+        except (DataError, PermissionError):
+            raise
+        except Exception as error:  # on damaged data a decoder can raise nearly anything
+            where = f"{source.path}: {source.folder}{names[row]}"
+            raise DataError(f"{where} is no {what} ({error}); {source.remedy}") from error
+
+    in_threads(decode_row, len(names), source.path.name)
     return images
+
+
+def in_threads(work: Callable[[int], None], number: int, what: str) -> None:
+    """work(0) ... work(number - 1), with a progress bar. Threads suffice, because Pillow and zlib release the
+    interpreter's lock."""
+
+    def work_on(start: int) -> int:
+        rows = range(start, min(start + CHUNK_IMAGES, number))
+        for row in rows:
+            work(row)
+        return len(rows)
+
+    bar = tqdm(total=number, unit="image", desc=what, file=sys.stderr, leave=False)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for count in pool.map(work_on, range(0, number, CHUNK_IMAGES)):
+            bar.update(count)
 
 
 def _decode_image(data: bytes) -> np.ndarray:
@@ -512,77 +549,12 @@ def _decode_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def _fingerprint(source: Path | None) -> dict[str, Any] | None:
+def fingerprint_of(source: Path | None) -> dict[str, Any] | None:
     """What tells one source from another without reading it: 250 MB of zip, or 120 000 files."""
     if source is None:
         return None
-    if source.suffix == ".zip":
+    if not source.is_dir():
         stat = source.stat()
-        return {"kind": "zip", "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    sizes = [size for _, size in _walk(source)]
+        return {"kind": source.suffix[1:], "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    sizes = [entry.stat().st_size for _, entry in walk(source)]
     return {"kind": "folder", "files": len(sizes), "bytes": sum(sizes)}
-
-
-def _cache_folders(root: Path) -> tuple[Path, Path]:
-    """Beside the source; else, where that cannot be written, in the home folder under a key of the source's path."""
-    key = hashlib.sha256(str((root / TINY).resolve()).encode()).hexdigest()[:16]
-    return root / f"{TINY}-cache", Path.home() / ".cache" / "flatcl" / f"{TINY}-{key}"
-
-
-def _cached(caches: Sequence[Path], fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray] | None:
-    """Arrays of the first sound cache of this source (None: of any source), or None; says why one is not used."""
-    for cache in caches:
-        try:
-            if (cache / "meta.json").is_file():
-                return _read_cache(cache, fingerprint)
-        except (OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, RecursionError) as error:
-            print(f"{cache}: not used ({' '.join(str(error).split())}); it will be built again", file=sys.stderr)
-    return None
-
-
-def _read_cache(cache: Path, fingerprint: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    meta = json.loads(_read_file(cache / "meta.json", MAX_TEXT_BYTES))
-    if meta["version"] != CACHE_VERSION:
-        raise ValueError(f"format {meta['version']}, this program writes {CACHE_VERSION}")
-    if fingerprint is not None and meta["source"] != fingerprint:
-        raise ValueError("its source has changed")
-    arrays = {}
-    for name in ("train_x", "train_y", "test_x", "test_y"):
-        array = np.load(cache / f"{name}.npy", allow_pickle=False)
-        if _describe(array) != meta["arrays"][name]:
-            raise ValueError(f"{name}.npy is damaged")
-        arrays[name] = array
-    return arrays
-
-
-def _describe(array: np.ndarray) -> dict[str, Any]:
-    # crc32 finds damage as well as sha256 would, and checks the 1.2 GB in about a second.
-    contiguous = np.ascontiguousarray(array)
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": zlib.crc32(contiguous.data)}
-
-
-def _write_cache(caches: Sequence[Path], arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> None:
-    meta = {
-        "version": CACHE_VERSION,
-        "source": fingerprint,
-        "arrays": {name: _describe(array) for name, array in arrays.items()},
-    }
-    problem = None
-    for cache in caches:
-        temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-        aside = cache.with_name(f"{cache.name}.{os.getpid()}.old")
-        try:
-            temporary.mkdir(parents=True)
-            for name, array in arrays.items():
-                np.save(temporary / f"{name}.npy", array)
-            (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            if cache.exists():
-                os.replace(cache, aside)  # a folder cannot be replaced unless it is empty
-            os.replace(temporary, cache)
-            return
-        except OSError as error:
-            problem = error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(aside, ignore_errors=True)
-    print(f"{caches[0]}: cannot be written ({problem}); the images are decoded at every start", file=sys.stderr)

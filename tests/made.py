@@ -7,15 +7,24 @@ Each function returns `((train_x, train_y), (test_x, test_y))` as NumPy arrays: 
 import gzip
 import io
 import pickle
+import shutil
 import struct
 import zipfile
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import scipy.io
 from PIL import Image
 
+from flatcl.utils.registry import DATASETS
+
 Rows = tuple[np.ndarray, np.ndarray]
+
+
+def declared() -> list[str]:
+    """The benchmarks whose classes say what they are; the others need data that a user gives."""
+    return [name for name in DATASETS.names() if hasattr(DATASETS.load(name), "shape")]
 
 
 def _rows(rng: np.random.Generator, n: int, patterns: np.ndarray) -> Rows:
@@ -151,3 +160,85 @@ def make_tinyimagenet(root: Path, n_train: int = 2, n_val: int = 1, seed: int = 
         archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "".join(lines))
         archive.writestr("tiny-imagenet-200/test/images/test_0.JPEG", _jpeg(rng, colours[0], grey=False)[0])
     return tuple((np.stack(images[part]), np.array(labels[part], np.int64)) for part in ("train", "val"))
+
+
+def make_svhn(root: Path, n_train: int = 40, n_test: int = 20, seed: int = 0) -> tuple[Rows, Rows]:
+    """`root/train_32x32.mat` and `test_32x32.mat`, where 10 stands for the digit 0; x is (N, 3, 32, 32)."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(0, 200, (10, 3, 32, 32))
+    splits = _rows(rng, n_train, patterns), _rows(rng, n_test, patterns)
+    for part, (images, labels) in zip(("train", "test"), splits, strict=True):
+        y = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+        content = {"X": images.transpose(2, 3, 1, 0), "y": y}
+        scipy.io.savemat(Path(root) / f"{part}_32x32.mat", content, do_compression=True)
+    return splits
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    """(3, H, W) uint8 as a file of this kind."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, kind)
+    return file.getvalue()
+
+
+def zipped(folder: Path, archive: Path) -> None:
+    """Packs the files of a folder, by their paths below it, and removes it."""
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in sorted(folder.rglob("*")):
+            packed.write(file, file.relative_to(folder))
+    shutil.rmtree(folder)
+
+
+def make_gtsrb(root: Path, n_train: int = 2, n_test: int = 1, seed: int = 0, zips: bool = False) -> tuple[Rows, Rows]:
+    """`root/gtsrb` as torchvision unpacks it, or the three zips: 43 classes with so many images, 32x32 already, for
+    which nothing is resized. Rows come in the reader's order."""
+    rng, base = np.random.default_rng(seed), Path(root) / "gtsrb"
+    patterns = rng.integers(0, 200, (43, 3, 32, 32))
+    folders = base / "GTSRB" / "Training", base / "GTSRB" / "Final_Test" / "Images"
+    train_y = np.repeat(np.arange(43), n_train)
+    test_y = rng.permutation(np.repeat(np.arange(43), n_test))
+    splits = tuple(
+        ((patterns[y] + rng.integers(0, 56, (len(y), 3, 32, 32))).astype(np.uint8), y) for y in (train_y, test_y)
+    )
+    for row, (pixels, label) in enumerate(zip(*splits[0], strict=True)):
+        (folders[0] / f"{label:05d}").mkdir(parents=True, exist_ok=True)
+        (folders[0] / f"{label:05d}" / f"{row:05d}_00000.ppm").write_bytes(encoded(pixels, "PPM"))
+        (folders[0] / f"{label:05d}" / f"GT-{label:05d}.csv").write_text("Filename;Width;Height;ClassId\n")
+    folders[1].mkdir(parents=True)
+    lines = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
+    for row, (pixels, label) in enumerate(zip(*splits[1], strict=True)):
+        (folders[1] / f"{row:05d}.ppm").write_bytes(encoded(pixels, "PPM"))
+        lines.append(f"{row:05d}.ppm;32;32;5;5;27;27;{label}")
+    (base / "GT-final_test.csv").write_text("\r\n".join(lines) + "\r\n")
+    if zips:
+        for part, archive in (("Training", "GTSRB-Training_fixed.zip"), ("Final_Test", "GTSRB_Final_Test_Images.zip")):
+            shutil.copytree(base / "GTSRB" / part, base / "new" / "GTSRB" / part)
+            zipped(base / "new", base / archive)
+        shutil.rmtree(base / "GTSRB")
+        (base / "new").mkdir()
+        (base / "GT-final_test.csv").rename(base / "new" / "GT-final_test.csv")
+        zipped(base / "new", base / "GTSRB_Final_Test_GT.zip")
+    return splits
+
+
+def make_eurosat(root: Path, n: int = 5, seed: int = 0, zips: bool = False) -> dict[str, np.ndarray]:
+    """`root/eurosat/2750/<class>/<class>_<number>.jpg`, or `root/eurosat/EuroSAT.zip`: n images of each of 10 classes.
+
+    Returns {class/file: what Pillow decodes from it}, uint8 (3, 64, 64): which are test images is the reader's choice.
+    """
+    from flatcl.datasets.seq_eurosat import CLASSES
+
+    rng, base = np.random.default_rng(seed), Path(root) / "eurosat"
+    colours, images = rng.integers(0, 200, (len(CLASSES), 3)), {}
+    for label, name in enumerate(CLASSES):
+        (base / "2750" / name).mkdir(parents=True)
+        for number in range(1, n + 1):
+            data, decoded = _jpeg(rng, colours[label], grey=False)
+            (base / "2750" / name / f"{name}_{number}.jpg").write_bytes(data)
+            images[f"{name}/{name}_{number}.jpg"] = decoded
+    if zips:
+        (base / "new").mkdir()
+        (base / "2750").rename(base / "new" / "2750")
+        zipped(base / "new", base / "EuroSAT.zip")
+    return images

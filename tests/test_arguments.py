@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made import make_mnist
+from made import declared, make_mnist
 from tape import Tape
 
 from flatcl.utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
@@ -173,7 +173,7 @@ def test_describe_prints_published_values_with_their_source(prints):
 
 
 @pytest.mark.parametrize("name", METHODS.names())
-@pytest.mark.parametrize("dataset", DATASETS.names())
+@pytest.mark.parametrize("dataset", declared())
 def test_every_method_has_usable_defaults_on_every_benchmark(name, dataset):
     try:
         resolve(["--model", name, "--dataset", dataset])
@@ -776,7 +776,10 @@ COMPANIONS = {  # without which a flag is refused or has nothing to act on
 
 
 def brought_flags():
+    """Those of benchmarks need data: see test_own_data.py."""
     for kind, registry in SELECTORS.items():
+        if kind == "dataset":
+            continue
         for name in registry.names():
             args_type = args_of(registry.load(name))
             for flag in flags_of(args_type, kind).values() if args_type else ():
@@ -801,8 +804,6 @@ def other_values(flag, value):
 @pytest.mark.parametrize("kind, name, flag_name", list(brought_flags()))
 def test_every_flag_of_every_registered_name_changes_a_result(kind, name, flag_name):
     chosen = {"model": "er", "dataset": "seq-synth", kind: name}
-    if kind == "dataset":
-        pytest.fail(f"--{flag_name} of {name}: write an entry that runs this benchmark")
     argv = ["--model", chosen["model"], *([f"--{kind}", name] if kind != "model" else []), *SMALL]
     argv += COMPANIONS.get((name, flag_name), COMPANIONS.get(flag_name, ()))
     config = resolve(argv)
@@ -841,6 +842,11 @@ def check_n_tasks(tmp_path, capsys, monkeypatch):
     assert main([*argv, "--n_tasks", "2"]) == 0
     assert "Accuracy for 2 task(s)" in capsys.readouterr().out
     assert len(build(*argv, "--n_tasks", "2")[1].benchmark) == 2
+
+
+def check_classes_per_task(tmp_path, capsys, monkeypatch):
+    _, trainer = build("--model", "er", "--dataset", "seq-synth", "--classes_per_task", "7,1,2")
+    assert [len(task.classes) for task in trainer.benchmark] == [7, 1, 2]
 
 
 def check_start_from(tmp_path, capsys, monkeypatch):
@@ -1062,6 +1068,7 @@ OBSERVED = {
     ),  # fmt: skip
     "seed": differs("--seed", "1"),
     "n_tasks": check_n_tasks,
+    "classes_per_task": check_classes_per_task,
     "start_from": check_start_from,
     "stop_after": check_stop_after,
     "pretrained_weights": check_pretrained_weights,

@@ -6,6 +6,7 @@ import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
+from made import declared
 from PIL import Image
 from scipy import stats
 from torch import nn
@@ -19,7 +20,7 @@ from flatcl.utils.registry import DATASETS, METHODS
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
-BENCHMARKS = [DATASETS.load(name) for name in DATASETS.names()]
+BENCHMARKS = [DATASETS.load(name) for name in declared()]
 
 
 def pattern(channels=1, height=8, width=8):

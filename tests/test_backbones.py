@@ -5,6 +5,7 @@ from math import sqrt
 import pytest
 import torch
 import torchvision
+from made import declared
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -13,7 +14,7 @@ from flatcl.utils.arguments import args_of
 from flatcl.utils.registry import BACKBONES, DATASETS
 
 NAMES = BACKBONES.names()
-SHAPES = sorted({(DATASETS.load(name).shape, DATASETS.load(name).num_classes) for name in DATASETS.names()})
+SHAPES = sorted({(DATASETS.load(name).shape, DATASETS.load(name).num_classes) for name in declared()})
 RESNETS = {"resnet18": (512, 8), "reduced-resnet18": (160, 8), "resnet32": (64, 4)}  # last map: planes, total stride
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet
+from made import (
+    declared,
+    make_cifar10,
+    make_cifar100,
+    make_eurosat,
+    make_gtsrb,
+    make_mnist,
+    make_svhn,
+    make_tinyimagenet,
+)
 from PIL import Image
 
 from flatcl.datasets import _files
@@ -19,13 +28,13 @@ from flatcl.utils.registry import DATASETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
 
-NAMES = DATASETS.names()
+NAMES = declared()
 SETTINGS = {name: DATASETS.load(name).setting for name in NAMES}
 CLASS_IL = [name for name in NAMES if SETTINGS[name] == "class-il"]
 DOMAIN_IL = [name for name in NAMES if SETTINGS[name] == "domain-il"]
 KNOWN = {
-    "mnist-360", "perm-mnist", "rot-mnist", "seq-cifar10", "seq-cifar100", "seq-digits", "seq-fmnist", "seq-mnist",
-    "seq-synth", "seq-tinyimg",
+    "mnist-360", "perm-mnist", "rot-mnist", "seq-cifar10", "seq-cifar100", "seq-digits", "seq-eurosat", "seq-fmnist",
+    "seq-gtsrb", "seq-mnist", "seq-svhn", "seq-synth", "seq-tinyimg",
 }  # fmt: skip
 
 
@@ -37,6 +46,9 @@ def root(tmp_path_factory):
     make_cifar10(folder)
     make_cifar100(folder)
     make_tinyimagenet(folder)
+    make_svhn(folder)
+    make_gtsrb(folder)
+    make_eurosat(folder)
     return folder
 
 
@@ -117,7 +129,8 @@ def test_task_counts_of_the_published_protocols():
     counts = {name: configure(name).n_tasks for name in KNOWN}
     assert counts == {
         "mnist-360": 1, "perm-mnist": 20, "rot-mnist": 20, "seq-cifar10": 5, "seq-cifar100": 10, "seq-digits": 5,
-        "seq-fmnist": 5, "seq-mnist": 5, "seq-synth": 5, "seq-tinyimg": 10,
+        "seq-eurosat": 5, "seq-fmnist": 5, "seq-gtsrb": 6, "seq-mnist": 5, "seq-svhn": 5, "seq-synth": 5,
+        "seq-tinyimg": 10,
     }  # fmt: skip
 
 
@@ -166,13 +179,13 @@ def test_an_index_outside_the_tasks_is_an_error(root, name):
 @pytest.mark.parametrize("name", CLASS_IL)
 def test_n_tasks_must_divide_the_classes(root, name):
     classes = DATASETS.load(name).num_classes
-    for n_tasks in (1, 2, classes):
+    divisors = [n for n in range(1, classes + 1) if classes % n == 0]
+    for n_tasks in divisors[:2] + divisors[-1:]:
         benchmark = build(root, name, "--n_tasks", n_tasks)
         assert [len(task.classes) for task in benchmark] == [classes // n_tasks] * n_tasks
         task = benchmark[n_tasks - 1]
         assert set(task.train.labels.tolist()) == set(range(classes - classes // n_tasks, classes))
     (problem,) = refused(name, "--n_tasks", classes - 1)
-    divisors = [n for n in range(1, classes + 1) if classes % n == 0]
     assert "--n_tasks" in problem and f"got {classes - 1}" in problem and ", ".join(map(str, divisors)) in problem
     assert "--n_tasks" in refused(name, "--n_tasks", 2 * classes)[0]
 
@@ -191,13 +204,12 @@ def test_custom_class_order_is_honoured(root, name):
     order = np.random.default_rng(5).permutation(classes).tolist()
     assert order != sorted(order)
     benchmark = build(root, name, "--custom_class_order", ",".join(map(str, order)))
-    size = classes // len(benchmark)
     for part, (images, labels) in zip(("train", "test"), base_of(benchmark), strict=True):
         for task in benchmark:
             split = getattr(task, part)
             original = labels[split.ids]
             assert torch.equal(images[split.ids], split.images)
-            assert set(original.tolist()) == set(order[task.index * size : (task.index + 1) * size])
+            assert set(original.tolist()) == set(order[task.classes.start : task.classes.stop])
             assert original.tolist() == [order[label] for label in split.labels.tolist()]
             assert len(split) == sum((labels == wanted).sum() for wanted in set(original.tolist()))
 

@@ -10,6 +10,7 @@ import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
+from made import declared
 from torch import nn
 
 from flatcl.datasets._benchmark import DomainBenchmark, Split
@@ -238,7 +239,7 @@ DECLARED = {
     "no num_classes": ("del num_classes", "has no `num_classes`"),
     "no shape": ("del shape", "has no `shape`"),
     "no load": ("load = Benchmark.load", "has no `load`"),
-    "no n_tasks": ("defaults = dict(batch_size=8, minibatch_size=8)", "Set n_tasks in its `defaults`"),
+    "no n_tasks": ("defaults = dict(batch_size=8, minibatch_size=8)", "can set one of them in its `defaults`"),
 }
 
 
@@ -533,7 +534,7 @@ def test_decisions_that_json_cannot_hold_are_refused(tmp_path, capsys):
     assert not list((tmp_path / "results").rglob("config.json")), "nothing is left of a run that never began"
 
 
-@pytest.mark.parametrize("name", DATASETS.names())
+@pytest.mark.parametrize("name", declared())
 def test_no_registered_benchmark_needs_a_conversion_or_a_warning(name, recwarn):
     """Their augmentations, at their own shapes."""
     cls = DATASETS.load(name)

@@ -67,6 +67,9 @@ class EngineArgs:
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
     seed: int = flag(0, "seed of everything random", low=0, high=2**32 - 1, fixed=True)
     n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1, fixed=True)
+    classes_per_task: tuple[int, ...] = flag(
+        (), "classes of each task of a class-incremental benchmark, e.g. 50,10,10; decides --n_tasks", low=1, fixed=True
+    )
     start_from: int = flag(
         0, "first task to train, counted from 0; the classes of those before count as learned", low=0, fixed=True
     )
@@ -346,15 +349,15 @@ class Config:
 
     @cached_property
     def code(self) -> dict[str, str]:
-        """{file: digest} of what defines the four chosen classes, of plugins and of pretrained weights; see
-        `utils/identity.py`."""
-        classes = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
-        found = code_of(classes, self.plugins)
-        for cls in classes:
+        """{file: digest} of what defines the four chosen classes, and of plugins (see `utils/identity.py`); of the data
+        and packages that a class names in its `sources`; and of pretrained weights."""
+        chosen = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
+        found = code_of(chosen, self.plugins)
+        for cls in chosen:
             found |= cls.sources(self) if hasattr(cls, "sources") else {}
         if self.pretrained_weights is not None:
             found |= weights_of(self.pretrained_weights, self.begun_by)
-        return found
+        return dict(sorted(found.items()))
 
     def to_json(self) -> dict:
         flags = {name: {"value": self.values[name], "origin": self.origins[name]} for name in self.values}
@@ -379,9 +382,10 @@ class Config:
     def learner(self) -> type:
         return METHODS.load(self.model)
 
-    @property
+    @cached_property
     def benchmark(self) -> type:
-        return DATASETS.load(self.dataset)
+        """The benchmark's class, with what its data alone says. Raises `UsageError` where that data is not there."""
+        return DATASETS.load(self.dataset).declared(self)
 
 
 @dataclass(frozen=True)
@@ -502,12 +506,13 @@ def resolve_request(request: Request) -> Config:
     begun_by = saved.code if saved and request.resume else parent.code if parent else None
     config = Config(layers.values, layers.origins, plugins, parent, flags, begun_by)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
+    config = config if problems else _with_number_of_tasks(config)
     problems = problems or _check_together(config)
     if parent is not None:
         problems = problems or _check_continued(config, saved if request.continues else None)
     problems = problems or [
-        *chosen["dataset"].check(config),
-        *chosen["model"].check(config, chosen["dataset"]),
+        *config.benchmark.check(config),
+        *chosen["model"].check(config, config.benchmark),
         *chosen["optimizer"].check(config, chosen["model"]),
     ]
     if problems:
@@ -516,6 +521,15 @@ def resolve_request(request: Request) -> Config:
     if changed:
         complain(f"note: {parent.run} was made by other code: {', '.join(changed)} changed since")
     return config
+
+
+def _with_number_of_tasks(config: Config) -> Config:
+    """Where only a benchmark's data says how many tasks there are."""
+    number = config.benchmark.defaults.get("n_tasks") if config.n_tasks is None else None
+    if number is None:
+        return config
+    origins = {**config.origins, "n_tasks": f"dataset {config.benchmark.name}"}
+    return dataclasses.replace(config, values={**config.values, "n_tasks": number}, origins=origins)
 
 
 def _check_continued(config: Config, saved: Saved | None) -> list[str]:
@@ -575,6 +589,16 @@ class _Layers:
     def put(self, layer: Mapping[str, Any], origin: str) -> None:
         for name in self.flags.keys() & layer.keys():
             self.values[name], self.origins[name] = layer[name], origin
+        self._agree_on_tasks(layer)
+
+    def _agree_on_tasks(self, layer: Mapping[str, Any]) -> None:
+        """--classes_per_task decides --n_tasks; of the two, the one in the upper layer counts. If one layer has both,
+        `_check_together` compares them."""
+        sizes, number = self.values["classes_per_task"], layer.get("n_tasks")
+        if sizes and number is None and ("n_tasks" in layer or "classes_per_task" in layer):
+            self.values["n_tasks"], self.origins["n_tasks"] = len(sizes), "--classes_per_task"
+        elif number not in (None, len(sizes)) and "classes_per_task" not in layer:
+            self.values["classes_per_task"], self.origins["classes_per_task"] = (), "--n_tasks"
 
 
 def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any]) -> list[str]:
@@ -796,6 +820,11 @@ def _check_together(config: Config) -> list[str]:
         problems.append(f"--threads must be at most the number of this machine's cores {cores}, got {config.threads}.")
     if config.values.get("optim_nesterov") and not config.values["optim_mom"]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
+    if config.classes_per_task and config.n_tasks != len(config.classes_per_task):
+        problems.append(
+            f"--n_tasks {config.n_tasks} does not fit --classes_per_task {written(config.classes_per_task)}, which are "
+            f"{len(config.classes_per_task)} tasks. Drop --n_tasks."
+        )
     if config.permute_classes and config.custom_class_order:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
     if config.pretrained_weights is not None and config.begun_by is None:

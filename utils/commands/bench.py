@@ -27,14 +27,13 @@ from flatcl.utils.commands._parser import Parser
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.engine.build import resolve_device
 from flatcl.utils.optim._sharpness import frozen_statistics, norm
-from flatcl.utils.registry import DATASETS, HOME, OPTIMIZERS
+from flatcl.utils.registry import HOME, OPTIMIZERS
 
 METHODS = ("er", "derpp", "derpp_sam", "mgser_sam")
 
 
-def made(name: str, num_images: int) -> type:
-    """The benchmark `name` with random images in place of its files."""
-    real = DATASETS.load(name)
+def made(real: type, num_images: int) -> type:
+    """A benchmark with random images in place of its files."""
 
     def load(self, root):
         draw = torch.Generator().manual_seed(0)
@@ -56,7 +55,7 @@ def fresh(model: str, dataset: str, device: torch.device, num_images: int, **fla
     """A trainer on random images, before its first step."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     config = resolve(["--model", model, "--dataset", dataset, "--disable_log", "1", "--non_verbose", "1", *words])
-    benchmark = made(dataset, num_images)
+    benchmark = made(config.benchmark, num_images)
     config = SimpleNamespace(
         **config.values, view=config.view, learner=config.learner, benchmark=benchmark, hash=config.hash,
         values=config.values,
