@@ -512,3 +512,13 @@ def test_files_that_are_no_arrays_are_refused(npz, tmp_path):
             load("npz", npz, "--n_tasks", "5")
     npz.write_bytes(sound[: len(sound) // 2])
     assert "npz file, or a damaged one" in refused("npz", npz, "--n_tasks", "5")
+
+
+def test_early_stopping_holds_out_images_of_each_domain(many):
+    argv = ["--model", "er", "--dataset", "domains", "--data_folder", str(many), *QUICK, "--n_epochs", "3"]
+    trainer = build_trainer(resolve([*argv, "--early_stop", "1", "--disable_log"]), torch.device("cpu"), None)
+    whole = build_trainer(resolve([*argv, "--disable_log"]), torch.device("cpu"), None).benchmark
+    for task, all_of_it in zip(trainer.benchmark, whole, strict=True):
+        ids = {*task.train.ids.tolist()}, {*task.monitor.ids.tolist()}
+        assert not ids[0] & ids[1] and ids[0] | ids[1] == {*all_of_it.train.ids.tolist()}
+    assert trainer.run()["status"] == "finished"

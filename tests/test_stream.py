@@ -403,7 +403,13 @@ class Domains(DomainBenchmark):
 def domains(cls=Domains):
     return cls(
         SimpleNamespace(
-            n_tasks=6, base_path=".", validation=False, early_stop=None, custom_class_order=(), permute_classes=False
+            n_tasks=6,
+            base_path=".",
+            validation=False,
+            early_stop=None,
+            custom_class_order=(),
+            permute_classes=False,
+            classes_per_task=(),
         )
     )
 
