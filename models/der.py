@@ -23,6 +23,8 @@ def logit_distance(logits: Tensor, targets: Tensor) -> Tensor:
 
 @METHODS.register("der")
 class Der(ReplayMethod):
+    keeps_logits = True
+
     @dataclass(frozen=True)
     class Args(ReplayMethod.Args):
         alpha: float = flag(0.5, "weight of the replayed logits", low=0)
@@ -59,6 +61,3 @@ class Der(ReplayMethod):
         if memory is not None:
             rows["logits"] = (memory, self.args.alpha * logit_distance(self.net(memory.x), memory.logits))
         return Loss(rows, logits)
-
-    def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids, logits=loss.logits)

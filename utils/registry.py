@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -59,6 +60,10 @@ class Registry:
 
     def written(self, name: str) -> str:
         return canonical(name).replace("_", self.separator)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, so that a registry can be the `choices` of a flag."""
+        return iter(self.names())
 
     def names(self) -> list[str]:
         """All names in writing form, sorted; imports nothing."""
@@ -261,4 +266,5 @@ METHODS = Registry("model", "models", "flatcl.models")
 DATASETS = Registry("dataset", "datasets", "flatcl.datasets", separator="-")
 BACKBONES = Registry("backbone", "backbone", "flatcl.backbones", separator="-")
 OPTIMIZERS = Registry("optimizer", "utils/optim", "flatcl.optimizers")
-REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS)
+POLICIES = Registry("buffer policy", "utils/engine/policies", "flatcl.policies")
+REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS, POLICIES)
