@@ -46,6 +46,11 @@ class Buffer:
         self._check_images(columns)
         n = len(next(iter(columns.values())))
         if labels is None and self.policy.needs_labels:
+            if "y" not in columns:
+                raise UsageError(
+                    f"--buffer_policy {self.policy.name} looks at labels, and the rows that are added have no column "
+                    "`y`. Add it, or choose another policy."
+                )
             labels = columns["y"].cpu().numpy()
         slots = self.policy.place(self, n, labels)
         self.num_seen += n
