@@ -55,10 +55,11 @@ class ReplayMethod(Method):
         kept = {"x": x, "y": y, "ids": ids}
         return {**kept, "logits": logits} if self.keeps_logits else kept
 
-    def remember(self, batch: Batch, loss: Loss) -> None:
-        """Shows the batch to the policy."""
+    def remember(self, batch: Batch, loss: Loss | None) -> None:
+        """Shows the batch to the policy. `loss` is None where `steps` had no step for it."""
         labels = batch.labels if self.buffer.policy.needs_labels else None
-        self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, loss.logits))
+        logits = None if loss is None else loss.logits
+        self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
 
     def end_task(self, task: Any) -> None:
         """Lets the policy choose; where it is overridden, call it first."""

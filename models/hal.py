@@ -128,7 +128,7 @@ class HAL(ReplayMethod):
     @torch.no_grad()
     def remember(self, batch: Batch, loss: Loss) -> None:
         if self.args.hal_memory == "ring":
-            self._into_ring(self.columns(batch.x, batch.y, batch.ids, loss.logits))
+            self._into_ring(self.columns(batch.x, batch.y, batch.ids, None))
         else:
             super().remember(batch, loss)
         self.phi.lerp_(self.net.features(batch.inputs).mean(0).float(), 1 - self.args.beta)

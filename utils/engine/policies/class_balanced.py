@@ -23,7 +23,7 @@ class ClassBalanced(Policy):
         super().__init__(num_classes)
         self.slots: dict[int, list[int]] = {}  # class -> those of its rows
         self.seen: dict[int, int] = {}  # class -> presentations
-        self.full: dict[int, bool] = {}  # class -> whether it has been a largest one
+        self.full: set[int] = set()  # classes that have been a largest one
         self.largest: list[int] = []  # classes, once there is no room
 
     def place(self, buffer, n, labels):
@@ -49,16 +49,16 @@ class ClassBalanced(Policy):
     def _slot(self, label: int, u: float, capacity: int) -> int:
         """What a row replaces, by u ~ U[0, 1); `capacity`: nothing."""
         own = self._count(label)
-        if self.full.get(label):
+        if label in self.full:
             place = int(u * self.seen[label])
             return own[place] if place < len(own) else capacity
         size = len(self.slots[self.largest[0]])
-        index, place = divmod(int(u * size * len(self.largest)), size)
+        index, place = divmod(int(u * (size * len(self.largest))), size)
         losing = self.slots[self.largest.pop(index)]
         losing[place], losing[-1] = losing[-1], losing[place]
         own.append(losing.pop())
         if len(own) == size:
-            self.full[label] = True
+            self.full.add(label)
             self.largest.append(label)
         if not self.largest:
             self._find_largest()
@@ -67,14 +67,14 @@ class ClassBalanced(Policy):
     def _find_largest(self) -> None:
         size = max(map(len, self.slots.values()))
         self.largest = [label for label, slots in self.slots.items() if len(slots) == size]
-        self.full |= dict.fromkeys(self.largest, True)
+        self.full.update(self.largest)
 
     def state_dict(self):
         return {
             "slots": {label: list(slots) for label, slots in self.slots.items()},
-            "seen": dict(self.seen), "full": dict(self.full), "largest": list(self.largest),
+            "seen": dict(self.seen), "full": sorted(self.full), "largest": list(self.largest),
         }  # fmt: skip
 
     def load_state_dict(self, state):
         self.slots = {label: list(slots) for label, slots in state["slots"].items()}
-        self.seen, self.full, self.largest = dict(state["seen"]), dict(state["full"]), list(state["largest"])
+        self.seen, self.full, self.largest = dict(state["seen"]), set(state["full"]), list(state["largest"])
