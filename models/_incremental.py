@@ -4,20 +4,17 @@ Exemplars are chosen when a task ends, and join the training rows of the next on
 rows, so that an optimizer cannot tell them apart: to it, such a method has no memory.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatcl.models._herding import herded
 from flatcl.models._method import Context, Method
 from flatcl.models._passes import WithTeacher
 from flatcl.utils.arguments import flag
 from flatcl.utils.engine.buffer import Buffer
-from flatcl.utils.engine.evaluator import rows_per_pass
-from flatcl.utils.engine.layout import rows_of_forward
-from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.optim._driver import trainable
 
 
@@ -37,20 +34,6 @@ class Incremental(Method):
         """Whether nothing has been learned before this task."""
         return task.index == self.context.config.start_from
 
-    @torch.no_grad()
-    def outputs_of(self, part: Callable[[Tensor], Tensor], images: Tensor, convert: Callable | None = None) -> Tensor:
-        """What a part of the network gives for stored images (N, C, H, W) uint8, un-augmented, in eval mode; counted.
-
-        `convert` makes its inputs of them, a chunk at a time: as for evaluation unless told otherwise.
-        """
-        convert = convert or self.context.augment.plain
-        self.count(forward=len(images))
-        shape, device = images.shape[1:], self.context.device
-        chunk = rows_per_pass(shape, device)
-        step = rows_of_forward(self.net, shape, device, chunk)
-        with eval_mode(self.net):
-            return torch.cat([part(x) for raw in images.split(chunk) for x in convert(raw).split(step)])
-
     def get_extra_state(self) -> dict:
         return {"past": self.past, "seen": self.seen}
 
@@ -62,6 +45,7 @@ class WithExemplars(WithTeacher, Incremental):
     """A method with a memory of exemplars: the columns `x`, `y`, `ids`, in the order in which they were chosen."""
 
     revisits = True
+    fixed_policy = "exemplars by herding"
 
     @dataclass(frozen=True)
     class Args:
@@ -113,12 +97,7 @@ class WithExemplars(WithTeacher, Incremental):
         for label in range(self.past if old else 0):
             keep((old["y"] == label).nonzero().squeeze(1)[:number], **old)
         for label in task.classes:
-            rows = (new.labels == label).nonzero().squeeze(1)
-            if len(rows) == 0:  # --validation holds out all its images
-                continue
-            features = self.outputs_of(self.net.features, new.images.index_select(0, rows))
-            chosen = herd(features, number)
-            keep(rows[chosen.to(rows.device)], x=new.images, y=new.labels, ids=new.ids)
+            keep(herded(self, new, label, number), x=new.images, y=new.labels, ids=new.ids)
         self.buffer.replace(**{name: torch.cat(columns) for name, columns in parts.items()})
         self._rows = None
 
@@ -132,21 +111,6 @@ class WithExemplars(WithTeacher, Incremental):
         super().set_extra_state(state)
         self.buffer.load_state_dict(state["buffer"])
         self._rows = None
-
-
-def herd(features: Tensor, number: int) -> Tensor:
-    """Herding (Welling, 2009; iCaRL, algorithm 4): features (n, F) -> rows (min(n, number),) int64, in order.
-
-    The i-th is the row that brings the mean of the i chosen ones closest to the mean of all.
-    """
-    away = features - features.mean(0)  # then |mean - (f + chosen) / i| is |away + their sum| / i
-    sizes, total, chosen = away.square().sum(1), torch.zeros_like(away[0]), []
-    for _ in range(min(number, len(features))):
-        pick = (sizes + 2 * (away @ total)).argmin().view(1)
-        chosen.append(pick)
-        total = total + away.index_select(0, pick)[0]
-        sizes = sizes.index_fill(0, pick, torch.inf)
-    return torch.cat(chosen)
 
 
 def classifier_of(net: nn.Module) -> tuple[str, nn.Linear]:

@@ -8,7 +8,7 @@ optimizer (`utils/optim/_driver.py`), which sees a method as an `Objective` (`mo
 of the weights.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from flatcl.models._blocks import Block, Loss
 from flatcl.models._checks import not_steps, of_blocks, of_call, of_guides, shown
 from flatcl.models._objective import Objective
+from flatcl.utils.engine.evaluator import rows_per_pass
+from flatcl.utils.engine.layout import rows_of_forward
+from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
 from flatcl.utils.registry import BACKBONES
@@ -33,11 +36,25 @@ class Batch:
     """What the stream hands out: `x` (N, C, H, W) uint8 as stored, `inputs` its augmented and normalised form, float32;
     `y` (N,) int64; `ids` (N,) int64, unique over the benchmark.
 
-    Where nothing is augmented, `inputs` is not given but converted from `x` when asked for.
+    Where nothing is augmented, `inputs` is not given but converted from `x` when asked for. `labels` gives what `y` is,
+    on the host, without a wait for the device.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, ids: Tensor, inputs: Tensor | None, augment: Any):
-        self.x, self.y, self.ids, self._inputs, self._augment = x, y, ids, inputs, augment
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        inputs: Tensor | None,
+        augment: Any,
+        labels: Callable[[], np.ndarray] | None = None,
+    ):
+        self.x, self.y, self.ids, self._inputs, self._augment, self._labels = x, y, ids, inputs, augment, labels
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64: `y` on the host. A batch that is made without them waits for the device."""
+        return self.y.cpu().numpy() if self._labels is None else self._labels()
 
     @property
     def inputs(self) -> Tensor:
@@ -80,6 +97,7 @@ class Method(nn.Module):
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
     has_memory = False  # rows of the past are part of its loss
+    fixed_policy: str | None = None  # how its paper fills its memory: it has no --buffer_policy
     revisits = False  # passes over some rows of the stream more often than --n_epochs
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
@@ -211,6 +229,20 @@ class Method(nn.Module):
     def count(self, forward: int, backward: int = 0) -> None:
         """Adds rows to the run's cost: a teacher's forward, passes at the end of a task, ..."""
         self.rows = [self.rows[0] + forward, self.rows[1] + backward]
+
+    @torch.no_grad()
+    def outputs_of(self, part: Callable[[Tensor], Tensor], images: Tensor, convert: Callable | None = None) -> Tensor:
+        """What a part of the network gives for stored images (N, C, H, W) uint8, un-augmented, in eval mode; counted.
+
+        `convert` makes its inputs of them, a chunk at a time: as for evaluation unless told otherwise.
+        """
+        convert = convert or self.context.augment.plain
+        self.count(forward=len(images))
+        shape, device = images.shape[1:], self.context.device
+        chunk = rows_per_pass(shape, device)
+        step = rows_of_forward(self.net, shape, device, chunk)
+        with eval_mode(self.net):
+            return torch.cat([part(x) for raw in images.split(chunk) for x in convert(raw).split(step)])
 
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatcl.models._method import Method
-from flatcl.models._replay import ReplayMethod
+from flatcl.models._method import Batch, Loss, Method
+from flatcl.models._replay import MemoryArgs, ReplayMethod
 from flatcl.utils.arguments import DEBUG_BATCHES, Config
 from flatcl.utils.engine.seeding import generator_state, set_generator_state
 
@@ -52,13 +52,17 @@ class WithTeacher(Method):
 
 
 class SharedMemory(ReplayMethod):
-    """A memory that the tasks share evenly, filled at their ends."""
+    """A memory that the tasks share evenly, filled at their ends, unless a subclass has no `fixed_policy`."""
 
-    has_shares = True  # a subclass may fill it in another way
+    Args = MemoryArgs
+    fixed_policy = "as many images of each task, chosen at its end"
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:
-        return super().check(config, benchmark) + (check_shares(config) if cls.has_shares else [])
+        return super().check(config, benchmark) + (check_shares(config) if cls.fixed_policy else [])
+
+    def remember(self, batch: Batch, loss: Loss) -> None:
+        """Nothing: the memory is filled when a task ends."""
 
     def store_share(self, task: Any) -> None:
         """Adds this task's part of the memory: random images, as they are stored."""

@@ -1,31 +1,69 @@
-"""What rehearsal methods share: the buffer, and draws from it that are freshly augmented."""
+"""What rehearsal methods share: the buffer, how it is filled, and draws from it that are freshly augmented."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flatcl.models._method import Batch, Block, Context, Method
+from flatcl.models._method import Batch, Block, Context, Loss, Method
 from flatcl.utils.arguments import flag
 from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.registry import POLICIES
+
+
+@dataclass(frozen=True)
+class MemoryArgs:
+    """The flags of a memory whose policy is not the user's choice (`fixed_policy`)."""
+
+    buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
+    minibatch_size: int = flag(32, "images of one draw from the memory", low=1, high=10**6)
 
 
 class ReplayMethod(Method):
-    """A method with a reservoir of past images (uint8, un-augmented) and whatever columns `remember` adds to it.
+    """A method with a memory of past images (uint8, un-augmented), which --buffer_policy fills with `columns`.
 
-    With a column `ids`, optimizers that keep records of single images know the replayed ones too.
+    One whose paper says how its memory is filled has a `fixed_policy`, `Args` that build on `MemoryArgs`, and fills
+    the buffer itself: in a `remember` or an `end_task` of its own. With a column `ids`, optimizers that keep records of
+    single images know the replayed ones too.
     """
 
     has_memory = True
+    keeps_logits = False  # the memory has a column `logits`
 
     @dataclass(frozen=True)
-    class Args:
-        buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
-        minibatch_size: int = flag(32, "images of one draw from the memory", low=1, high=10**6)
+    class Args(MemoryArgs):
+        buffer_policy: str = flag("reservoir", "what the memory keeps", choices=POLICIES, fixed=True)
+
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        policy = getattr(config, "buffer_policy", None)  # the flag may be missing: `fixed_policy`
+        return problems + (POLICIES.load(policy).check(config, benchmark) if policy else [])
 
     def __init__(self, net, args, context: Context):
         super().__init__(net, args, context)
-        self.buffer = Buffer(args.buffer_size, context.device, context.rng)
+        policy = POLICIES.load(getattr(args, "buffer_policy", "reservoir"))(context.benchmark.num_classes)
+        self.buffer = Buffer(args.buffer_size, context.device, context.rng, policy)
+
+    def columns(self, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
+        """What the memory keeps of n rows, whoever chooses them: {column: (n, ...)}.
+
+        `logits` (n, K) are those of the clean pass (`Loss.logits`), and with a policy that chooses when a task ends,
+        those of the un-augmented images then, in eval mode; these are None unless `keeps_logits`.
+        """
+        kept = {"x": x, "y": y, "ids": ids}
+        return {**kept, "logits": logits} if self.keeps_logits else kept
+
+    def remember(self, batch: Batch, loss: Loss | None) -> None:
+        """Shows the batch to the policy. `loss` is None where `steps` had no step for it."""
+        labels = batch.labels if self.buffer.policy.needs_labels else None
+        logits = None if loss is None else loss.logits
+        self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
+
+    def end_task(self, task: Any) -> None:
+        """Lets the policy choose; where it is overridden, call it first."""
+        self.buffer.policy.end_task(self, task)
 
     def replay(self, draws: int = 1) -> tuple[Block, ...]:
         """`draws` independent draws of min(minibatch_size, filled) rows each, as blocks; () while the memory is empty.

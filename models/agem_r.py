@@ -3,7 +3,7 @@
 As in the code behind the paper, replayed images are neither augmented nor normalised.
 """
 
-from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._method import Batch, Block, published
 from flatcl.models._replay import ReplayMethod
 from flatcl.models.agem import AGem
 from flatcl.models.sgd import DER
@@ -13,7 +13,8 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("agem_r")
 class AGemR(AGem):
     settings = ReplayMethod.settings
-    has_shares = False
+    fixed_policy = None
+    Args = ReplayMethod.Args
     published = AGem.published | published(
         DER,
         {
@@ -29,8 +30,5 @@ class AGemR(AGem):
         pixels = rows["x"].float().div_(255)
         return (batch.block, Block(pixels, len(pixels), apart=True, y=rows["y"], ids=rows["ids"]))
 
-    def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
-
-    def end_task(self, task) -> None:
-        """Nothing: the reservoir fills with the stream."""
+    remember = ReplayMethod.remember
+    end_task = ReplayMethod.end_task

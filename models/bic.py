@@ -32,6 +32,8 @@ from flatcl.utils.registry import METHODS
 
 @METHODS.register("bic")
 class BiC(WithExemplars):
+    fixed_policy = "as many exemplars of each task, drawn at random"
+
     @dataclass(frozen=True)
     class Args(WithExemplars.Args):
         temp: float = flag(2.0, "temperature of both outputs", above=0)

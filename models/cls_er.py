@@ -110,7 +110,7 @@ class ClsEr(ReplayMethod):
         return Loss(rows, logits[: len(joint) - joint.memory])
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
+        super().remember(batch, loss)
         self.num_steps += 1
         for average, freq, alpha in (
             (self.plastic, self.args.plastic_freq, self.args.plastic_alpha),

@@ -1,7 +1,8 @@
 """Dark Experience Replay, DER (Buzzega et al., NeurIPS 2020), eq. 6: replay matches the logits of the past.
 
 The squared distance is a mean over classes as well as rows, to which the published alphas are tuned; stored logits are
-those of the augmented image in train mode, before the update.
+those of the augmented image in train mode, before the update. (With --buffer_policy herding they are taken when a task
+ends, of the un-augmented images in eval mode.)
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ def logit_distance(logits: Tensor, targets: Tensor) -> Tensor:
 
 @METHODS.register("der")
 class Der(ReplayMethod):
+    keeps_logits = True
+
     @dataclass(frozen=True)
     class Args(ReplayMethod.Args):
         alpha: float = flag(0.5, "weight of the replayed logits", low=0)
@@ -59,6 +62,3 @@ class Der(ReplayMethod):
         if memory is not None:
             rows["logits"] = (memory, self.args.alpha * logit_distance(self.net(memory.x), memory.logits))
         return Loss(rows, logits)
-
-    def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids, logits=loss.logits)

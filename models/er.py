@@ -32,6 +32,3 @@ class ER(ReplayMethod):
 
     def loss(self, joint: Block) -> Loss:
         return Loss({"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")})
-
-    def remember(self, batch: Batch, loss: Loss) -> None:
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)

@@ -65,10 +65,11 @@ class ErAce(ReplayMethod):
         return Loss(rows, logits)
 
     def remember(self, batch: Batch, loss: Loss) -> None:
+        super().remember(batch, loss)
         self.seen.index_fill_(0, batch.y, True)
-        self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids)
 
     def end_task(self, task) -> None:
+        super().end_task(task)
         self.num_tasks += 1
         self.is_replaying = True
 

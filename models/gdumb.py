@@ -32,6 +32,7 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("gdumb")
 class GDumb(Method):
     revisits = True
+    fixed_policy = "greedy, or a reservoir: --gdumb_sampler"
 
     @dataclass(frozen=True)
     class Args:

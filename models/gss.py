@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flatcl.models._method import Batch, Block, Loss, published
+from flatcl.models._replay import MemoryArgs
 from flatcl.models.er import ER
 from flatcl.models.sgd import DER
 from flatcl.utils.arguments import flag
@@ -29,8 +30,10 @@ FIRST_SCORE = 0.1
 
 @METHODS.register("gss")
 class GSS(ER):
+    fixed_policy = "diverse gradients"
+
     @dataclass(frozen=True)
-    class Args(ER.Args):
+    class Args(MemoryArgs):
         gss_minibatch_size: int = flag(32, "rows of the memory that a batch is compared with", low=1, high=10**6)
         batch_num: int = flag(1, "steps on each batch", low=1, high=1000)
 

@@ -43,7 +43,10 @@ class HAL(ReplayMethod):
         gamma: float = flag(0.1, "weight of the mean feature in an anchor", low=0)
         steps_on_anchors: int = flag(100, "gradient steps on an anchor", low=1, high=10**6)
         hal_memory: str = flag(
-            "reservoir", "the memory: one for all tasks, or a ring for each", choices=("reservoir", "ring"), fixed=True
+            "reservoir",
+            "the memory: one for all tasks, filled by --buffer_policy, or a ring for each",
+            choices=("reservoir", "ring"),
+            fixed=True,
         )
 
     published = published(
@@ -74,6 +77,11 @@ class HAL(ReplayMethod):
         problems = super().check(config, benchmark)
         if config.hal_memory == "ring":
             problems += check_shares(config)
+            if config.buffer_policy != "reservoir":
+                problems.append(
+                    "--buffer_policy has no effect with --hal_memory ring, which has a ring for each task. Drop it, or "
+                    "give --hal_memory reservoir."
+                )
         return problems
 
     def __init__(self, net, args, context):
@@ -119,11 +127,10 @@ class HAL(ReplayMethod):
 
     @torch.no_grad()
     def remember(self, batch: Batch, loss: Loss) -> None:
-        rows = {"x": batch.x, "y": batch.y, "ids": batch.ids}
         if self.args.hal_memory == "ring":
-            self._into_ring(rows)
+            self._into_ring(self.columns(batch.x, batch.y, batch.ids, None))
         else:
-            self.buffer.add(**rows)
+            super().remember(batch, loss)
         self.phi.lerp_(self.net.features(batch.inputs).mean(0).float(), 1 - self.args.beta)
         self.count(forward=len(batch.y))
 
@@ -136,6 +143,7 @@ class HAL(ReplayMethod):
         self.buffer.write(slots, **{name: column[-kept:] for name, column in rows.items()})
 
     def end_task(self, task) -> None:
+        super().end_task(task)
         size = self.context.config.batch_size
         rows = self.buffer.draw(size)
         with frozen_statistics(self.net):

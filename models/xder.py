@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot, pad
 
 from flatcl.models._method import Batch, Block, Context, Loss, published
 from flatcl.models._passes import shuffled
-from flatcl.models._replay import ReplayMethod
+from flatcl.models._replay import MemoryArgs, ReplayMethod
 from flatcl.models._views import strong_views, supcon
 from flatcl.models.der import logit_distance
 from flatcl.models.sgd import XDER
@@ -56,6 +56,7 @@ def places(y: Tensor) -> Tensor:
 @METHODS.register("xder")
 class XDer(ReplayMethod):
     settings = ("class-il",)
+    fixed_policy = "as many images of each class, chosen when a task ends"
     rows_are_apart = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,
@@ -71,7 +72,7 @@ class XDer(ReplayMethod):
     )  # fmt: skip
 
     @dataclass(frozen=True)
-    class Args(ReplayMethod.Args):
+    class Args(MemoryArgs):
         alpha: float = flag(0.3, "weight of the replayed logits", low=0)
         beta: float = flag(0.8, "weight of the replayed labels", low=0)
         gamma: float = flag(0.85, "logits that enter the memory stay below gamma times the true class's", low=0)

@@ -52,9 +52,9 @@ def forget_plugins():
     path = sys.path[:]
     yield
     sys.path[:] = path
-    from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
+    from flatcl.utils.registry import REGISTRIES
 
-    for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):
+    for registry in REGISTRIES:
         package = f"flatcl.{registry.folder.replace('/', '.')}"
         for key, obj in list(registry._objects.items()):
             if obj.__module__ != f"{package}.{key}":

@@ -77,12 +77,12 @@ def called(argv: list[str], stop_after: int | None = None) -> tuple[int, str, Wa
         return run_main(argv), out.getvalue(), watched
 
 
-def check_pair(model: str, optimizer: str, plugin: str) -> dict[str, Any]:
-    """A line of the record."""
+def check_pair(model: str, optimizer: str, plugin: str, *more: str) -> dict[str, Any]:
+    """A line of the record; `more` are further words of the command line."""
     start = time.monotonic()
     line: dict[str, Any] = {"model": model, "optimizer": optimizer}
     with tempfile.TemporaryDirectory(prefix="replays-") as parent:
-        argv = words(model, optimizer, plugin)
+        argv = [*words(model, optimizer, plugin), *more]
         folders = {kind: Path(parent) / kind for kind in ("ordinary", "replayed", "resumed")}
         code, printed, seen = called([*argv, f"--results_path={folders['ordinary']}"])
         if code != 0:

@@ -20,7 +20,7 @@ from flatcl.utils.engine import checkpoint, program
 from flatcl.utils.engine.build import _place, resolve_device
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.errors import UsageError
-from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, ROOT
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, POLICIES, REGISTRIES, ROOT
 from flatcl.utils.saved import read_saved
 
 FAST = ("--model", "er", "--dataset", "seq-synth")
@@ -563,13 +563,16 @@ def test_flags_of_a_plugin_are_resolved_like_all_others(tmp_path, fails):
 
 def test_list_prints_every_name_and_what_it_is(prints):
     out = prints("--list")
-    for registry in (METHODS, DATASETS, BACKBONES, OPTIMIZERS):
+    for registry in REGISTRIES:
         for name in registry.names():
             line = next(line for line in out.splitlines() if line.split() and line.split()[0] == name)
             assert len(line.split()) > 2, f"{name} has no summary"
 
 
-@pytest.mark.parametrize("word, registry", [("datasets", DATASETS), ("models", METHODS), ("optimizers", OPTIMIZERS)])
+@pytest.mark.parametrize(
+    "word, registry",
+    [("datasets", DATASETS), ("models", METHODS), ("optimizers", OPTIMIZERS), ("policies", POLICIES)],
+)
 def test_list_of_one_registry(word, registry, prints):
     out = prints("--list", word)
     names = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]

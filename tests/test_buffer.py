@@ -184,7 +184,7 @@ def test_only_rows_that_stay_are_touched():
     buffer = Buffer(1_000_000, "cpu", rng(5))
     buffer.add(y=torch.arange(10))
     batch = torch.arange(400)
-    buffer.num_seen = 50_000_000  # as if long full: one row in fifty stays
+    buffer.num_seen, buffer.filled = 50_000_000, 1_000_000  # as if long full: one row in fifty stays
     buffer.columns["y"].fill_(-1)
     with Largest() as cost:
         buffer.add(y=batch)

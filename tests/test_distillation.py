@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatcl.models._incremental import herd
+from flatcl.models._herding import herd
 from flatcl.utils.arguments import resolve
 from flatcl.utils.errors import UsageError
 

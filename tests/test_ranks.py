@@ -18,7 +18,7 @@ from flatcl.utils.arguments import resolve
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine import ranks
 from flatcl.utils.errors import UsageError
-from flatcl.utils.registry import METHODS, OPTIMIZERS
+from flatcl.utils.registry import METHODS, OPTIMIZERS, POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ["--dataset", "seq-synth", "--backbone", "smooth", "--n_epochs", "3"]
@@ -39,6 +39,7 @@ def command_lines():
         ["--model", "er", "--optimizer", "sam", "--ascent_on", "memory", *UNEVEN],
         ["--model", "er", "--optimizer", "sampa", "--batch_size", "1"],  # rows that cannot be shared
         ["--model", "gem", "--optimizer", "msam"],
+        *(["--model", "derpp", "--optimizer", "sgd", "--buffer_policy", name] for name in POLICIES.names()),
         ["--model", "si", "--optimizer", "msam", "--si_gradient", "task"],
     ]
     own = {

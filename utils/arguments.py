@@ -26,7 +26,17 @@ from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError, mistake
 from flatcl.utils.files import is_writable
 from flatcl.utils.identity import PROTOCOL, check_weights, code_of, differences, named, weights_of
-from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, Plugin, canonical, load_plugin, nearest
+from flatcl.utils.registry import (
+    BACKBONES,
+    DATASETS,
+    METHODS,
+    OPTIMIZERS,
+    POLICIES,
+    Plugin,
+    canonical,
+    load_plugin,
+    nearest,
+)
 from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
@@ -352,6 +362,8 @@ class Config:
         """{file: digest} of what defines the four chosen classes, and of plugins (see `utils/identity.py`); of the data
         and packages that a class names in its `sources`; and of pretrained weights."""
         chosen = [SELECTORS[name].load(self.values[name]) for name in SELECTORS]
+        if "buffer_policy" in self.values:
+            chosen.append(POLICIES.load(self.values["buffer_policy"]))
         found = code_of(chosen, self.plugins)
         for cls in chosen:
             found |= cls.sources(self) if hasattr(cls, "sources") else {}
@@ -490,7 +502,7 @@ def resolve_request(request: Request) -> Config:
     if problems:
         raise UsageError(*(problems + _unknown_words(request, chosen)))
     flags = schema(chosen)
-    given, problems = _given(request, flags)
+    given, problems = _given(request, flags, chosen["model"])
 
     layers = _Layers(flags)
     problems += _put_defaults(layers, chosen, known={**file_values, **given})
@@ -663,9 +675,11 @@ def _check_each(config: Config, reported: set[str]) -> list[str]:
     """Bounds and choices of each flag, unless there is a problem with it already."""
     problems = []
     for name, flag_ in config.flags.items():
-        wrong = None if f"--{name}" in reported else flag_.check(config.values[name])
+        value = config.values[name]
+        wrong = None if f"--{name}" in reported else flag_.check(value)
         if wrong:
-            problems.append(f"--{name} {wrong}. {_remedy(flag_)}")
+            is_name = flag_.choices and isinstance(value, str)
+            problems.append(f"--{name} {wrong}. {nearest(value, list(flag_.choices)) if is_name else _remedy(flag_)}")
     return problems
 
 
@@ -701,14 +715,21 @@ def _unknown_words(request: Request, chosen: dict[str, type | None]) -> list[str
     """When a selector is wrong, still say what is wrong with the engine's own flags."""
     flags = schema(chosen)
     complete = all(chosen.values())
-    return _given(request, flags)[1] if complete else _given(request, flags, only_known=True)[1]
+    return _given(request, flags, chosen["model"], only_known=not complete)[1]
 
 
-def _given(request: Request, flags: dict[str, Flag], only_known: bool = False) -> tuple[dict[str, Any], list[str]]:
+def _given(
+    request: Request, flags: dict[str, Flag], model: type | None, only_known: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     given, problems = {}, []
     for name, words in request.words.items():
         if name not in flags:
-            if not only_known:
+            if name == "buffer_policy" and model is not None and model.fixed_policy:
+                problems.append(
+                    f"--buffer_policy has no effect on --model {model.name}, whose paper fixes its memory "
+                    f"({model.fixed_policy}). Drop it."
+                )
+            elif not only_known:
                 problems.append(f"unknown flag: --{name}. {_near_flag(name, flags)}")
             continue
         try:

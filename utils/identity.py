@@ -1,6 +1,6 @@
-"""Which code made a run: digests of the files that define its method, benchmark, backbone and optimizer.
+"""Which code made a run: digests of the files that define its method, benchmark, backbone, optimizer and buffer policy.
 
-Counted are the files of the four classes and of their bases, and what these import from the same folders; the engine
+Counted are the files of these classes and of their bases, and what these import from the same folders; the engine
 (the rest of `utils/`) is not: pinned accuracies and the protocol number speak for it. A digest is of what a file means:
 comments, docstrings, layout, type hints, help texts and published values (flags, which a run's configuration has
 anyway) do not change it. A plugin counts as it is, byte for byte, and so does a file of pretrained weights. A class may
@@ -24,7 +24,7 @@ from flatcl.utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
 
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
 
-FOLDERS = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim")
+FOLDERS = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim", "flatcl.utils.engine.policies")
 BESIDE = "plugin's "  # in the name of a file that a plugin imports from its folder
 DIGITS = 16  # hexadecimal, of a sha256
 

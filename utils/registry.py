@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -69,6 +70,10 @@ class Registry:
     def has(self, name: str, obj: object) -> bool:
         """Whether `name` stands for this object."""
         return self._objects.get(canonical(name)) is obj
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, so that a registry can be the `choices` of a flag."""
+        return iter(self.names())
 
     def names(self) -> list[str]:
         """All names in writing form, sorted, without those of families; imports nothing."""
@@ -304,4 +309,5 @@ METHODS = Registry("model", "models", "flatcl.models")
 DATASETS = Registry("dataset", "datasets", "flatcl.datasets", separator="-")
 BACKBONES = Registry("backbone", "backbone", "flatcl.backbones", separator="-")
 OPTIMIZERS = Registry("optimizer", "utils/optim", "flatcl.optimizers")
-REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS)
+POLICIES = Registry("buffer policy", "utils/engine/policies", "flatcl.policies")
+REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS, POLICIES)

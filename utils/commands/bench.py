@@ -72,7 +72,7 @@ def fill_memory(trainer) -> None:
     method.buffer._allocate(method.buffer.columns)
     for column in method.buffer.columns.values():
         column.zero_()
-    method.buffer.num_seen = seen
+    method.buffer.num_seen, method.buffer.filled = seen, method.buffer.capacity
 
 
 class Engine:

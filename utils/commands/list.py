@@ -1,17 +1,20 @@
-"""What can be chosen: `flatcl list [models|datasets|backbones|optimizers]`, also `python main.py --list`."""
+"""What can be chosen: `flatcl list [models|datasets|backbones|optimizers|policies]`, also `python main.py --list`."""
 
 from collections.abc import Sequence
 
-from flatcl.utils.arguments import SELECTORS
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import shown
 from flatcl.utils.errors import UsageError
-from flatcl.utils.registry import load_plugin, nearest
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, POLICIES, load_plugin, nearest
+
+KINDS = {
+    "models": METHODS, "datasets": DATASETS, "backbones": BACKBONES, "optimizers": OPTIMIZERS, "policies": POLICIES
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="flatcl list", description="What can be chosen, a line each.")
-    parser.add_argument("what", nargs="?", default="", help="models, datasets, backbones or optimizers; default: all")
+    parser.add_argument("what", nargs="?", default="", help=f"{', '.join(KINDS)}; default: all")
     parser.add_argument("--plugin", action="append", default=[], help="a file that adds names (repeatable)")
     args = parser.parse_args(argv)
     return shown(lambda: show(args.what, args.plugin))
@@ -21,23 +24,22 @@ def show(what: str, plugins: Sequence[str]) -> None:
     """Prints the registries, or one of them, without importing what is in them."""
     for plugin in plugins:
         load_plugin(plugin)
-    kinds = {"models": "model", "datasets": "dataset", "backbones": "backbone", "optimizers": "optimizer"}
     wanted = what.replace("-", "_")
-    if wanted and wanted not in kinds:
-        raise UsageError(f"there is no list of '{what}'. {nearest(wanted, list(kinds))}")
+    if wanted and wanted not in KINDS:
+        raise UsageError(f"there is no list of '{what}'. {nearest(wanted, list(KINDS))}")
     if wanted == "optimizers":
         print(_optimizer_table())
         return
-    for plural, kind in kinds.items():
-        if wanted in ("", plural):
-            print(f"{plural}:")
-            for name in SELECTORS[kind].choices():
-                print(f"  {name:18} {SELECTORS[kind].summary(name)}")
+    for kind, registry in KINDS.items():
+        if wanted in ("", kind):
+            print(f"{kind}:")
+            for name in registry.choices():
+                print(f"  {name:18} {registry.summary(name)}")
 
 
 def _optimizer_table() -> str:
     """Each optimizer's costs beside its paper, as its file states them."""
-    registry = SELECTORS["optimizer"]
+    registry = OPTIMIZERS
     rows = [("name", "passes a step", "extra memory", "paper")]
     for name in registry.names():
         rows.append((name, registry.note(name, "Passes"), registry.note(name, "Memory"), registry.summary(name)))

@@ -1,8 +1,9 @@
-"""The memory: named columns on the device, filled by reservoir sampling (Vitter, 1985).
+"""The memory: named columns on the device, filled by a policy (`utils/engine/policies/`), by default a reservoir.
 
-The columns live on the device; the decisions (which slot, which rows) are drawn on the host from the buffer's own
-generator. They need no data, so nothing waits for the device, the same seed gives the same memory on every device,
-and a rejected row is never copied. No operation costs more as the buffer grows.
+The columns live on the device; the decisions (which slot, which rows) are made on the host, with the buffer's own
+generator. They need no data but the labels, which the stream has on the host, so nothing waits for the device, the same
+seed gives the same memory on every device, and a rejected row is never copied. No operation costs more as the buffer
+grows.
 """
 
 from typing import Any
@@ -11,54 +12,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatcl.utils.engine.policies._policy import Policy
+from flatcl.utils.engine.policies.reservoir import Reservoir
 from flatcl.utils.engine.seeding import generator_state, set_generator_state
 from flatcl.utils.errors import UsageError
 
 
 class Buffer:
-    """`capacity` rows of named columns. Columns appear with the first `add`, with its shapes and dtypes.
+    """`capacity` rows of named columns. Columns appear with the first rows, with their shapes and dtypes.
 
     A column `x` holds images as a benchmark stores them, uint8; others raise `UsageError`.
     """
 
-    def __init__(self, capacity: int, device: torch.device | str, rng: np.random.Generator):
+    def __init__(
+        self, capacity: int, device: torch.device | str, rng: np.random.Generator, policy: Policy | None = None
+    ):
         self.capacity, self.device, self.rng = capacity, torch.device(device), rng
+        self.policy = policy or Reservoir()
         self.num_seen = 0  # presentations so far; every epoch presents an image again
+        self.filled = 0  # slots, from the first one on
         self.columns: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        return min(self.num_seen, self.capacity)
+        return self.filled
 
     def __repr__(self) -> str:
         shapes = (f"{name} {tuple(part.shape[1:])} {str(part.dtype)[6:]}" for name, part in self.columns.items())
         return f"Buffer({len(self):,} of {self.capacity:,} rows{': ' if self.columns else ''}{', '.join(shapes)})"
 
-    def add(self, **columns: Tensor) -> None:
-        """Present n rows, in order, to the reservoir. `columns[name]` (n, ...), on the buffer's device.
+    def add(self, labels: np.ndarray | None = None, /, **columns: Tensor) -> None:
+        """Present n rows, in order, to the policy. `columns[name]` (n, ...), on the buffer's device. Where two rows
+        take one slot, the later one stays.
 
-        Row i has been preceded by c = num_seen + i presentations: it takes slot c while c < capacity, then the slot
-        r = floor(u * (c + 1)), u ~ U[0, 1), if r < capacity. Where two rows take one slot, the later one stays.
+        `labels` (n,) int64 is the column `y` on the host (`Batch.labels`). A policy that needs labels and is not given
+        them waits for the device to have them from there.
         """
         self._check_images(columns)
         n = len(next(iter(columns.values())))
-        if not self.columns:
-            self._allocate(columns)
-        slots = np.arange(self.num_seen, self.num_seen + n)
-        late = max(0, min(n, self.capacity - self.num_seen))  # the first row that needs a random slot
-        if late < n:
-            slots[late:] = self.rng.random(n - late) * (slots[late:] + 1)  # cut off to whole numbers
+        if labels is None and self.policy.needs_labels:
+            if "y" not in columns:
+                raise UsageError(
+                    f"--buffer_policy {self.policy.name} looks at labels, and the rows that are added have no column "
+                    "`y`. Add it, or choose another policy."
+                )
+            labels = columns["y"].cpu().numpy()
+        slots = self.policy.place(self, n, labels)
         self.num_seen += n
         kept = np.flatnonzero(slots < self.capacity).tolist()
         if not kept:
             return
         winner = dict(zip(slots[kept].tolist(), kept, strict=True))
-        rows, slots = self._index(list(winner.values())), self._index(list(winner))
-        for name, column in self.columns.items():
-            column.index_copy_(0, slots, columns[name].index_select(0, rows))
+        rows = self._index(list(winner.values()))
+        self.write(list(winner), **{name: column.index_select(0, rows) for name, column in columns.items()})
 
     def replace(self, **columns: Tensor) -> None:
         """Puts these rows, at most `capacity`, in place of all; columns may be others than before."""
-        self.columns, self.num_seen = {}, 0
+        self.columns, self.num_seen, self.filled = {}, 0, 0
         self.append(**columns)
 
     def write(self, slots: list[int], **columns: Tensor) -> None:
@@ -69,14 +78,15 @@ class Buffer:
         index = self._index(slots)
         for name, column in self.columns.items():
             column.index_copy_(0, index, columns[name])
-        self.num_seen = max(self.num_seen, *(slot + 1 for slot in slots))
+        self.filled = max(self.filled, max(slots) + 1)
+        self.num_seen = max(self.num_seen, self.filled)
 
     def append(self, **columns: Tensor) -> None:
         """Puts rows behind those that are there, in order; the room must suffice."""
         n = len(next(iter(columns.values())))
         assert len(self) + n <= self.capacity, f"{len(self)} + {n} rows of {self.capacity}"
         if n:
-            self.add(**columns)
+            self.write(list(range(self.filled, self.filled + n)), **columns)
 
     def draw(self, size: int, draws: int = 1) -> dict[str, Tensor]:
         """`draws` independent uniform draws of min(size, filled) distinct rows, one after the other in each column."""
@@ -109,15 +119,18 @@ class Buffer:
         return {name: column[: len(self)] for name, column in self.columns.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Data, counter and generator: a resumed reservoir goes on as if it had not stopped."""
+        """Data, counter, generator and the policy's state: a resumed memory goes on as if it had not stopped."""
         columns = {name: column.clone() for name, column in self.all().items()}
-        return {"columns": columns, "num_seen": self.num_seen, "rng": generator_state(self.rng)}
+        policy = self.policy.state_dict()
+        return {"columns": columns, "num_seen": self.num_seen, "rng": generator_state(self.rng), "policy": policy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_seen = state["num_seen"]
         set_generator_state(self.rng, state["rng"])
-        self.columns = {}
+        self.policy.load_state_dict(state.get("policy", {}))
+        self.columns, self.filled = {}, 0
         if state["columns"]:
+            self.filled = len(next(iter(state["columns"].values())))
             self._allocate(state["columns"])
             for name, column in self.all().items():
                 column.copy_(state["columns"][name])

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from math import cos, pi
 from typing import Any
 
@@ -46,7 +47,9 @@ class Stream:
         if resume:
             seeding.set_generator_state(self.rng, resume["order"])
         order_state = seeding.generator_state(self.rng)
-        order, ends = self._plan(split)
+        shuffled, ends = self._plan(split)
+        order = torch.from_numpy(shuffled).to(split.labels.device)
+        labels = cache(lambda: split.labels.cpu().numpy()[shuffled])  # a copy for an epoch, where one is asked for
         chunks = [chunk for chunk in self._chunks(ends, split.images.shape[1:]) if chunk[-1] >= first]
         raw = self._fetch(split, order, ends, chunks[0]) if chunks else None
         if resume:  # a chunk that was under way is augmented again as it was, then the generators go on from where
@@ -63,7 +66,9 @@ class Stream:
             for batch in range(max(chunk.start, first), chunk.stop):
                 self._position = {"order": order_state, "batches": batch + 1, "chunk_random": chunk_random}
                 rows = slice(ends[batch] - ends[chunk.start], ends[batch + 1] - ends[chunk.start])
-                yield Batch(x[rows], y[rows], ids[rows], None if inputs is None else inputs[rows], self.augment)
+                batch_inputs = None if inputs is None else inputs[rows]
+                on_host = partial(_part_of, labels, ends[batch], ends[batch + 1])
+                yield Batch(x[rows], y[rows], ids[rows], batch_inputs, self.augment, on_host)
 
     @property
     def batches_to_skip(self) -> int:
@@ -88,11 +93,11 @@ class Stream:
             lengths = [self.batch_size] * full + ([rest] if rest else [])
         return lengths[: self.max_batches]
 
-    def _plan(self, split) -> tuple[Tensor, list[int]]:
-        """(order of the rows, on the data's device; where each batch starts and the last one ends)."""
+    def _plan(self, split) -> tuple[np.ndarray, list[int]]:
+        """(order of the rows; where each batch starts and the last one ends)."""
         shuffled = self.rng.permutation(len(split)) if split.batch_lengths is None else np.arange(len(split))
         ends = [0, *np.cumsum(self._lengths(split)).tolist()]
-        return torch.from_numpy(shuffled[: ends[-1]]).to(split.labels.device), ends
+        return shuffled[: ends[-1]], ends
 
     def _chunks(self, ends: list[int], shape: tuple[int, ...]) -> list[range]:
         """Ranges of batches that are handled in one call."""
@@ -115,6 +120,10 @@ class Stream:
             return columns
         pinned = (column.pin_memory() if device.type == "cuda" else column for column in columns)
         return tuple(column.to(device, non_blocking=True) for column in pinned)
+
+
+def _part_of(array: Callable[[], np.ndarray], start: int, end: int) -> np.ndarray:
+    return array()[start:end]
 
 
 @dataclass
