@@ -65,17 +65,26 @@ class Registry:
         keys = set(self._files()) | set(self._objects) | set(self._entry_points())
         return sorted(self.written(key) for key in keys)
 
+    def file(self, name: str) -> Path | None:
+        """The file of ours that has this name."""
+        return self._files().get(canonical(name))
+
+    def check(self, name: str) -> None:
+        """Raises `UsageError` with the nearest names where there is no such name; imports nothing."""
+        if self.written(name) not in self.names():
+            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(name), self.names())}")
+
     def load(self, name: str):
         """The object behind `name`; raises `UsageError` with the nearest names when there is none."""
         key = canonical(name)
+        if key not in self._objects:
+            self.check(name)
         if key not in self._objects and key in self._files():
             importlib.import_module(self._module(key))
             if key not in self._objects:
                 raise UsageError(f"{self.folder}/{key}.py does not register the {self.kind} '{key}'.")
         if key not in self._objects and key in self._entry_points():
             self._load_entry_point(key)
-        if key not in self._objects:
-            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key), self.names())}")
         return self._objects[key]
 
     def summary(self, name: str) -> str:
@@ -88,7 +97,7 @@ class Registry:
         return next((line.removeprefix(f"{label}:").strip() for line in lines if line.startswith(f"{label}:")), "")
 
     def _docstring(self, name: str) -> str:
-        path = self._files().get(canonical(name))
+        path = self.file(name)
         doc = _docstring_of(path) if path else None
         if doc is None and canonical(name) in self._objects:
             known = self._objects[canonical(name)]
