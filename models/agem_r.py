@@ -13,6 +13,8 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("agem_r")
 class AGemR(AGem):
     settings = ReplayMethod.settings
+    own_memory = False
+    replays_as_stored = True
     has_shares = False
     published = AGem.published | published(
         DER,

@@ -32,6 +32,7 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("gdumb")
 class GDumb(Method):
     revisits = True
+    learns_at_the_end = True
 
     @dataclass(frozen=True)
     class Args:

@@ -29,6 +29,8 @@ FIRST_SCORE = 0.1
 
 @METHODS.register("gss")
 class GSS(ER):
+    own_memory = True
+
     @dataclass(frozen=True)
     class Args(ER.Args):
         gss_minibatch_size: int = flag(32, "rows of the memory that a batch is compared with", low=1, high=10**6)

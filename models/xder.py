@@ -56,6 +56,8 @@ def places(y: Tensor) -> Tensor:
 @METHODS.register("xder")
 class XDer(ReplayMethod):
     settings = ("class-il",)
+    loss_needs_task = True
+    own_memory = True
     rows_are_apart = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,

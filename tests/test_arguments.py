@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from made import make_mnist
-from tape import Tape
 
 from flatcl.utils import arguments
 from flatcl.utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
+from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.elsewhere import ELSEWHERE
 from flatcl.utils.engine import checkpoint, program
 from flatcl.utils.engine.build import _place, resolve_device

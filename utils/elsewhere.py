@@ -41,7 +41,7 @@ _SENTENCES = {
     "force_compat": "A method that cannot learn a benchmark is refused. Drop it.",
     "opt_wd": "Use --optim_wd.",
     "opt_mom": "Use --optim_mom.",
-    "config": "--from RUN repeats a run from its config.json; else give flags as --name value.",
+    "config": "--from RUN repeats a run from its config.json; all else is given on the command line.",
     "memory_size mem_size memory_per_class": "Use --buffer_size: images in the whole memory.",
     "init_cls increment": "Use --classes_per_task, e.g. 50,10,10,10,10,10, or --n_tasks for equal tasks.",
     "convnet_type": "Use --backbone.",
