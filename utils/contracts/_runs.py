@@ -21,10 +21,13 @@ class Skipped(Exception):
     """A contract that cannot be asked for here, and why."""
 
 
+class Broken(AssertionError):
+    """A contract that is not kept: what is wrong, and what to do."""
+
+
 def expect(is_so: Any, otherwise: str) -> None:
-    """Raises `AssertionError` with this message, also where Python leaves out asserts."""
     if not is_so:
-        raise AssertionError(otherwise)
+        raise Broken(otherwise)
 
 
 def difference(a: Any, b: Any, where: str = "it") -> str | None:

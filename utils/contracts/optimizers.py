@@ -30,6 +30,7 @@ SHARDS = 4  # of an optimizer whose passes are over shards
 
 
 def subject(name: str) -> str:
+    OPTIMIZERS.load(name)
     return name
 
 
