@@ -116,7 +116,11 @@ def test_a_file_that_is_not_understood_is_loaded(text, ours, tmp_path):
     loaded = SimpleNamespace(Args=make_dataclass("Args", [("loaded", int, 1)]))
     registry = SimpleNamespace(file=lambda name: tmp_path / "made.py", load=lambda name: loaded)
     found = declared.flags(registry, "made")
-    assert found == {"loaded"} if not ours else found in ({"size"}, {"buffer_size", "minibatch_size", "beta"})
+    assert (
+        found == {"loaded"}
+        if not ours
+        else found in ({"size"}, {"buffer_size", "minibatch_size", "buffer_policy", "beta"})
+    )
 
 
 def test_importing_a_name_imports_no_other_file():
