@@ -14,7 +14,8 @@ from flatcl.datasets import Benchmark
 from flatcl.datasets.seq_synth import SeqSynth
 from flatcl.models import Block, Loss, ReplayMethod
 from flatcl.utils.optim import SharpnessAware
-from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS
+from flatcl.utils.engine.policies.reservoir import Reservoir
+from flatcl.utils.registry import BACKBONES, DATASETS, METHODS, OPTIMIZERS, POLICIES
 
 class Replay(ReplayMethod):
     phase = ReplayMethod.phase
@@ -44,6 +45,7 @@ METHOD = HEAD + '\n@METHODS.register("mine")\nclass Mine(Replay):\n'
 OPTIMIZER = HEAD + '\n@OPTIMIZERS.register("mine")\nclass Mine(Sam):\n'
 NET = HEAD + '\n@BACKBONES.register("mine")\nclass Mine(Net):\n'
 DATA = HEAD + '\n@DATASETS.register("mine")\nclass Mine(SeqSynth):\n'
+POLICY = HEAD + '\n@POLICIES.register("mine")\nclass Mine(Reservoir):\n'
 EXCEPTION = "an exception in a forward pass leaves weights and BatchNorm as they were"
 LOSS = '        return Loss({"replay": cross_entropy(self.net(joint.x), joint.y, reduction="none")})\n'
 
@@ -121,6 +123,31 @@ FAULTS = {  # the fault: (text, the contract that finds it, what is said)
         NET + "    def __init__(self, *args):\n        super().__init__(*args)\n        self.spare = nn.Linear(2, 2)\n",
         "each parameter has a gradient", "spare.weight has no gradient",
     ),
+    "a policy that leaves gaps": (
+        POLICY + "    def place(self, buffer, n, labels):\n        return super().place(buffer, n, labels) + 1\n",
+        "takes slots that are there", "where 0 comes next. Fill them in order",
+    ),
+    "a policy that draws from elsewhere": (
+        POLICY + "    def place(self, buffer, n, labels):\n        import numpy as np\n"
+        "        slots = super().place(buffer, n, labels)\n        full = slots >= buffer.capacity\n"
+        "        slots[full] = np.random.randint(buffer.capacity, size=full.sum())\n        return slots\n",
+        "decides by the buffer's generator alone", "Draw from buffer.rng alone",
+    ),
+    "a policy that forgets its first task": (
+        POLICY + "    def place(self, buffer, n, labels):\n        import numpy as np\n"
+        "        return np.arange(buffer.num_seen, buffer.num_seen + n) % buffer.capacity\n",
+        "has rows of all tasks", "it has rows of 1 of them",
+    ),
+    "a policy that returns a list": (
+        POLICY + "    def place(self, buffer, n, labels):\n        return [buffer.capacity] * n\n",
+        "takes slots that are there", "must return whole numbers",
+    ),
+    "a policy whose state is not kept": (
+        POLICY + "    calls = 0\n    def place(self, buffer, n, labels):\n        self.calls += 1\n"
+        "        slots = super().place(buffer, n, labels)\n"
+        "        slots[slots < len(buffer)] = self.calls % buffer.capacity\n        return slots\n",
+        "same seed, same run, also where it was stopped and resumed", "memory|buffer|columns|weight",
+    ),
     "a benchmark with ids that are there twice": (
         DATA + "    def train_split(self, index):\n        split = super().train_split(index)\n"
         "        return type(split)(split.images, split.labels, torch.arange(len(split)))\n",
@@ -167,7 +194,9 @@ def test_a_fault_is_found_and_the_others_are_checked(check, fault):
     assert len(lines) > 6 or title == "it can be loaded"
 
 
-@pytest.mark.parametrize("head", [METHOD, OPTIMIZER, NET, DATA], ids=["method", "optimizer", "backbone", "benchmark"])
+@pytest.mark.parametrize(
+    "head", [METHOD, OPTIMIZER, NET, DATA, POLICY], ids=["method", "optimizer", "backbone", "benchmark", "policy"]
+)
 def test_a_part_without_a_fault_keeps_all(check, head):
     code, lines = check(head + "    pass\n")
     assert code == 0 and not [line for line in lines[1:-1] if not line.startswith("ok    ")], lines

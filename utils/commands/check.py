@@ -19,8 +19,9 @@ from flatcl.utils.arguments import SELECTORS
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import guarded, say
 from flatcl.utils.errors import RunFailed, UsageError
-from flatcl.utils.registry import canonical, load_plugin, nearest
+from flatcl.utils.registry import POLICIES, canonical, load_plugin, nearest
 
+KINDS = {**SELECTORS, "policy": POLICIES}
 OK, FAILED = 0, 1
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="flatcl check",
-        description="Runs the contracts of methods, optimizers, networks and benchmarks on what a file registers.\n"
+        description="Tests what a file registers: methods, optimizers, networks, benchmarks, memory policies.\n"
         "Exit code: 0 where all are kept, 1 where one is not, 2 for bad input.",
         epilog="example: flatcl check my_method.py",
     )
@@ -49,21 +50,19 @@ def _parser() -> Parser:
 def _parts(given: str) -> list[tuple[str, str]]:
     """(kind, name) of what a file registers, or of the parts with a name."""
     if given.endswith(".py") or os.sep in given or os.path.exists(given):
-        before = {kind: set(registry.names()) for kind, registry in SELECTORS.items()}
+        before = {kind: set(registry.names()) for kind, registry in KINDS.items()}
         _load(given)
-        found = [
-            (kind, name) for kind, known in before.items() for name in SELECTORS[kind].names() if name not in known
-        ]
+        found = [(kind, name) for kind, known in before.items() for name in KINDS[kind].names() if name not in known]
         if not found:
             raise UsageError(
                 f"{given} registers nothing. Write above a class: @METHODS.register('name'), or DATASETS, BACKBONES, "
-                "OPTIMIZERS of flatcl.utils.registry."
+                "OPTIMIZERS, POLICIES of flatcl.utils.registry."
             )
         return found
-    found = [(kind, registry.written(given)) for kind, registry in SELECTORS.items()]
-    found = [(kind, name) for kind, name in found if name in SELECTORS[kind].names()]
+    found = [(kind, registry.written(given)) for kind, registry in KINDS.items()]
+    found = [(kind, name) for kind, name in found if name in KINDS[kind].names()]
     if not found:
-        names = sorted({canonical(name) for registry in SELECTORS.values() for name in registry.names()})
+        names = sorted({canonical(name) for registry in KINDS.values() for name in registry.names()})
         raise UsageError(f"there is no file '{given}', and no part of that name. {nearest(canonical(given), names)}")
     return found
 
@@ -95,15 +94,16 @@ def _check(kind: str, name: str) -> Iterator[str]:
     result = _run("it can be loaded", lambda: subject.append(contracts.subject(name)), file="")
     yield result
     if result == "ok":
-        file = getattr(sys.modules[SELECTORS[kind].load(name).__module__], "__file__", "")
+        file = getattr(sys.modules[KINDS[kind].load(name).__module__], "__file__", "")
         for title, contract in contracts.CONTRACTS.items():
             yield _run(title, partial(contract, *subject), file)
 
 
 def _contracts(kind: str) -> Any:
-    from flatcl.utils.contracts import backbones, benchmarks, methods, optimizers
+    from flatcl.utils.contracts import backbones, benchmarks, methods, optimizers, policies
 
-    return {"model": methods, "dataset": benchmarks, "backbone": backbones, "optimizer": optimizers}[kind]
+    modules = {"model": methods, "dataset": benchmarks, "backbone": backbones, "optimizer": optimizers}
+    return {**modules, "policy": policies}[kind]
 
 
 def _run(title: str, contract: Callable[[], str | None], file: str) -> str:

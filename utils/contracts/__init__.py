@@ -1,4 +1,4 @@
-"""What every method, optimizer, network and benchmark must keep, as functions: `flatcl check` runs them, and the tests.
+"""What every method, optimizer, network, benchmark and policy must keep: `flatcl check` runs it, and so do the tests.
 
 Each module has CONTRACTS, {title: contract}, and `subject`, which makes of a name what its contracts are given. A
 contract raises `Broken` (an `AssertionError`) or `UsageError` with a message that says what is wrong, what was got and
