@@ -22,6 +22,7 @@ from flatcl.datasets._arrays import benchmark_from_arrays, laid_out
 from flatcl.datasets._benchmark import Benchmark
 from flatcl.models._method import Method
 from flatcl.utils.arguments import SELECTORS, Config, Request, resolve_request
+from flatcl.utils.console import FROM_PYTHON
 from flatcl.utils.engine import checkpoint, predictions, run, seeding
 from flatcl.utils.engine.buffer import Buffer
 from flatcl.utils.engine.build import build as build_parts
@@ -314,12 +315,15 @@ class Run:
 @contextmanager
 def _ending(told: Callbacks) -> Iterator[None]:
     """How a run may end, for a caller in Python. What it draws leaves the caller's random numbers alone."""
-    with seeding.untouched():
-        try:
+    before = FROM_PYTHON.set(True)
+    try:
+        with seeding.untouched():
             yield
-        except Interrupted:
-            if not told.have_stopped:
-                raise KeyboardInterrupt from None
+    except Interrupted:
+        if not told.have_stopped:
+            raise KeyboardInterrupt from None
+    finally:
+        FROM_PYTHON.reset(before)
 
 
 def _of_saved(saved: Saved, words: dict[str, list[str]], keep_changed: bool) -> Request:

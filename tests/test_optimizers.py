@@ -287,7 +287,7 @@ def test_mgser_sam_equals_its_equations_after_every_step(guide, guide_on):
     augment = Doubles([], None, None, "cpu")
     kind, sam = METHODS.load("mgser_sam"), OPTIMIZERS.load("sam")
     args = kind.Args(buffer_size=20, minibatch_size=7, alpha=0.3, beta=0.6, guide=guide, guide_on=guide_on)
-    context = Context(None, augment, torch.device("cpu"), np.random.default_rng(5))
+    context = Context(SimpleNamespace(num_classes=CLASSES), augment, torch.device("cpu"), np.random.default_rng(5))
     method = kind(net, args, context).train()
     optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM))
     generator = torch.Generator().manual_seed(3)

@@ -338,6 +338,11 @@ class Config:
         except KeyError:
             raise AttributeError(name) from None
 
+    def __repr__(self) -> str:
+        given = (f"{name}={written(value)}" for name, value in self.values.items()
+                 if self.origins[name] == "argv" and name not in SELECTORS)  # fmt: skip
+        return f"Config({', '.join([f'{self.model} on {self.dataset}', *given])}; {self.hash})"
+
     def view(self, cls: type) -> Any:
         """The `Args` of a method, optimizer, backbone or benchmark, filled in; None if it declares none."""
         args_type = args_of(cls)

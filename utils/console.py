@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from flatcl.utils.errors import RunFailed
 from flatcl.utils.registry import IS_CLONE
 
 LONGEST = 4000  # characters of a message
+FROM_PYTHON = ContextVar("from Python", default=False)  # whether a run was started by a call, not by a command
 
 
 @contextmanager
@@ -81,8 +83,8 @@ def program() -> str:
 
 
 def again(run: str | os.PathLike) -> str:
-    """The command that goes on with a run, or the call, where a script or a notebook has made it."""
-    if "flatcl._api" in sys.modules and Path(sys.argv[0] or "-").name not in ("flatcl", "main.py", "__main__.py"):
+    """The command that goes on with a run, or the call, where one was made from Python."""
+    if FROM_PYTHON.get():
         return f"flatcl.resume({os.fspath(run)!r})"
     return f"{program()} --resume {run}"
 
