@@ -13,12 +13,12 @@ class Block:
     """Rows that pass through the network together: one forward, hence one BatchNorm batch.
 
     `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
-    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A block that is `apart`
-    is not in the loss: the method gives its gradient as a reference.
+    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A reference block
+    (`reference=True`) is not in the loss: the method gives its loss in `references`.
     """
 
-    def __init__(self, x: Tensor, memory: int = 0, apart: bool = False, **columns: Tensor):
-        self.x, self.memory, self.apart, self.columns = x, memory, apart, columns
+    def __init__(self, x: Tensor, memory: int = 0, reference: bool = False, **columns: Tensor):
+        self.x, self.memory, self.reference, self.columns = x, memory, reference, columns
 
     def __len__(self) -> int:
         return len(self.x)
@@ -39,19 +39,21 @@ class Block:
         """All but the numbers in it: steps on blocks of equal forms run the same operations."""
         columns = {"x": self.x, **self.columns}
         return (
-            self.memory, self.apart, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
+            self.memory, self.reference, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Block":
         """Each column changed by the same function, which keeps the rows."""
         columns = {name: change(column) for name, column in self.columns.items()}
-        return Block(change(self.x), self.memory, self.apart, **columns)
+        return Block(change(self.x), self.memory, self.reference, **columns)
 
     def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
         """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
-        return Block(pick(self.x), memory, self.apart, **{name: pick(column) for name, column in self.columns.items()})
+        return Block(
+            pick(self.x), memory, self.reference, **{name: pick(column) for name, column in self.columns.items()}
+        )
 
-    def set_apart(self) -> "Block":
+    def as_reference(self) -> "Block":
         """The same rows, as a reference."""
         return Block(self.x, self.memory, True, **self.columns)
 
@@ -72,11 +74,12 @@ class Loss:
     """What a method minimises, term by term.
 
     `rows[name]` is a term, `(block, cost)`: one of the blocks that `loss` was given, and the cost (n,) of each of its
-    rows, weight included; where there is only one block, the cost alone will do. The term is the mean. One that speaks
-    of k of the n rows has n / k times their cost there, and zeros elsewhere; the method then says `rows_are_apart =
-    False`, since processes that share the rows would count k in their own. `penalties[name]` () are terms that belong
-    to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[name]`, written as the terms are, with tensors
-    (n, ...), are what else `remember` needs.
+    rows, multiplied by the term's weight. If there is only one block, `cost` is enough. The value of a term is the mean
+    of its costs. For a mean over only k of the n rows, multiply the costs of these rows by n / k and give zeros for the
+    others; the method then sets `rows_are_independent = False`, because each of several processes would count k in its
+    own rows. `penalties[name]`, a scalar tensor, is a term that belongs to no row (a regulariser). `logits` (N, K) are
+    those of the stream's rows. `outputs[name]`, in the same form as `rows[name]` with tensors (n, ...), is anything else
+    that `remember` needs.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """What a method hands to the engine, checked in words: what is wrong, in one line, or None.
 
-Types, shapes and numbers of rows only, so that no check waits for the device. Each is made once for each make of a step
+Types, shapes and numbers of rows only, so that no check waits for the device. Each is made once for each form of a step
 (names of the terms, sizes of the blocks); those of gradients in the first steps of a task.
 """
 
@@ -31,7 +31,7 @@ def of_blocks(blocks: Any, block_type: type, device: torch.device) -> str | None
     for block in blocks:
         if not isinstance(block, block_type):
             return f"draw() must return a tuple of blocks, got {shown(block)} in it. Write: Block(x, y=y)."
-    if all(block.apart for block in blocks):
+    if all(block.reference for block in blocks):
         return "draw() has given no block for the loss. Return at least one, such as batch.block."
     for number, block in enumerate(blocks):
         what = f"block {number} of draw()"

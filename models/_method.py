@@ -102,7 +102,7 @@ class Method(nn.Module):
     needs_features = False  # asks its backbone for `features`
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
     new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
-    rows_are_apart = True  # a row's cost depends on no other row (but in BatchNorm), so that processes can share them
+    rows_are_independent = True  # a row's cost depends on no other row, except in BatchNorm
     learns_at_the_end = False  # takes no step before the last task's images have passed
     loss_needs_task = False  # its loss is of the task that `begin_task` named last, and of no other batch
     own_memory = False  # is filled in another way than as one reservoir of all images that have passed
@@ -118,8 +118,8 @@ class Method(nn.Module):
         super().__init__()
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
-        self.checked_blocks: set[tuple] = set()  # (shape, memory, apart) of each block of a step, once looked at
-        self.checked_rows: set[tuple] = set()  # forms of blocks of which it is known that their rows are apart
+        self.checked_blocks: set[tuple] = set()  # (shape, memory, reference) of each block of a step, once looked at
+        self.checked_rows: set[tuple] = set()  # forms of blocks whose rows are known to be independent
         self.has_drawn: bool | None = None  # whether the network draws (dropout); asked for where it matters
         self.checked_losses: set[tuple] = set()  # (terms, sizes of the blocks) of a loss, once looked at
 
@@ -273,20 +273,20 @@ class Method(nn.Module):
         return done
 
     def _check(self, blocks: Any, params: list[nn.Parameter]) -> None:
-        """Refuses blocks that are none, once for each make of a step."""
-        make = None
+        """Refuses blocks that are none, once for each form of a step."""
+        form = None
         if isinstance(blocks, tuple | list) and all(isinstance(block, Block) for block in blocks):
-            make = tuple((getattr(block.x, "shape", None), block.memory, block.apart) for block in blocks)
-            if make in self.checked_blocks:
+            form = tuple((getattr(block.x, "shape", None), block.memory, block.reference) for block in blocks)
+            if form in self.checked_blocks:
                 return
         device = params[0].device if params else self.context.device
         problem = of_blocks(blocks, Block, device) or of_guides(self.guides)
-        problem = problem or of_call(self.loss, sum(not block.apart for block in blocks))
+        problem = problem or of_call(self.loss, sum(not block.reference for block in blocks))
         if problem:
             raise mistake(self, problem)
-        self.checked_blocks.add(make)
+        self.checked_blocks.add(form)
 
-    def doubts(self) -> list[str]:
+    def likely_mistakes(self) -> list[str]:
         """What looks like a mistake when two tasks are over (on a general-continual stream: one), one line each."""
         terms = {name for names, _ in self.checked_losses for name in names}
         found = [
@@ -296,7 +296,7 @@ class Method(nn.Module):
             for term in members
             if terms and term not in terms
         ]
-        if self.has_memory and terms and not any(memory for make in self.checked_blocks for _, memory, _ in make):
+        if self.has_memory and terms and not any(memory for form in self.checked_blocks for _, memory, _ in form):
             found.append(
                 f"{self.name}: no block has had rows of the memory so far, though `has_memory` says so: "
                 "optimizers take all rows for the stream's. Write: Block(x, memory=number of rows, ...)."

@@ -79,7 +79,8 @@ class SharedRows:
                 raise mistake(
                     self.method,
                     f"what a row costs in the term '{name}' depends on other rows of its block, so that several "
-                    "processes cannot share them. Write in its class: rows_are_apart = False, and start one process.",
+                    "processes cannot share them. Write in its class: rows_are_independent = False, and start one "
+                    "process.",
                 )
 
     def _refuse_draws(self) -> None:

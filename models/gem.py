@@ -75,7 +75,7 @@ class Gem(AGem):
         inputs = self.context.augment(rows["x"])
         parts = [slice(start, end) for start, end in pairwise((0, *self.ends))]
         memories = (
-            Block(inputs[part], part.stop - part.start, apart=True, y=rows["y"][part], ids=rows["ids"][part])
+            Block(inputs[part], part.stop - part.start, reference=True, y=rows["y"][part], ids=rows["ids"][part])
             for part in parts
         )
         return (batch.block, *memories)

@@ -74,7 +74,7 @@ class CosineNet(nn.Module):
 class Lucir(WithExemplars):
     needs_features = True
     new_optimizer = True
-    rows_are_apart = False  # margins are a mean over the rows of old classes
+    rows_are_independent = False  # margins are a mean over the rows of old classes
 
     @dataclass(frozen=True)
     class Args(WithExemplars.Args):

@@ -52,7 +52,7 @@ class MgserSam(DerPP):
         """
         if "memory" not in objective.guides or objective.clean is None or not objective.passes:
             return {}
-        (clean, g), *moved = objective.passes
+        (clean, g), *perturbed = objective.passes
         g_s = objective.guides["memory"]
         g_t = torch._foreach_sub(g, g_s)
         found = {
@@ -60,8 +60,8 @@ class MgserSam(DerPP):
             "norm_current": norm(g_t),
             "norm_memory": norm(g_s),
         }
-        if moved:
-            loss, g_adv = moved[0]
+        if perturbed:
+            loss, g_adv = perturbed[0]
             gap = {name: loss.terms[name] - clean.terms[name] for name in clean.terms}
             found["cos_adversarial_memory"] = _cosine(g_adv, g_s)
             found["sharpness_current"] = gap["current"]

@@ -59,7 +59,7 @@ class XDer(ReplayMethod):
     fixed_policy = "as many images of each class, chosen when a task ends"
     loss_needs_task = True
     own_memory = True
-    rows_are_apart = False  # constraints are means over violators, views are compared with each other
+    rows_are_independent = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,
         {

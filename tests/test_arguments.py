@@ -538,10 +538,10 @@ def test_a_plugin_that_is_absent_or_does_not_import(tmp_path, fails):
     assert "SyntaxError" in line
 
 
-def test_a_plugin_that_was_mended_can_be_loaded_in_the_same_process(tmp_path, fails, prints):
-    file = plugin(tmp_path, "mended", "raise RuntimeError('not yet')\n")
+def test_a_plugin_that_was_corrected_can_be_loaded_in_the_same_process(tmp_path, fails, prints):
+    file = plugin(tmp_path, "corrected", "raise RuntimeError('not yet')\n")
     assert "not yet" in fails("--list", "--plugin", file)[0]
-    plugin(tmp_path, "mended", "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
+    plugin(tmp_path, "corrected", "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
            "@METHODS.register('my_er')\nclass MyEr(ER):\n    'Mine.'\n")  # fmt: skip
     assert "my_er" in prints("--list", "models", "--plugin", file)
 

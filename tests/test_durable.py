@@ -126,7 +126,7 @@ def test_after_damage_the_whole_generation_is_not_pushed_out(state, tmp_path, ca
     for steps in (1, 2):
         checkpoint.save(tmp_path, {**state, "steps": steps})
     (tmp_path / "state.pt").write_bytes(b"damaged")
-    assert checkpoint.load(tmp_path, mend=True)["steps"] == 1
+    assert checkpoint.load(tmp_path, repair=True)["steps"] == 1
     checkpoint.save(tmp_path, {**state, "steps": 3})
     (tmp_path / "state.pt").write_bytes(b"damaged")
     assert checkpoint.load(tmp_path)["steps"] == 1

@@ -741,7 +741,7 @@ def test_constant_terms_have_no_gradient(begin, optimizer):
     method = HalfConstant(trainer.method.net, None, trainer.method.context)
     trainer.optimizer.method = method
     batch = next(trainer.stream.epoch(trainer.benchmark[0].train))
-    blocks = (batch.block, batch.block.set_apart())
+    blocks = (batch.block, batch.block.as_reference())
     objective = Objective(method, blocks, trainer.optimizer.params)
     trainer.optimizer.begin_task(trainer.benchmark[0])
     trainer.optimizer.step(objective)

@@ -111,7 +111,7 @@ DRAWS = {  # what draw returns: what is said
     "None": r"draw\(\) must return a tuple of blocks, .*got None",
     "(batch,)": r"draw\(\) must return a tuple of blocks, got a Batch in it",
     "()": r"draw\(\) has given no block for the loss",
-    "(batch.block.set_apart(),)": r"draw\(\) has given no block for the loss",
+    "(batch.block.as_reference(),)": r"draw\(\) has given no block for the loss",
     "(Block(batch.x, y=batch.y),)": r"block 0 .*inputs x of floats, got a tensor .*torch.uint8. Use batch.inputs",
     "(Block(batch.inputs.numpy(), y=batch.y),)": r"block 0 .*inputs x of floats, got a ndarray",
     "(Block(batch.inputs, y=batch.y[:3]),)": r"block 0 of draw\(\) has 16 rows, its column 'y' is a tensor .*\(3,\)",
@@ -132,19 +132,19 @@ OTHERS = {
     ),
     "no loss": (method("pass", "Method"), r"it has no loss\(\)"),
     "no references": (
-        method("def draw(self, batch):\n    return (batch.block, batch.block.set_apart())"),
+        method("def draw(self, batch):\n    return (batch.block, batch.block.as_reference())"),
         r"it draws blocks that are apart, but has no references\(\)",
     ),
     "references that do not yield": (
         method(
-            "def draw(self, batch):\n    return (batch.block, batch.block.set_apart())\n"
+            "def draw(self, batch):\n    return (batch.block, batch.block.as_reference())\n"
             "def references(self, memory):\n    return ('memory', costs_of(self, memory).mean())"
         ),
         r"references\(\) must yield \(name, loss\), it returns a tuple",
     ),
     "references of a cost for each row": (
         method(
-            "def draw(self, batch):\n    return (batch.block, batch.block.set_apart())\n"
+            "def draw(self, batch):\n    return (batch.block, batch.block.as_reference())\n"
             "def references(self, memory):\n    yield 'memory', costs_of(self, memory)"
         ),
         r"references\(\) must yield \(name, loss\), the loss one number, got a str, a tensor of shape \(16,\)",

@@ -330,8 +330,8 @@ def _costs(rows: Sequence[Row]) -> list[str]:
     """The wall time of all runs, each counted once, and the cells that take most of it."""
     cells = {row.target.cell: row for row in rows if row.wall_s}
     total = sum(row.wall_s for row in cells.values())
-    dear = sorted(cells.values(), key=lambda row: -row.wall_s)[:3]
-    most = ", ".join(f"{row.target.label} {row.wall_s:,.0f} s ({row.wall_s / total:.0%})" for row in dear)
+    longest = sorted(cells.values(), key=lambda row: -row.wall_s)[:3]
+    most = ", ".join(f"{row.target.label} {row.wall_s:,.0f} s ({row.wall_s / total:.0%})" for row in longest)
     return [f"wall time of these runs: {total:,.0f} s; most of it: {most}"] if cells else []
 
 

@@ -42,7 +42,7 @@ def trip(gradient: Any) -> None:
     raise Trip
 
 
-def weights_come_back(name: str, room: str, momentum: float | None = 0.1) -> None:
+def weights_come_back(name: str, stage: str, momentum: float | None = 0.1) -> None:
     """An exception in any pass, forward or backward, leaves weights and BatchNorm as they were before the step."""
     x, y = next(batches(torch.float32))
     for fatal in range(1, 20):
@@ -50,14 +50,14 @@ def weights_come_back(name: str, room: str, momentum: float | None = 0.1) -> Non
         method, optimizer = make(name, net)
         before, places = copies(net), [p.data_ptr() for p in net.parameters()]
         statistics: list[dict] = []
-        method.watch = _tripping(net, statistics, fatal, room)
+        method.watch = _tripping(net, statistics, fatal, stage)
         try:
             step(method, optimizer, x, y)
         except Trip:
             pass
         else:
             break  # it makes no such pass
-        where = f"after an exception in the {room} of pass {fatal}"
+        where = f"after an exception in the {stage} of pass {fatal}"
         expect(torch.is_grad_enabled(), f"{where} torch makes no gradients. Use `with torch.no_grad():`")
         is_norm = net[1].track_running_stats and net[1].momentum == momentum
         expect(is_norm, f"{where} BatchNorm is left frozen. Use `with frozen_statistics(...)`")
@@ -78,13 +78,13 @@ def weights_come_back(name: str, room: str, momentum: float | None = 0.1) -> Non
     expect(1 < fatal < 19, f"it makes {fatal - 1} passes in a step, where 1 to 17 can be")
 
 
-def _tripping(net: nn.Module, statistics: list[dict], fatal: int, room: str) -> Callable:
+def _tripping(net: nn.Module, statistics: list[dict], fatal: int, stage: str) -> Callable:
     """Notes BatchNorm's state after each forward, and raises in the pass with the number `fatal`."""
 
     def watch(number: int, logits: torch.Tensor) -> None:
         statistics.append(copies(net[1]))
         if number == fatal:
-            if room == "forward" or not logits.requires_grad:
+            if stage == "forward" or not logits.requires_grad:
                 raise Trip
             logits.register_hook(trip)
 
@@ -203,10 +203,10 @@ def _settled(method: nn.Module, optimizer: Any) -> dict[str, Any]:
 CONTRACTS = {
     **{f"trains two tasks of {name}": partial(methods.trains_two_tasks, name) for name in METHODS},
     **{
-        f"an exception in a {room} pass leaves weights and BatchNorm as they were": partial(
-            weights_come_back, room=room
+        f"an exception in a {stage} pass leaves weights and BatchNorm as they were": partial(
+            weights_come_back, stage=stage
         )
-        for room in ("forward", "backward")
+        for stage in ("forward", "backward")
     },
     "parameters without a gradient are left alone": leaves_idle_parameters_alone,
     "dropout is the same in all passes of a step": keeps_dropout,

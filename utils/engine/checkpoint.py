@@ -92,9 +92,9 @@ def exists(folder: Path) -> bool:
     return any((folder / name).exists() for name in (FILE, BEFORE))
 
 
-def load(folder: Path, config_hash: str | None = None, mend: bool = False) -> dict[str, Any]:
+def load(folder: Path, config_hash: str | None = None, repair: bool = False) -> dict[str, Any]:
     """The newest state that is whole; says so where that is the generation before. Raises `UsageError` if there is
-    none, or none of the configuration with this hash. With `mend`, a damaged newest one gives way to the one that is
+    none, or none of the configuration with this hash. With `repair`, a damaged newest one gives way to the one that is
     loaded, so that the next `save` does not push out the only whole one."""
     damages = []
     for file in (folder / FILE, folder / BEFORE):
@@ -114,7 +114,7 @@ def load(folder: Path, config_hash: str | None = None, mend: bool = False) -> di
             )
         if damages:
             complain(f"warning: {damages[0]}: the checkpoint before it is used, {file.name}")
-            if mend:
+            if repair:
                 os.replace(file, folder / FILE)
         return state
     if damages:

@@ -99,7 +99,7 @@ def check(config: Any, is_new: bool = True) -> None:
             raise UsageError("--sync_bn 1 has no effect in one process. Start several by torchrun, or drop it.")
         return
     problems = []
-    if not config.learner.rows_are_apart:
+    if not config.learner.rows_are_independent:
         problems.append(
             f"--model {config.model} cannot be trained by several processes: a row's cost depends on other rows of its "
             "step, and each process has only some. Start one process."

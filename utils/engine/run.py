@@ -59,7 +59,7 @@ def resume(
             return None
         if not is_first:
             group.wait()  # until what rank 0 mends is mended
-        state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
+        state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, repair=is_first)
         if is_first and group is not None:
             group.wait()
         parents = _state_of(config.continues) if state is None else None

@@ -241,11 +241,11 @@ class Driver:
         """Inside, the parameters are at the weights moved by `offset`, and BatchNorm statistics are frozen unless told
         otherwise. The weights themselves are not touched: moved ones take their place, and leave it in any case."""
         with torch.no_grad():
-            moved = torch._foreach_add(self.params, offset)
+            perturbed = torch._foreach_add(self.params, offset)
         del offset  # as large as the weights, and not needed any more
         weights = [param.data for param in self.params]
         try:
-            for param, there in zip(self.params, moved, strict=True):
+            for param, there in zip(self.params, perturbed, strict=True):
                 param.data = there
             with frozen_statistics(self._batchnorms if frozen else []):
                 yield

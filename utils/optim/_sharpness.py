@@ -4,8 +4,8 @@ A variant overrides `ascent` (where the weights go for the second pass) or `desc
 number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
 moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state and says its
 `phase` as `Driver` does. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be
-flat is the same for all: which rows are climbed, which parameters are moved, from which task on. Weight decay acts in
-the base optimizer alone, at the unmoved weights.
+flat is the same for all: which rows are climbed, which parameters are perturbed, from which task on. Weight decay acts
+only in the base optimizer, at the unperturbed weights.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class SharpnessAware(Driver):
 
     def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: Any = None):
         super().__init__(method, lr, weight_decay, args, rng)
-        self._unmoved = self._find_unmoved()
+        self._unperturbed = self._find_unperturbed()
 
     @classmethod
     def check(cls, config: Any, method: type) -> list[str]:
@@ -85,14 +85,14 @@ class SharpnessAware(Driver):
 
     def direction(self, objective: Any) -> Grads:
         g, climbed = self.gradients(objective)
-        with self.at(self._moved(self.ascent(climbed, objective))):
+        with self.at(self._perturbed_part(self.ascent(climbed, objective))):
             g_adv = objective.gradient()
         return self.descent(g, g_adv)
 
     def gradients(self, objective: Any, wanted: Wanted = None) -> tuple[Grads, Grads]:
         """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
         g, climbed = objective.gradients(self.args.ascent_on, wanted)
-        return g, self._moved(climbed)
+        return g, self._perturbed_part(climbed)
 
     @property
     def fewest_rows(self) -> int:
@@ -116,23 +116,23 @@ class SharpnessAware(Driver):
     def follow(self) -> bool:
         has_changed = super().follow()
         if has_changed:
-            self._unmoved = self._find_unmoved()
+            self._unperturbed = self._find_unperturbed()
         return has_changed
 
-    def _moved(self, vector: Grads) -> Grads:
+    def _perturbed_part(self, vector: Grads) -> Grads:
         """The vector with zeros for what --perturb leaves alone."""
-        if not self._unmoved:
+        if not self._unperturbed:
             return vector
-        return [self._unmoved.get(i, part) for i, part in enumerate(vector)]
+        return [self._unperturbed.get(i, part) for i, part in enumerate(vector)]
 
-    def _find_unmoved(self) -> dict[int, torch.Tensor]:
+    def _find_unperturbed(self) -> dict[int, torch.Tensor]:
         """{position of a parameter that --perturb leaves alone: zeros}."""
         if self.args.perturb == "all":
             return {}
         norms = {id(p) for m in self.method.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         only = self.args.perturb == "norm_only"
-        moved = [id(p) in norms if only else p.ndim > 1 and id(p) not in norms for p in self.params]
-        return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, moved, strict=True)) if not m}
+        perturbed = [id(p) in norms if only else p.ndim > 1 and id(p) not in norms for p in self.params]
+        return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, perturbed, strict=True)) if not m}
 
 
 def _has_norms(config: Any) -> bool:

@@ -53,13 +53,13 @@ class ESAM(SharpnessAware):
         if not self.phase() or not self.is_sharp(objective):
             return {}
         draws = self.rng.random(len(self.params))
-        return {"moved": (draws < self.args.esam_beta) | (draws == draws.min())}
+        return {"perturbed": (draws < self.args.esam_beta) | (draws == draws.min())}
 
     def tick(self, objective) -> None:
         self.clock["started"] |= self.is_sharp(objective)
 
     def direction(self, objective) -> Grads:
-        _, climbed = self.gradients(objective, self.drawn.get("moved"))
+        _, climbed = self.gradients(objective, self.drawn.get("perturbed"))
         offset = torch._foreach_mul(climbed, self.args.rho / self.args.esam_beta / (norm(climbed) + 1e-7))
         with self.at(offset):
             if self.args.esam_gamma == 1:

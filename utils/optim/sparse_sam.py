@@ -140,9 +140,9 @@ class SparseSAM(SharpnessAware):
         epoch, n_epochs = self.clock["epoch"], self.clock.get("n_epochs", 0)
         rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
         still = self.args.sparsity * self._size
-        moved, m = self._size - still, flat(mask)
-        new = min(moved * rate, still)
-        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved - new + 1e-9))
+        in_mask, m = self._size - still, flat(mask)
+        new = min(in_mask * rate, still)
+        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(in_mask - new + 1e-9))
         # where there is room; where a mask of parameters that have grown has less, what was dropped comes back
         grown = self._top((self._random() + 1e-7 + (1 - m)) * (1 - kept), math.floor(new + 1e-9))
         return self._unflatten(kept + grown)
