@@ -193,15 +193,16 @@ class Benchmark(Sequence[Task]):
             return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
         if config.n_tasks is None:
             return [
-                f"{cls.name} does not say how many tasks its {cls.num_classes} classes make. Give --classes_per_task "
-                "or --n_tasks; its author can set one of them in its `defaults`."
+                f"{cls.name} does not say into how many tasks its {cls.num_classes} classes are split. Give "
+                "--classes_per_task or --n_tasks; its author can set one of them in its `defaults`."
             ]
         if config.classes_per_task and not cls._takes_task_sizes():
-            return [f"--classes_per_task has no effect on {cls.name}, which says itself what its tasks are. Drop it."]
+            return [f"--classes_per_task has no effect on {cls.name}, which defines its own tasks. Drop it."]
         problems = []
         if config.start_from >= config.n_tasks:
             problems.append(
-                f"--start_from must be less than the {config.n_tasks} tasks, got {config.start_from}. Give less."
+                f"--start_from must be less than the number of tasks {config.n_tasks}, got {config.start_from}. Give "
+                "less."
             )
         if config.stop_after is not None and not config.start_from < config.stop_after <= config.n_tasks:
             problems.append(
@@ -210,8 +211,8 @@ class Benchmark(Sequence[Task]):
             )
         if config.early_stop is not None and not cls._can_monitor():
             problems.append(
-                f"--early_stop does not fit {cls.name}, which makes the training images of its tasks by itself and has "
-                "no `monitor_split`. Drop it."
+                f"--early_stop cannot be used with {cls.name}, which makes its own training images for each task and "
+                "has no `monitor_split`. Drop it."
             )
         return problems + cls.check_classes(config)
 
@@ -332,13 +333,13 @@ class Benchmark(Sequence[Task]):
             is_next = isinstance(classes, range) and classes == range(end, end + len(classes)) and len(classes) > 0
             if not is_next:
                 raise UsageError(
-                    f"{self.name}: the classes of task {index + 1} must be a range that begins with {end}, of at least "
-                    f"one, got {classes}. Mend its `task_sizes` or `classes_of`."
+                    f"{self.name}: the classes of task {index + 1} must be a range that is not empty and begins with "
+                    f"{end}, got {classes}. Correct its `task_sizes` or `classes_of`."
                 )
             end = classes.stop
         if end not in (0, self.num_classes):
             raise UsageError(
-                f"{self.name}: its tasks must have all {self.num_classes} classes, they have {end}. Mend its "
+                f"{self.name}: its tasks must have {self.num_classes} classes in total, got {end}. Correct its "
                 "`task_sizes` or `classes_of`."
             )
         empty = next((index for index in range(self.num_tasks) if self._num_train_rows(index) == 0), None)

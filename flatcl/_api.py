@@ -207,7 +207,8 @@ class Run:
         """The memory: `buffer.all()` gives its columns {name: (rows, ...)}. None for a method without one."""
         if self.folder is not None and not checkpoint.exists(self.folder / "checkpoint"):
             raise UsageError(
-                f"{self.folder} keeps its weights alone (--keep_checkpoint 0), not its memory. Repeat the run without."
+                f"{self.folder} has only the weights (--keep_checkpoint 0), not the memory. Repeat the run without "
+                "this flag."
             )
         return getattr(self.model, "buffer", None)
 
@@ -235,7 +236,7 @@ class Run:
         """Images (N, C, H, W) uint8 -> what the network's last layer sees of them, (N, F) float32, on the CPU."""
         net = self.model.net
         if not hasattr(net, "features"):
-            raise UsageError(f"the network {self.config.backbone} has no `features`. Use one that has.")
+            raise UsageError(f"the network {self.config.backbone} has no `features`. Use a network that has.")
         images, augment = self._images(images), self._built.augment
         with self._computing(), eval_mode(net), torch.inference_mode():
             return torch.cat([net.features(augment.plain(rows)).float().cpu() for rows in images.split(256)])
@@ -341,7 +342,7 @@ def _selected(chosen: Mapping[str, Any]) -> dict[str, list[str]]:
     """{selector: [name]}; classes and networks are entered into the registries."""
     odd = chosen.keys() - SELECTORS.keys()
     if odd:
-        raise UsageError(f"there is no argument {', '.join(sorted(odd))} here. Choose from: {', '.join(SELECTORS)}.")
+        raise UsageError(f"unknown argument: {', '.join(sorted(odd))}. Choose from: {', '.join(SELECTORS)}.")
     return {kind: [_name(kind, value)] for kind, value in chosen.items() if value is not None}
 
 
@@ -384,7 +385,7 @@ class _Given(nn.Module):
         problem = _misfit(net, shape, num_classes)
         if problem is not None:
             raise UsageError(
-                f"the network that was given must take {(2, *shape)} float32 and give logits {(2, num_classes)}, "
+                f"the network that was given must take {(2, *shape)} float32 and give logits {(2, num_classes)}, but "
                 f"{problem}. Give its last layer {num_classes} outputs."
             )
         return net
@@ -427,4 +428,4 @@ def _word(name: str, value: Any) -> str:
         return os.fspath(value)
     if isinstance(value, list | tuple):
         return ",".join(_word(name, item) for item in value)
-    raise UsageError(f"{name} must be a number, a text, True or False, or a list of such, got {value!r}.")
+    raise UsageError(f"{name} must be a number, a text, True or False, or a list of these, got {value!r}.")

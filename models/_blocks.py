@@ -78,8 +78,8 @@ class Loss:
     of its costs. For a mean over only k of the n rows, multiply the costs of these rows by n / k and give zeros for the
     others; the method then sets `rows_are_independent = False`, because each of several processes would count k in its
     own rows. `penalties[name]`, a scalar tensor, is a term that belongs to no row (a regulariser). `logits` (N, K) are
-    those of the stream's rows. `outputs[name]`, in the same form as `rows[name]` with tensors (n, ...), is anything else
-    that `remember` needs.
+    those of the stream's rows. `outputs[name]`, in the same form as `rows[name]`, with tensors (n, ...), is anything
+    else that `remember` needs.
     """
 
     def __init__(

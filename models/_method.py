@@ -195,7 +195,11 @@ class Method(nn.Module):
         Taken once a step, after the clean pass or, with `references_first`, before it, and each gradient before the
         next loss is asked for.
         """
-        raise mistake(self, "it draws blocks that are apart, but has no references() that gives their losses.")
+        raise mistake(
+            self,
+            "it draws reference blocks, but has no references(). Write: def references(self, *blocks): ..., which "
+            "yields (name, loss).",
+        )
 
     def combine(self, update: Grads, guides: Mapping[str, Grads]) -> Grads:
         """Gradient surgery, after the optimizer has found its direction. `guides` is empty while there is no memory.
@@ -266,7 +270,9 @@ class Method(nn.Module):
             loss = loss or objective.loss
             done.append((objective, update))
         if loss is not None and loss.logits is not None and len(loss.logits) != len(batch.y):
-            problem = f"Loss(logits=...) must have the stream's {len(batch.y)} rows alone, got {shown(loss.logits)}."
+            problem = (
+                f"Loss(logits=...) must have only the {len(batch.y)} rows of the stream, got {shown(loss.logits)}."
+            )
             raise mistake(self, problem)
         if not done or not all(objective.skipped for objective, _ in done):
             self.remember(batch, loss)
@@ -290,16 +296,16 @@ class Method(nn.Module):
         """What looks like a mistake when two tasks are over (on a general-continual stream: one), one line each."""
         terms = {name for names, _ in self.checked_losses for name in names}
         found = [
-            f"{self.name}: the guide '{guide}' is of the term '{term}', which its loss has not had so far. "
-            f"It had {', '.join(sorted(terms))}."
+            f"{self.name}: the guide '{guide}' names the term '{term}', which the loss has not had so far. Its terms "
+            f"are {', '.join(sorted(terms))}."
             for guide, members in self.guides.items()
             for term in members
             if terms and term not in terms
         ]
         if self.has_memory and terms and not any(memory for form in self.checked_blocks for _, memory, _ in form):
             found.append(
-                f"{self.name}: no block has had rows of the memory so far, though `has_memory` says so: "
-                "optimizers take all rows for the stream's. Write: Block(x, memory=number of rows, ...)."
+                f"{self.name}: `has_memory` is True, but no block has had rows of the memory so far: optimizers "
+                "treat all rows as those of the stream. Write: Block(x, memory=number of rows, ...)."
             )
         return found
 

@@ -85,7 +85,7 @@ class Gem(AGem):
             yield f"task {k}", cross_entropy(self.net(memory.x), memory.y)
 
     def phase(self) -> Ordinary:
-        return Ordinary("gem solves its programme on the host, in the middle of a step")
+        return Ordinary("gem solves its quadratic program on the host, in the middle of a step")
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if not guides:  # the first task

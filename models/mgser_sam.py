@@ -1,4 +1,4 @@
-"""MGSER-SAM (Li & Tang, IJCNN 2024): soft replay under SAM, guided by the memory's own gradient.
+"""MGSER-SAM (Li & Tang, IJCNN 2024): soft replay under SAM, guided by the clean gradient of the memory.
 
     L_t = CE(f(x), y)    L_s = alpha * mean (f(x') - z')^2 + beta * CE(f(x''), y'')
     g~  = gradient of L_t + L_s at theta + rho * (g_t + g_s) / |g_t + g_s|

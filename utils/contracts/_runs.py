@@ -115,7 +115,7 @@ def setting_of(name: str) -> dict[str, str]:
         return {}
     if "domain-il" in settings:
         return {"dataset": "domain-synth"}
-    raise Skipped(f"it learns {', '.join(settings)} alone, for which there is no benchmark in memory")
+    raise Skipped(f"it learns only {', '.join(settings)}, for which there is no benchmark in memory")
 
 
 def begin(name: str, **flags: Any) -> Trainer:

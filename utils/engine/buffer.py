@@ -52,7 +52,7 @@ class Buffer:
         if labels is None and self.policy.needs_labels:
             if "y" not in columns:
                 raise UsageError(
-                    f"--buffer_policy {self.policy.name} looks at labels, and the rows that are added have no column "
+                    f"--buffer_policy {self.policy.name} needs labels, but the rows that are added have no column "
                     "`y`. Add it, or choose another policy."
                 )
             labels = columns["y"].cpu().numpy()
@@ -149,7 +149,8 @@ class Buffer:
         except RuntimeError:  # torch's way of saying that memory is short
             size = sum(rows[:1].nbytes for rows in like.values()) * self.capacity / 2**30
             raise UsageError(
-                f"--buffer_size {self.capacity} needs {size:,.1f} GiB on {self.device}, more than there is. Give less."
+                f"--buffer_size {self.capacity} needs {size:,.1f} GiB on {self.device}, more than is available. Give "
+                "less."
             ) from None
 
     def _index(self, positions: Any) -> Tensor:

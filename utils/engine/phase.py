@@ -25,7 +25,7 @@ def phase_of(part: object, functions: Iterable[str]) -> Hashable:
             return part.phase()
         if any(function in vars(cls) for function in functions):
             return Ordinary(
-                f"{part.name} does not say on what its steps depend. Where that is blocks and weights alone, as long "
-                f"as a task lasts, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
+                f"{part.name} does not say what its steps depend on. If, within a task, they depend only on the "
+                f"blocks and the weights, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
             )
     raise AssertionError(f"{part} has no phase")

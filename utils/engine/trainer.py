@@ -533,7 +533,8 @@ class Trainer:
                 ) from None
             self._saved = time.monotonic()
             self.logs.warn_once(
-                what, f"cannot be written ({reason(error)}): the run goes on and tries again; the one before is kept"
+                what,
+                f"cannot be written ({reason(error)}): the run continues and tries again; the previous one is kept",
             )
 
     def _write_results_so_far(self) -> None:

@@ -348,7 +348,7 @@ class Driver:
     def _commit(self) -> None:
         """Each state stays in its tensors, which a recorded step has in use."""
         for name, value in self.pending.items():
-            assert len(value) == len(self.params), f"pending['{name}'] is no list for params"
+            assert len(value) == len(self.params), f"pending['{name}'] must have one entry for each parameter"
             if name in self.state:
                 torch._foreach_copy_(self.state[name], value)
             else:

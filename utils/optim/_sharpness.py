@@ -33,15 +33,17 @@ class SharpnessAware(Driver):
         rho: float = flag(0.05, "radius of the ball in which the worst point is sought", low=0)
         ascent_on: str = flag(
             "all",
-            "which loss is climbed: all of it, that of the stream's rows, or that of the memory's",
+            "which loss the perturbation increases: that of all rows, of the stream's rows (current), or of the "
+            "memory's rows",
             choices=("all", "current", "memory"),
         )
         perturb: str = flag(
             "all",
-            "which parameters are moved: all, all but biases and those of normalisation layers, or only the latter",
+            "which parameters are perturbed: all, all except biases and normalisation layers, or only normalisation "
+            "layers",
             choices=("all", "no_norm_bias", "norm_only"),
         )
-        sam_from_task: int = flag(0, "first task that is trained sharpness-aware, counted from 0", low=0)
+        sam_from_task: int = flag(0, "first task that is trained with perturbed weights, counted from 0", low=0)
         renormalize: bool = flag(False, "scale the update to the norm of the clean gradient (Stable SAM)")
 
     def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: Any = None):
@@ -53,8 +55,8 @@ class SharpnessAware(Driver):
         problems = []
         if config.ascent_on != "all" and not method.has_memory:
             problems.append(
-                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory apart from the "
-                f"stream's, {method.name} has none. Use all."
+                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory, {method.name} has "
+                "none. Use all."
             )
         if 0 < config.sam_from_task <= config.start_from:
             problems.append(

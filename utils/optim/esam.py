@@ -27,8 +27,8 @@ from flatcl.utils.registry import OPTIMIZERS
 class ESAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
-        esam_beta: float = flag(0.6, "share of the tensors that is moved", above=0, high=1)
-        esam_gamma: float = flag(0.5, "share of the rows that the update is taken from", above=0, high=1)
+        esam_beta: float = flag(0.6, "share of the parameter tensors that is perturbed", above=0, high=1)
+        esam_gamma: float = flag(0.5, "share of the rows that the update is computed from", above=0, high=1)
 
     @classmethod
     def check(cls, config, method) -> list[str]:

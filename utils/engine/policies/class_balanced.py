@@ -1,4 +1,4 @@
-"""Class-balancing reservoir sampling, CBRS (Chrysakis & Moens, ICML 2020), algorithm 1: classes as even as can be.
+"""CBRS, class-balancing reservoir sampling (Chrysakis & Moens, ICML 2020), algorithm 1: classes in balance.
 
 While there is room, every row is stored. Then, with m of the n rows that its class c has shown in the memory:
 

@@ -1,4 +1,4 @@
-"""A ring for each class (Chaudhry et al., 2019, "On tiny episodic memories"): the last rows of each, as many of all.
+"""A ring for each class (Chaudhry et al., 2019, "On tiny episodic memories"): the last rows, as many for each class.
 
 Each class has room for buffer_size // (classes of the benchmark) rows, seen or not: what does not divide, and the room
 of classes that have not come, stays empty.
