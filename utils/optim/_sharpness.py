@@ -26,7 +26,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class SharpnessAware(Driver):
-    """SAM's skeleton: one clean pass, one pass at moved weights."""
+    """The structure of SAM: one clean pass, one pass at perturbed weights."""
 
     @dataclass(frozen=True)
     class Args(Driver.Args):
@@ -78,11 +78,11 @@ class SharpnessAware(Driver):
         return problems
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
-        """The offset of the weights for the second pass, from the clean gradient of what is climbed: a new list."""
+        """The offset of the weights for the second pass, a new list, from the clean gradient that --ascent_on selects."""
         return torch._foreach_mul(g, self.args.rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
-        """The update, from the clean gradient of the whole loss and the one at the moved weights."""
+        """The update, from the clean gradient of the whole loss and the gradient at the perturbed weights."""
         return g_adv
 
     def direction(self, objective: Any) -> Grads:
@@ -92,19 +92,19 @@ class SharpnessAware(Driver):
         return self.descent(g, g_adv)
 
     def gradients(self, objective: Any, wanted: Wanted = None) -> tuple[Grads, Grads]:
-        """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
+        """(gradient of the whole loss, gradient that --ascent_on selects, with zeros for what --perturb excludes)."""
         g, climbed = objective.gradients(self.args.ascent_on, wanted)
         return g, self._perturbed_part(climbed)
 
     @property
     def fewest_rows(self) -> int:
-        """Of a forward that takes a part of a block: of a single one, BatchNorm may have no statistics."""
+        """The fewest rows of a pass over part of a block: BatchNorm may have no statistics of a single row."""
         return 2 if self._batchnorms else 1
 
     phase = Driver.phase  # --sam_from_task and --ascent_on: one answer for a task and its blocks
 
     def is_sharp(self, objective: Any) -> bool:
-        """Whether this step is one of the variant's, and not the base optimizer's."""
+        """Whether this step is sharpness-aware, and not a plain step of the base optimizer."""
         return self.clock["task"] >= self.args.sam_from_task and objective.has(self.args.ascent_on)
 
     def update(self, objective: Any) -> Grads:
@@ -122,13 +122,13 @@ class SharpnessAware(Driver):
         return has_changed
 
     def _perturbed_part(self, vector: Grads) -> Grads:
-        """The vector with zeros for what --perturb leaves alone."""
+        """The vector with zeros for parameters that --perturb excludes."""
         if not self._unperturbed:
             return vector
         return [self._unperturbed.get(i, part) for i, part in enumerate(vector)]
 
     def _find_unperturbed(self) -> dict[int, torch.Tensor]:
-        """{position of a parameter that --perturb leaves alone: zeros}."""
+        """{position of a parameter that --perturb excludes: zeros}."""
         if self.args.perturb == "all":
             return {}
         norms = {id(p) for m in self.method.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
