@@ -59,10 +59,13 @@ class Packaged(nn.Module):
         super().__init__()
         self.body, last = self.make(shape[0], num_classes)
         if not isinstance(last, nn.Linear):
-            raise UsageError(f"--backbone {self.name} ends in no Linear layer, which a classifier is. Choose another.")
+            raise UsageError(
+                f"--backbone {self.name} does not end in a Linear layer, which is needed as the classifier. Choose "
+                "another."
+            )
         if shape[0] not in (1, self.num_channels or shape[0]):
             raise UsageError(
-                f"--backbone {self.name} sees {self.num_channels} channels, got images of {shape[0]}. Choose another."
+                f"--backbone {self.name} takes images of {self.num_channels} channels, got {shape[0]}. Choose another."
             )
         self._last = next(name for name, layer in self.body.named_modules() if layer is last)
         self.body.set_submodule(self._last, nn.Identity())
@@ -79,7 +82,10 @@ class Packaged(nn.Module):
                 f"--backbone {self.name} cannot take images of {shape} ({reason(error)}). Choose another."
             ) from error
         if size != (1, self.num_features):
-            raise UsageError(f"--backbone {self.name} gives no vectors, but {tuple(size)}. Choose another.")
+            raise UsageError(
+                f"--backbone {self.name} must give a feature vector for each image, got the shape {tuple(size)}. "
+                "Choose another."
+            )
 
     @property
     def published_names(self) -> dict[str, str]:

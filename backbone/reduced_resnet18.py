@@ -1,4 +1,4 @@
-"""Reduced ResNet-18 (Lopez-Paz & Ranzato, 2017): ResNet-18 with 20 planes in place of 64."""
+"""Reduced ResNet-18 (Lopez-Paz & Ranzato, 2017): ResNet-18 with 20 planes instead of 64."""
 
 from flatcl.backbone.resnet18 import ResNet18
 from flatcl.utils.registry import BACKBONES

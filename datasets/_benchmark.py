@@ -1,8 +1,8 @@
-"""Benchmarks: a data set cut into a sequence of tasks. Knows class order and task arithmetic, but no method.
+"""Benchmarks: a data set split into a sequence of tasks. Knows the order of the classes and the tasks, but no method.
 
 A new benchmark is a file with one class that says where its data is (`load`), how it is normalised and augmented, and
-which defaults its protocol has. `Benchmark` is class-incremental; `DomainBenchmark` shows all classes in each task,
-its images transformed.
+which defaults its protocol has. `Benchmark` is class-incremental; in a `DomainBenchmark` each task has all classes and
+transforms the images in its own way.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are mad
 class Split:
     """Images (N, C, H, W) uint8, labels (N,) int64 and ids (N,) int64, unique over the benchmark.
 
-    `batch_lengths`, if given, says that the order of the rows and the batches are part of the data (a stream).
+    `batch_lengths`, if given: the order of the rows and the sizes of the batches are part of the data (a stream).
     """
 
     images: Tensor
@@ -42,7 +42,7 @@ class Split:
 
 
 class Task:
-    """One task: `index`, `classes` (outputs that it uses), and its `train` and `test` splits, made when asked for."""
+    """One task: `index`, `classes` (the outputs that it uses), and the splits `train` and `test`, made at first use."""
 
     def __init__(self, benchmark: "Benchmark", index: int, classes: range):
         self.benchmark, self.index, self.classes = benchmark, index, classes
@@ -53,7 +53,7 @@ class Task:
 
     @cached_property
     def monitor(self) -> Split:
-        """What --early_stop holds out."""
+        """The images that --early_stop holds out."""
         return self.benchmark.monitor_split(self.index)
 
     @cached_property
@@ -65,7 +65,7 @@ class Task:
 
 
 class JointTask(Task):
-    """All tasks at once, for upper bounds."""
+    """All tasks as one, for upper bounds."""
 
     def __init__(self, benchmark: "Benchmark"):
         super().__init__(benchmark, 0, range(benchmark.num_classes))
@@ -84,16 +84,16 @@ class JointTask(Task):
 class Benchmark(Sequence[Task]):
     """A class-incremental benchmark: task t has the classes t * k ... t * k + k - 1 of the class order.
 
-    Labels are positions in the class order, so that a label is the output that stands for it. Building a benchmark
-    loads its data to `device`; indexing it never advances anything.
+    Labels are positions in the class order, so a label is also the number of its output. Building a benchmark loads its
+    data to `device`; indexing it changes no state.
 
-    Tasks of unequal sizes: a user gives --classes_per_task. A protocol that has them gives it among its `defaults`, or,
-    where a user shall not change it, says `task_sizes = (50, 10, 10, 10, 10, 10)` (and needs no `n_tasks` among the
-    defaults). Where the sizes depend on flags, override `classes_of` and read `self.num_tasks`, which is --n_tasks. In
-    all of these, each task has at least one class, and the tasks' classes follow one another from 0 to num_classes - 1:
-    all classes before a task's are old ones.
+    Tasks of unequal sizes: a user gives --classes_per_task. A protocol with such tasks has it in its `defaults`, or, if
+    users may not change it, sets `task_sizes = (50, 10, 10, 10, 10, 10)` (then `n_tasks` is not needed in `defaults`).
+    If the sizes depend on flags, override `classes_of` and read `self.num_tasks`, which is --n_tasks. In all cases each
+    task has at least one class, and the classes of the tasks follow one another from 0 to num_classes - 1: all classes
+    before those of a task are old.
 
-    Where only the data says how many classes there are, or of which shape its images, override `declared`.
+    If the number of classes or the shape of the images is known only from the data, override `declared`.
     """
 
     name: str
@@ -149,23 +149,23 @@ class Benchmark(Sequence[Task]):
         """(train, test), each images (N, C, H, W) uint8 in 0..255 and labels (N,) int64 in 0..num_classes - 1, with at
         least one row, and one training image of each class that is not in `empty_classes`. Raises `DataError`.
 
-        What can be meant in one way only is converted: NumPy arrays, labels of other integer types. All else is
-        refused with the line to write: other dtypes of images, another order of their axes, labels from 1.
+        What has only one possible meaning is converted: NumPy arrays, labels of other integer types. Everything else
+        is refused, with the line to write: images of other dtypes or with another order of axes, labels from 1.
         """
         raise UsageError(f"{self.name} has no `load`. Give it a method load(root) that returns its images and labels.")
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
-        """What `load` would have to download, and where to put it by hand; None if all is there. Opens no file."""
+        """What `load` would have to download, and where to put it by hand; None if nothing is missing. Opens no file."""
         return None
 
     @classmethod
     def declared(cls, config: Any) -> type["Benchmark"]:
-        """This class, or a subclass (`with_declared`) that adds what only the data of this configuration tells:
-        num_classes and shape, and n_tasks among the `defaults` where the data decides it.
+        """This class, or a subclass (`with_declared`) with the attributes that depend on the data of this
+        configuration: num_classes and shape, and n_tasks in `defaults` if the data decides it.
 
-        Called before the checks, so read no more than that takes; mean and std can be set on `self` by `load`. Raises
-        `UsageError` where the data is not there.
+        Called before the checks, so read only what is needed for this; `load` can set mean and std on `self`. Raises
+        `UsageError` if the data is missing.
         """
         return cls
 
@@ -176,13 +176,14 @@ class Benchmark(Sequence[Task]):
 
     @classmethod
     def sources(cls, config: Any) -> dict[str, str]:
-        """{name: digest} of files that a user gives and that change a run's numbers. They count as its code does."""
+        """{name: digest} of files of the user that change the numbers of a run: part of its identity, like code."""
         return {}
 
     def augmentations(self) -> list[nn.Module]:
         """kornia augmentations of the training images (N, C, H, W) float32 in 0..1, applied in order, before
-        normalisation. Each draws for each image, from torch's global generators: a call has images of many batches, so
-        that draws which its images share (kornia's `same_on_batch`, torchvision's transforms) are refused."""
+        normalisation. Each draws separately for each image, from torch's global generators. One call has images of
+        many batches, so draws that are shared by its images (kornia's `same_on_batch`, torchvision's transforms) are
+        refused."""
         return []
 
     @classmethod
@@ -193,15 +194,16 @@ class Benchmark(Sequence[Task]):
             return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
         if config.n_tasks is None:
             return [
-                f"{cls.name} does not say how many tasks its {cls.num_classes} classes make. Give --classes_per_task "
-                "or --n_tasks; its author can set one of them in its `defaults`."
+                f"{cls.name} does not say into how many tasks its {cls.num_classes} classes are split. Give "
+                "--classes_per_task or --n_tasks; its author can set one of them in its `defaults`."
             ]
         if config.classes_per_task and not cls._takes_task_sizes():
-            return [f"--classes_per_task has no effect on {cls.name}, which says itself what its tasks are. Drop it."]
+            return [f"--classes_per_task has no effect on {cls.name}, which defines its own tasks. Drop it."]
         problems = []
         if config.start_from >= config.n_tasks:
             problems.append(
-                f"--start_from must be less than the {config.n_tasks} tasks, got {config.start_from}. Give less."
+                f"--start_from must be less than the number of tasks {config.n_tasks}, got {config.start_from}. Give "
+                "less."
             )
         if config.stop_after is not None and not config.start_from < config.stop_after <= config.n_tasks:
             problems.append(
@@ -210,8 +212,8 @@ class Benchmark(Sequence[Task]):
             )
         if config.early_stop is not None and not cls._can_monitor():
             problems.append(
-                f"--early_stop does not fit {cls.name}, which makes the training images of its tasks by itself and has "
-                "no `monitor_split`. Drop it."
+                f"--early_stop cannot be used with {cls.name}, which makes its own training images for each task and "
+                "has no `monitor_split`. Drop it."
             )
         return problems + cls.check_classes(config)
 
@@ -257,12 +259,12 @@ class Benchmark(Sequence[Task]):
         return list(range(self.num_classes))
 
     def decided(self) -> dict[str, Any]:
-        """What the seed and the flags decided, as JSON can hold it: the content of the run folder's benchmark.json.
+        """What the seed and the flags decided, in types of JSON: the content of benchmark.json in the run folder.
 
-        class_order: the class of the data set behind each output. held_out: with --validation, the rows of `load`'s
-        training images that are tested on. monitored: with --early_stop, those that tell when to stop. tasks: the
-        classes, of the data set, and the rows of each. A benchmark that decides more adds to it:
-        `super().decided() | {"angles": [...]}`.
+        class_order: the class of the data set behind each output. held_out: with --validation, the rows of the
+        training images of `load` that are used for testing. monitored: with --early_stop, the rows that decide when to
+        stop. tasks: the classes, as numbered in the data set, and the rows of each task. A benchmark that
+        decides more adds to it: `super().decided() | {"angles": [...]}`.
         """
         order, tasks = self.class_order(), []
         for index in range(self.num_tasks):
@@ -282,11 +284,11 @@ class Benchmark(Sequence[Task]):
         )
 
     def num_rows(self, index: int) -> tuple[int, int] | None:
-        """(training rows, test rows) of a task; None where only making its images would tell.
+        """(training rows, test rows) of a task; None if they are not known before its images are made.
 
-        Counted from the labels where the splits are made here. Where a subclass makes its own and says nothing here,
-        they are made once and counted, which costs no more than a copy of the data set; but not in other settings,
-        where each task may be as large as all of it.
+        Counted from the labels if the splits are made by this class. If a class-incremental subclass makes its own
+        splits and does not override this, they are made once and counted, which costs at most a copy of the data set;
+        not in other settings, where each task may be as large as the data set.
         """
         mine, cls = Benchmark, type(self)
         if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
@@ -314,7 +316,7 @@ class Benchmark(Sequence[Task]):
         return JointTask(self)
 
     def classes_of(self, index: int) -> range:
-        """The outputs that a task uses; those of later tasks lie behind them."""
+        """The outputs that a task uses; those of later tasks come after them."""
         if self.task_sizes:
             start = sum(self.task_sizes[:index])
             return range(start, start + self.task_sizes[index])
@@ -322,7 +324,7 @@ class Benchmark(Sequence[Task]):
         return range(index * size, (index + 1) * size)
 
     def check_tasks(self) -> None:
-        """Called once, before any work: the tasks' classes must be as the class says, and none without images.
+        """Called once, before any work: the classes of the tasks must be as declared, and each task needs images.
 
         Raises `UsageError`, `DataError`.
         """
@@ -332,13 +334,13 @@ class Benchmark(Sequence[Task]):
             is_next = isinstance(classes, range) and classes == range(end, end + len(classes)) and len(classes) > 0
             if not is_next:
                 raise UsageError(
-                    f"{self.name}: the classes of task {index + 1} must be a range that begins with {end}, of at least "
-                    f"one, got {classes}. Mend its `task_sizes` or `classes_of`."
+                    f"{self.name}: the classes of task {index + 1} must be a range that is not empty and begins with "
+                    f"{end}, got {classes}. Correct its `task_sizes` or `classes_of`."
                 )
             end = classes.stop
         if end not in (0, self.num_classes):
             raise UsageError(
-                f"{self.name}: its tasks must have all {self.num_classes} classes, they have {end}. Mend its "
+                f"{self.name}: its tasks must have {self.num_classes} classes in total, got {end}. Correct its "
                 "`task_sizes` or `classes_of`."
             )
         empty = next((index for index in range(self.num_tasks) if self._num_train_rows(index) == 0), None)
@@ -356,7 +358,7 @@ class Benchmark(Sequence[Task]):
         return self._of_classes(self._train, self.classes_of(index))
 
     def monitor_split(self, index: int) -> Split:
-        """With --early_stop, the images of a task that it does not train on, and that tell when to stop."""
+        """With --early_stop, the images of a task that are not trained on and decide when to stop."""
         return self._of_classes(self._monitor, self.classes_of(index))
 
     def test_split(self, index: int) -> Split:
@@ -369,7 +371,7 @@ class Benchmark(Sequence[Task]):
         return made
 
     def test_size(self, index: int) -> int:
-        """Images of a task's test set."""
+        """The number of test images of a task."""
         rows = self.num_rows(index)
         return len(self.test_split(index)) if rows is None else rows[1]
 
@@ -402,7 +404,7 @@ class Benchmark(Sequence[Task]):
 
 
 class DomainBenchmark(Benchmark):
-    """A domain-incremental benchmark: every task has all classes and all images, transformed in its own way."""
+    """A domain-incremental benchmark: each task has all classes and all images, transformed in its own way."""
 
     setting = "domain-il"
 
@@ -419,7 +421,7 @@ class DomainBenchmark(Benchmark):
         )
 
     def pixel_map(self, index: int) -> Tensor:
-        """(H * W,) int64: pixel p of task `index` is pixel map[p] of the stored image; H * W stands for black."""
+        """(H * W,) int64: pixel p of task `index` is pixel map[p] of the stored image; H * W means black."""
         raise NotImplementedError
 
     def classes_of(self, index: int) -> range:

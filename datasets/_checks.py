@@ -37,11 +37,11 @@ def check_declared(benchmark: Any) -> None:
                 f"{len(declared[what])}. Give {shape[0]}."
             )
     if len(declared) == 1:
-        raise UsageError(f"{name}: {', '.join(declared)} is given alone. Give mean and std, or neither.")
+        raise UsageError(f"{name}: {', '.join(declared)} is given without the other. Give mean and std, or neither.")
     if not all(0 <= number <= 1 for number in declared.get("mean", ())):
         raise UsageError(
-            f"{name}: mean is that of pixels in 0..1, got {declared['mean']}. Divide mean and std by 255 where "
-            "they are of pixels in 0..255."
+            f"{name}: mean must be that of pixels in 0..1, got {declared['mean']}. Divide mean and std by 255 if "
+            "they are those of pixels in 0..255."
         )
     if not all(number > 0 and math.isfinite(number) for number in declared.get("std", ())):
         raise UsageError(f"{name}: std must be above 0 and finite, got {declared['std']}. Correct it in its class.")
@@ -106,7 +106,8 @@ def _checked_images(what: str, value: Any, shape: Sequence[int]) -> Tensor:
         )
     if len(images) and images[:1000].amax() == 1 == images.amax():
         raise DataError(
-            f"{what} must be uint8 in 0..255, got 0 and 1 alone. Return (255 * x).round() of pixels in 0..1, as uint8."
+            f"{what} must be uint8 in 0..255, got only 0 and 1. If the pixels are in 0..1, return (255 * x).round() "
+            "as uint8."
         )
     return images.contiguous()
 
@@ -155,12 +156,13 @@ def _checked_labels(what: str, value: Any, num_classes: int) -> Tensor:
         if labels.ndim == 2 and labels.shape[1] == 1:
             raise DataError(f"{what} {got}. Return y[:, 0].")
         if labels.ndim == 2 and labels.shape[1] == num_classes:
-            raise DataError(f"{what} {got}. Return y.argmax(1) where they are one-hot.")
+            raise DataError(f"{what} {got}. Return y.argmax(1) if they are one-hot.")
         raise DataError(f"{what} {got}. Return the number of each image's class.")
     if labels.dtype not in SIGNED + UNSIGNED:
         cast = ".astype(np.int64)" if isinstance(value, np.ndarray) else ".to(torch.int64)"
         raise DataError(
-            f"{what} must be whole numbers, int64, got {_named(labels)}. Return y{cast} where each is a class's number."
+            f"{what} must be whole numbers, int64, got {_named(labels)}. Return y{cast} if each is the number of a "
+            "class."
         )
     labels = labels.to(torch.int64)
     low, high = _range(labels)
@@ -182,8 +184,8 @@ def _check_classes(benchmark: Any, labels: Tensor) -> None:
     if missing:
         shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise DataError(
-            f"{benchmark.name}: load gave no training image of {len(missing)} of {benchmark.num_classes} classes: "
-            f"{shown}. Correct num_classes or the labels; where outputs without images are meant, set "
+            f"{benchmark.name}: load gave no training images for {len(missing)} of {benchmark.num_classes} classes: "
+            f"{shown}. Correct num_classes or the labels; if these classes have no images on purpose, set "
             f"`empty_classes = ({shown},)` in the class."
         )
 

@@ -88,7 +88,7 @@ def warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
         message = (
             f"{where}: {got[0]} train and {got[1]} test images, the official data has {official[0]} and {official[1]}"
         )
-        warnings.warn(f"{message}: a made set, not the official data", stacklevel=4)
+        warnings.warn(f"{message}: this is not the official data set", stacklevel=4)
 
 
 def check_archive(path: Path, official: str) -> None:
@@ -215,7 +215,7 @@ def _parse_idx(data: bytes, path: Path, n_dims: int) -> np.ndarray:
     start = 4 * (1 + n_dims)
     remedy = "delete it and start again to fetch it"
     if len(data) < start:
-        raise DataError(f"{path}: truncated ({len(data)} bytes, the header alone has {start}); {remedy}")
+        raise DataError(f"{path}: truncated ({len(data)} bytes, its header needs {start}); {remedy}")
     magic, *shape = np.frombuffer(data, ">u4", 1 + n_dims).tolist()
     if magic != 2048 + n_dims:
         raise DataError(f"{path}: not an idx file of this kind (magic {magic}, should be {2048 + n_dims}); {remedy}")
@@ -224,7 +224,7 @@ def _parse_idx(data: bytes, path: Path, n_dims: int) -> np.ndarray:
         problem = "truncated" if len(data) < size else "too long"
         raise DataError(f"{path}: {problem} ({len(data)} bytes, its header says {size}); {remedy}")
     if shape[0] == 0:
-        raise DataError(f"{path}: holds no rows; {remedy}")
+        raise DataError(f"{path}: has no rows; {remedy}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
@@ -319,7 +319,7 @@ def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict
     while any(header := data[at : at + 512]):  # zeros mark the end
         size, checksum = _octal(header[124:136]), _octal(header[148:156])
         if size is None or checksum != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-            raise DataError(f"{archive}: damaged archive (byte {at:,} of the tar begins no member); {remedy}")
+            raise DataError(f"{archive}: damaged archive (there is no member at byte {at:,} of the tar); {remedy}")
         start = at + 512
         if start + size > len(data):
             raise DataError(f"{archive}: damaged archive (the tar ends too early); {remedy}")
@@ -329,7 +329,7 @@ def _untar(archive: Path, folder: str, needed: Sequence[str], meta: str) -> dict
         at = start + -(-size // 512) * 512
     missing = [file for file in needed if file not in contents]
     if missing:
-        raise DataError(f"{archive}: lacks {folder}/{missing[0]}; {remedy}")
+        raise DataError(f"{archive}: {folder}/{missing[0]} is missing; {remedy}")
     return contents
 
 
@@ -375,7 +375,7 @@ class ZipSource:
         self.names = set()
         for name in self._zip.namelist():
             if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-                raise DataError(f"{path}: refused, its member {name!r} points out of the folder; {self.remedy}")
+                raise DataError(f"{path}: refused: its member {name!r} lies outside the folder; {self.remedy}")
             if name.startswith(folder):
                 self.names.add(name.removeprefix(folder))
 
@@ -517,7 +517,7 @@ def decode_source(
             raise
         except Exception as error:  # on damaged data a decoder can raise nearly anything
             where = f"{source.path}: {source.folder}{names[row]}"
-            raise DataError(f"{where} is no {what} ({error}); {source.remedy}") from error
+            raise DataError(f"{where} is not a {what} ({error}); {source.remedy}") from error
 
     in_threads(decode_row, len(names), source.path.name)
     return images

@@ -28,11 +28,14 @@ class FolderData(Benchmark):
     class Args:
         data_folder: str = flag("", "folder of the images")
         image_size: tuple[int, ...] = flag(
-            (64, 64), "height and width, or one number for both: the shorter side is resized, the middle cut out",
+            (64, 64), "height and width, or one number for both: the shorter side is resized, then the centre cropped",
             low=8, high=4096,
         )  # fmt: skip
         val_fraction: float = flag(
-            0.2, "share of each class that is tested on, where there is no val/ or test/", above=0, below=1
+            0.2,
+            "share of the images of each class that is held out for testing, if there is no val/ or test/",
+            above=0,
+            below=1,
         )
 
     @classmethod
@@ -67,8 +70,9 @@ class FolderData(Benchmark):
         single = np.flatnonzero(np.bincount(labels) == 1)
         if len(single):
             raise DataError(
-                f"{own}: one image cannot be split into training and test images, and there is one alone of "
-                f"{_images.named([self.class_names[label] for label in single])}. Add more, or a val/ beside a train/."
+                f"{own}: a class with one image cannot be split into training and test images: "
+                f"{_images.named([self.class_names[label] for label in single])}. Add images, or give a folder that "
+                "has train/ and val/."
             )
         held = _images.held_out(names, labels, self.config.val_fraction)
         return (images[~held], labels[~held]), (images[held], labels[held])

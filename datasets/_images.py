@@ -48,8 +48,8 @@ def parts_of(folder: Path) -> tuple[Path, Path | None]:
         return folder / "train", folder / test
     if names == ["train"]:
         raise DataError(
-            f"{folder}: it has train/, but neither val/ nor test/. Add one, or give {folder / 'train'} itself, of "
-            "which --val_fraction is held out."
+            f"{folder}: it has train/, but neither val/ nor test/. Add one of them, or give {folder / 'train'}: "
+            "--val_fraction of its images is then held out."
         )
     return folder, None
 
@@ -114,7 +114,7 @@ def read_folder(
 def _without_images(folder: Path, empty: Sequence[str]) -> str:
     others = sum(1 for name in empty for _ in walk(folder / name))
     note = f" ({others} other or broken file(s); images are {', '.join(EXTENSIONS)})" if others else ""
-    return f"no image can be read of the class(es) {named(empty)}{note}"
+    return f"no image of the class(es) {named(empty)} can be read{note}"
 
 
 def _report_broken(folder: Path, broken: Sequence[str], number: int, reasons: Mapping[str, str]) -> None:
@@ -136,7 +136,7 @@ def _decode(
         images = np.empty((len(names), 3, *size), np.uint8)
     except MemoryError:
         needed = f"{len(names)} images of {size[0]}x{size[1]} need {3 * len(names) * size[0] * size[1] / 2**30:.1f} GiB"
-        raise DataError(f"{folder}: {needed}, more than is free. Give a smaller --image_size.") from None
+        raise DataError(f"{folder}: {needed}, more memory than is free. Give a smaller --image_size.") from None
 
     def decode_row(row: int) -> None:
         try:
@@ -162,7 +162,7 @@ def rgb(data: bytes, formats: Sequence[str] = FORMATS):
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height}, more than {MAX_PIXELS:,} pixels")
         if image.mode == "F":
-            raise ValueError("pixels of floats, whose range is not known")
+            raise ValueError("float pixels, whose range is not known")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
             image = Image.fromarray(((np.asarray(image).clip(0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8))

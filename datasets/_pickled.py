@@ -184,20 +184,20 @@ class _Machine:
 
     def extend(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise Refused("appends to what is no list")
+            raise Refused("appends to something that is not a list")
         self.stack[-1].extend(values)
 
     def set(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or len(items) % 2:
-            raise Refused("sets items of what is no dict")
+            raise Refused("sets items of something that is not a dict")
         keys, values = items[::2], items[1::2]
         if not all(isinstance(key, str | bytes) for key in keys):  # the hash of nested tuples can take for ever
-            raise Refused("has a key that is no text")
+            raise Refused("has a key that is not text")
         self.stack[-1].update(zip(keys, values, strict=True))
 
     def name(self, module: Any, name: Any) -> _Name:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Refused("asks for a name that is no text")
+            raise Refused("asks for a name that is not text")
         if (module, name) not in _NAMES:
             raise Refused(f"asks for {f'{module}.{name}'[: 2 * MAX_NAME_BYTES]!r}, which no CIFAR file needs")
         return _NAMES[module, name]
@@ -224,7 +224,7 @@ class _Machine:
         """What `__setstate__` would do."""
         if target is _UINT8:
             if not isinstance(state, tuple) or (*state[:1], *map(_text, state[1:2]), *state[2:]) != _UINT8_STATE:
-                raise Refused("has an array of another type than plain uint8")
+                raise Refused("has an array of a type other than plain uint8")
             return
         match target, state:
             case (Array(data=None), (1, tuple() as shape, dtype, 0 | 1 as is_fortran, bytes() as data)):

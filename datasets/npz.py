@@ -81,7 +81,9 @@ def _opened(file: Path) -> Iterator["_File"]:
     if not file.is_file():
         raise DataError(f"{file}: there is no such file. Give an .npz file by --data_file.")
     if not zipfile.is_zipfile(file):
-        raise DataError(f"{file}: this is no .npz file, or a damaged one. Write it by np.savez(FILE, train_x=...).")
+        raise DataError(
+            f"{file}: this is not an .npz file, or it is damaged. Write it with np.savez(FILE, train_x=...)."
+        )
     try:
         with np.load(file, allow_pickle=False) as npz:
             yield _File(file, npz)
@@ -89,7 +91,7 @@ def _opened(file: Path) -> Iterator["_File"]:
         raise
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{file}: damaged ({reason}). Write it anew.") from error
+        raise DataError(f"{file}: damaged ({reason}). Write it again.") from error
 
 
 class _File:
@@ -100,7 +102,7 @@ class _File:
         fits = [names for names in NAMES if set(names) <= set(npz.files)]
         if not fits:
             found = ", ".join(npz.files) or "none"
-            raise DataError(f"{file}: it must have the arrays {', '.join(NAMES[0])}, got {found}. Name them so.")
+            raise DataError(f"{file}: it must have the arrays {', '.join(NAMES[0])}, got {found}. Use these names.")
         self.names = fits[0]
         self.headers = {name: self._header(name) for name in self.names}
         pickled = [name for name, (_, dtype) in self.headers.items() if dtype.hasobject]

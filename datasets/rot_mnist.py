@@ -1,4 +1,4 @@
-"""Rotated MNIST: 20 tasks, each with one random angle in [0, 180) degrees; else as perm-mnist (DER paper).
+"""Rotated MNIST: 20 tasks, each with one random angle in [0, 180) degrees; otherwise like perm-mnist (DER paper).
 
 Nearest neighbour, centre pivot, black outside, as Pillow rotates; the same angle for training and test images.
 """

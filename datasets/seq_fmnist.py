@@ -1,4 +1,4 @@
-"""Sequential Fashion-MNIST: 5 tasks of 2 classes, under the protocol of seq-mnist, whose values it takes."""
+"""Sequential Fashion-MNIST: 5 tasks of 2 classes, with the protocol and the defaults of seq-mnist."""
 
 from pathlib import Path
 

@@ -79,12 +79,12 @@ def _parse(data: bytes, path: Path) -> Arrays:
         images, labels = content["X"], content["y"].reshape(-1)
     except Exception as error:  # on damaged data this reader can raise nearly anything
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: damaged, or no MATLAB file with X and y ({reason}); {remedy}") from error
+        raise DataError(f"{path}: damaged, or not a MATLAB file with X and y ({reason}); {remedy}") from error
     if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or images.ndim != 4 or len(labels) == 0:
         raise DataError(f"{path}: its X is {images.dtype} {images.shape}, not uint8 (32, 32, 3, N); {remedy}")
     if len(labels) != images.shape[3]:
         raise DataError(f"{path}: {images.shape[3]} images but {len(labels)} labels; {remedy}")
     if labels.dtype.kind not in "iu" or labels.max() > 10 or labels.min() < 0:
-        raise DataError(f"{path}: its y is not whole numbers in 1..10; {remedy}")
+        raise DataError(f"{path}: its y must be whole numbers in 1..10; {remedy}")
     images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) % 10)

@@ -1,7 +1,7 @@
-"""The Python API: runs that are described by the same flags as on the command line, and what they leave, as objects.
+"""The Python API: runs with the same flags as on the command line, and their results as objects.
 
-Problems with what is given are a `flatcl.utils.errors.UsageError` (a `ValueError`), training that cannot go on is a
-`RunFailed`; both say in one line what, got, and what to do.
+Wrong arguments raise `flatcl.utils.errors.UsageError` (a `ValueError`); training that cannot continue raises
+`RunFailed`. Both say in one line what is wrong, what was got, and what to do.
 """
 
 import copy
@@ -63,19 +63,19 @@ def build(
     continue_run: bool = False,
     **flags: Any,
 ) -> "Experiment":
-    """A run that is described and checked, and not started yet.
+    """Checks the arguments and returns a run that has not been started (`Experiment`).
 
-    model, dataset, backbone, optimizer: names, as on the command line, or your own classes; a class without a
-    registered name gets that of the class. dataset: also what `benchmark_from_arrays` returns. backbone: also a network
-    (`nn.Module`), which takes (N, C, H, W) float32 and gives logits (N, K) for all K classes; each run trains a copy
-    of it, from its present weights whatever the seed. Methods that need features ask it for `features(x)` (N, F) and
-    `num_features`.
-    plugins: Python files that register more names. from_run: a run folder whose flags are the defaults here;
-    continue_run: also go on from where that run ended.
+    model, dataset, backbone, optimizer: names, as on the command line, or your own classes; a class that is not
+    registered is named after its class. dataset: also the result of `benchmark_from_arrays`. backbone: also a network
+    (`nn.Module`) that takes (N, C, H, W) float32 and gives logits (N, K) for all K classes; each run trains a copy of
+    it, starting from its current weights, which do not depend on the seed. Methods that need features use its
+    `features(x)` (N, F) and `num_features`.
+    plugins: Python files that register more names. from_run: a run folder whose flags are used as defaults;
+    continue_run: also continue from the end of that run.
     flags: all flags of the command line, by their names and with the same defaults: numbers, texts, True and False,
-    tuples or lists where a flag takes several, None for "none".
+    tuples or lists for flags with several values, None for "none".
 
-    Raises `UsageError` with all that is wrong.
+    Raises `UsageError`, which lists all problems.
     """
     chosen = dict(model=model, dataset=dataset, backbone=backbone, optimizer=optimizer)
     words = _selected(chosen) | {name: [_word(name, value)] for name, value in flags.items()}
@@ -95,11 +95,11 @@ def load(
     base_path: str | os.PathLike | None = None,
     **objects: Any,
 ) -> "Run":
-    """A run that has been made, finished or not, to look at and to ask for predictions. Writes nothing.
+    """Opens an existing run, finished or not, for its results and for predictions. Writes nothing.
 
-    folder: the run folder. device: where its network goes when it is asked for. base_path: the folder of the data sets,
-    if it is another one now. objects: `model`, `dataset`, `backbone`, `optimizer`, where the run was made with classes
-    or a network of your own that are in no file. Executes the run's plugins, if it has some.
+    folder: the run folder. device: the device of its network. base_path: the folder of the data sets, if it has
+    changed. objects: `model`, `dataset`, `backbone`, `optimizer`, if the run was made with classes or a network of your
+    own that are in no file. Executes the plugins of the run, if there are any.
     """
     saved = read_saved(os.fspath(folder))
     words = _selected(objects) | {"device": [device]}
@@ -112,9 +112,9 @@ def load(
 def resume(
     folder: str | os.PathLike, *, callbacks: Sequence[Any] = (), keep_changed: bool = False, **objects: Any
 ) -> "Run":
-    """Goes on with a run that was stopped, to its end; one that is finished is returned as `load` does.
+    """Continues a run that was stopped, to its end. A finished run is returned as by `load`.
 
-    objects: as for `load`. keep_changed: although the code that made it has changed since.
+    objects: as for `load`. keep_changed: continue although the code of the run has changed since.
     """
     saved = read_saved(os.fspath(folder))
     config = resolve_request(_of_saved(saved, _selected(objects), keep_changed))
@@ -137,11 +137,11 @@ class Experiment:
         return dict(self.config.values)
 
     def run(self, callbacks: Sequence[Any] = ()) -> "Run":
-        """Trains from the start, into a new run folder (none with disable_log=True). Each call is the same run again.
+        """Trains from the start, into a new run folder (none with disable_log=True). Each call repeats the same run.
 
-        callbacks: objects with some of the methods of `Callback`. Raises `RunFailed` where training cannot go on (what
-        was finished is kept), and `KeyboardInterrupt` after Ctrl-C, with a checkpoint for `resume`. A run that a
-        callback has stopped is returned, with the status 'interrupted'.
+        callbacks: objects with some of the methods of `Callback`. Raises `RunFailed` if training cannot continue
+        (finished tasks are kept), and `KeyboardInterrupt` after Ctrl-C, with a checkpoint for `resume`. If a callback
+        stops the run, it is returned with the status 'interrupted'.
         """
         told = Callbacks(callbacks)
         with _ending(told):
@@ -154,7 +154,7 @@ class Experiment:
 
 
 class Run:
-    """A run and what it has left. `folder`: its run folder, None where it writes none; `config`: its flags."""
+    """A run and its results. `folder`: its run folder, or None without one; `config`: its flags."""
 
     def __init__(self, config: Config, folder: Path | None, trainer: Trainer | None = None):
         self.config, self.folder, self._trainer = config, folder, trainer
@@ -190,7 +190,7 @@ class Run:
     @property
     def accuracy(self) -> dict[str, np.ndarray]:
         """{setting: (tasks trained, T) float64}: [t, j] is the accuracy, a fraction, on task j after task t, both
-        counted from 0; NaN where it was not measured."""
+        counted from 0; NaN if it was not measured."""
         return {setting: np.array(rows, dtype=np.float64) for setting, rows in self.summary["accuracy"].items()}
 
     @property
@@ -208,23 +208,24 @@ class Run:
         """The memory: `buffer.all()` gives its columns {name: (rows, ...)}. None for a method without one."""
         if self.folder is not None and not checkpoint.exists(self.folder / "checkpoint"):
             raise UsageError(
-                f"{self.folder} keeps its weights alone (--keep_checkpoint 0), not its memory. Repeat the run without."
+                f"{self.folder} has only the weights (--keep_checkpoint 0), not the memory. Repeat the run without "
+                "this flag."
             )
         return getattr(self.model, "buffer", None)
 
     def logits(self, images: Any, task: int | None = None) -> Tensor:
         """Images (N, C, H, W) uint8 as the benchmark stores them -> logits (N, K) float32, on the CPU.
 
-        Column k is the k-th class that was learned: `benchmark.class_order()[k]` of the data set. task: for methods
-        that must be told it (`pnn`), counted from 0.
+        Column k is the k-th class that was learned: `benchmark.class_order()[k]` of the data set. task: counted from 0,
+        for methods that must know it (`pnn`).
         """
         images = self._images(images)
         with self._computing():
             return self._built.evaluate.logits(self.model, images, task).float().cpu()
 
     def predict(self, images: Any, task: int | None = None) -> Tensor:
-        """Images (N, C, H, W) uint8 -> the classes (N,) int64 that they are taken for, numbered as in the data set.
-        With `task`, counted from 0, only that task's classes compete (task-il)."""
+        """Images (N, C, H, W) uint8 -> the predicted classes (N,) int64, numbered as in the data set.
+        With `task`, counted from 0, only the classes of that task are predicted (task-il)."""
         logits = self.logits(images, task)
         order = torch.tensor(self.benchmark.class_order())
         if task is None:
@@ -233,21 +234,22 @@ class Run:
         return order[outputs.start : outputs.stop][logits[:, outputs.start : outputs.stop].argmax(1)]
 
     def features(self, images: Any) -> Tensor:
-        """Images (N, C, H, W) uint8 -> what the network's last layer sees of them, (N, F) float32, on the CPU."""
+        """Images (N, C, H, W) uint8 -> features (N, F) float32, the input of the last layer, on the CPU."""
         net = self.model.net
         if not hasattr(net, "features"):
-            raise UsageError(f"the network {self.config.backbone} has no `features`. Use one that has.")
+            raise UsageError(f"the network {self.config.backbone} has no `features`. Use a network that has.")
         images, augment = self._images(images), self._built.augment
         with self._computing(), eval_mode(net), torch.inference_mode():
             return torch.cat([net.features(augment.plain(rows)).float().cpu() for rows in images.split(256)])
 
     def confusion_matrix(self) -> np.ndarray:
-        """(K, K) int64: how many test images of the class of a row were taken for the class of a column, both numbered
-        as in the data set; all tasks together, all classes competing (under `pnn`: the task's own network)."""
+        """(K, K) int64: the number of test images of the class of the row that were predicted as the class of the
+        column, both numbered as in the data set; over all tasks and all classes (for `pnn`: by the network of the
+        task)."""
         return predictions.confusion_matrix(self._predictions, self._class_order)
 
     def class_accuracy(self) -> np.ndarray:
-        """(K,) float64, fractions: the accuracy on each class of the data set; NaN for one without test images."""
+        """(K,) float64, fractions: the accuracy on each class of the data set; NaN for a class without test images."""
         return predictions.class_accuracy(self.confusion_matrix())
 
     def __repr__(self) -> str:
@@ -345,7 +347,7 @@ def _selected(chosen: Mapping[str, Any]) -> dict[str, list[str]]:
     """{selector: [name]}; classes and networks are entered into the registries."""
     odd = chosen.keys() - SELECTORS.keys()
     if odd:
-        raise UsageError(f"there is no argument {', '.join(sorted(odd))} here. Choose from: {', '.join(SELECTORS)}.")
+        raise UsageError(f"unknown argument: {', '.join(sorted(odd))}. Choose from: {', '.join(SELECTORS)}.")
     return {kind: [_name(kind, value)] for kind, value in chosen.items() if value is not None}
 
 
@@ -388,7 +390,7 @@ class _Given(nn.Module):
         problem = _misfit(net, shape, num_classes)
         if problem is not None:
             raise UsageError(
-                f"the network that was given must take {(2, *shape)} float32 and give logits {(2, num_classes)}, "
+                f"the network that was given must take {(2, *shape)} float32 and give logits {(2, num_classes)}, but "
                 f"{problem}. Give its last layer {num_classes} outputs."
             )
         return net
@@ -431,4 +433,4 @@ def _word(name: str, value: Any) -> str:
         return os.fspath(value)
     if isinstance(value, list | tuple):
         return ",".join(_word(name, item) for item in value)
-    raise UsageError(f"{name} must be a number, a text, True or False, or a list of such, got {value!r}.")
+    raise UsageError(f"{name} must be a number, a text, True or False, or a list of these, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Blocks of rows, and a loss over them, term by term: what a method hands to the engine."""
+"""Blocks of rows, and a loss over them, term by term: what a method gives to the engine."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Block:
-    """Rows that pass through the network together: one forward, hence one BatchNorm batch.
+    """Rows that pass through the network together: one forward pass, and so one batch for BatchNorm.
 
     `x` (N, C, H, W) float32 is augmented and normalised; further columns (`y` (N,) int64, `ids` (N,) int64,
-    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A block that is `apart`
-    is not in the loss: the method gives its gradient as a reference.
+    `logits` (N, K) float32, ...) are attributes. The last `memory` rows come from the buffer. A reference block
+    (`reference=True`) is not in the loss: the method gives its loss in `references`.
     """
 
-    def __init__(self, x: Tensor, memory: int = 0, apart: bool = False, **columns: Tensor):
-        self.x, self.memory, self.apart, self.columns = x, memory, apart, columns
+    def __init__(self, x: Tensor, memory: int = 0, reference: bool = False, **columns: Tensor):
+        self.x, self.memory, self.reference, self.columns = x, memory, reference, columns
 
     def __len__(self) -> int:
         return len(self.x)
@@ -36,27 +36,29 @@ class Block:
 
     @property
     def form(self) -> tuple:
-        """All but the numbers in it: steps on blocks of equal forms run the same operations."""
+        """Shapes and dtypes, without the values: steps on blocks of equal forms run the same operations."""
         columns = {"x": self.x, **self.columns}
         return (
-            self.memory, self.apart, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
+            self.memory, self.reference, *((name, tuple(part.shape), str(part.dtype)) for name, part in columns.items())
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Block":
-        """Each column changed by the same function, which keeps the rows."""
+        """A block with `change` applied to each column; `change` keeps the number of rows."""
         columns = {name: change(column) for name, column in self.columns.items()}
-        return Block(change(self.x), self.memory, self.apart, **columns)
+        return Block(change(self.x), self.memory, self.reference, **columns)
 
     def take(self, pick: Callable[[Tensor], Tensor], memory: int) -> "Block":
-        """The block of the rows that `pick` takes out of every column; the last `memory` are the memory's."""
-        return Block(pick(self.x), memory, self.apart, **{name: pick(column) for name, column in self.columns.items()})
+        """A block of the rows that `pick` selects from every column; the last `memory` rows come from the buffer."""
+        return Block(
+            pick(self.x), memory, self.reference, **{name: pick(column) for name, column in self.columns.items()}
+        )
 
-    def set_apart(self) -> "Block":
-        """The same rows, as a reference."""
+    def as_reference(self) -> "Block":
+        """The same rows as a reference block."""
         return Block(self.x, self.memory, True, **self.columns)
 
 
-Of = tuple[Block, Tensor] | Tensor  # a tensor (n, ...) of a block's rows, and which block; alone where there is one
+Of = tuple[Block, Tensor] | Tensor  # (block, tensor (n, ...) of its rows); the block may be left out if there is one
 
 
 def changed(of: Of, change: Callable[[Tensor], Tensor]) -> Of:
@@ -72,11 +74,12 @@ class Loss:
     """What a method minimises, term by term.
 
     `rows[name]` is a term, `(block, cost)`: one of the blocks that `loss` was given, and the cost (n,) of each of its
-    rows, weight included; where there is only one block, the cost alone will do. The term is the mean. One that speaks
-    of k of the n rows has n / k times their cost there, and zeros elsewhere; the method then says `rows_are_apart =
-    False`, since processes that share the rows would count k in their own. `penalties[name]` () are terms that belong
-    to no row (a regulariser). `logits` (N, K) are the stream's; `outputs[name]`, written as the terms are, with tensors
-    (n, ...), are what else `remember` needs.
+    rows, multiplied by the term's weight. If there is only one block, `cost` is enough. The value of a term is the mean
+    of its costs. For a mean over only k of the n rows, multiply the costs of these rows by n / k and give zeros for the
+    others; the method then sets `rows_are_independent = False`, because each of several processes would count k in its
+    own rows. `penalties[name]`, a scalar tensor, is a term that belongs to no row (a regulariser). `logits` (N, K) are
+    those of the stream's rows. `outputs[name]`, in the same form as `rows[name]`, with tensors (n, ...), is anything
+    else that `remember` needs.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Loss:
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
-        """{name: ()}; they sum to `total`."""
+        """{name: scalar tensor}; they sum to `total`."""
         return {**{name: cost.mean() for name, cost in self.costs.items()}, **self.penalties}
 
     @cached_property
@@ -105,7 +108,7 @@ class Loss:
         return reduce(operator.add, self.terms.values())
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Loss":
-        """Costs, logits, penalties and outputs, each changed by the same function."""
+        """A loss with `change` applied to all costs, logits, penalties and outputs."""
         return Loss(
             {name: changed(cost, change) for name, cost in self.rows.items()},
             None if self.logits is None else change(self.logits),
@@ -114,7 +117,7 @@ class Loss:
         )
 
     def copied(self) -> "Loss":
-        """The same in tensors of its own, and the blocks too."""
+        """A copy of the loss and of its blocks, in new tensors."""
         blocks: dict[int, Block] = {}
 
         def copy(of: Of) -> Of:

@@ -1,6 +1,6 @@
 """What a method hands to the engine, checked in words: what is wrong, in one line, or None.
 
-Types, shapes and numbers of rows only, so that no check waits for the device. Each is made once for each make of a step
+Types, shapes and numbers of rows only, so that no check waits for the device. Each is made once for each form of a step
 (names of the terms, sizes of the blocks); those of gradients in the first steps of a task.
 """
 
@@ -31,7 +31,7 @@ def of_blocks(blocks: Any, block_type: type, device: torch.device) -> str | None
     for block in blocks:
         if not isinstance(block, block_type):
             return f"draw() must return a tuple of blocks, got {shown(block)} in it. Write: Block(x, y=y)."
-    if all(block.apart for block in blocks):
+    if all(block.reference for block in blocks):
         return "draw() has given no block for the loss. Return at least one, such as batch.block."
     for number, block in enumerate(blocks):
         what = f"block {number} of draw()"
@@ -96,7 +96,7 @@ def of_loss(loss: Any, blocks: tuple, method_loss: Callable) -> str | None:
     for name in loss.unknown:
         remedy = "Its arguments are rows, logits, penalties and outputs."
         if name == "blocks":
-            remedy = f"Each term names its block (of {about}) itself: Loss({{'name': (block, costs), ...}}, logits)."
+            remedy = f"Each term names its own block (one of {about}): Loss({{'name': (block, costs), ...}}, logits)."
         return f"Loss() has no argument '{name}'. {remedy}"
     for kind, given in (("rows", loss.rows), ("penalties", loss.penalties), ("outputs", loss.outputs)):
         if not isinstance(given, Mapping):
@@ -112,13 +112,13 @@ def of_loss(loss: Any, blocks: tuple, method_loss: Callable) -> str | None:
                 return problem
     for name, term in loss.penalties.items():
         if not isinstance(term, Tensor) or term.ndim or not term.is_floating_point():
-            return f"the penalty '{name}' must be one number, a tensor () of floats, got {shown(term)}. Sum it up."
+            return f"the penalty '{name}' must be a scalar tensor of floats, got {shown(term)}. Sum it up."
     if loss.logits is not None and (not isinstance(loss.logits, Tensor) or loss.logits.ndim != 2):
         return f"Loss(logits=...) must be the stream's logits (N, K), got {shown(loss.logits)}."
     if torch.is_grad_enabled() and not any(term.requires_grad for term in loss.terms.values()):
         return (
-            "no term of the loss depends on a weight that is trained: nothing would be learned. Compute it from "
-            "self.net(block.x), without detach() and no_grad()."
+            "no term of the loss depends on a weight that is trained: nothing would be learned. Compute the loss "
+            "from self.net(block.x), without detach() and no_grad()."
         )
     return None
 
@@ -130,22 +130,22 @@ def _of_rows(what: str, of: Any, blocks: tuple, about: str, is_cost: bool) -> st
             return f"{what} must be a pair (block, tensor), got ({', '.join(map(shown, of))})."
         block, tensor = of
         if not any(block is one for one in blocks):
-            return f"{what} names a block that loss() was not given. Name one of its blocks ({about}) itself, no copy."
+            return f"{what} names a block that loss() was not given. Name one of its arguments ({about}), not a copy."
     elif not isinstance(of, Tensor):
         return f"{what} must be a pair (block, tensor), got {shown(of)}."
     elif len(blocks) > 1:
         return (
-            f"{what} does not say which block it is about, and the step has {len(blocks)}. Write its block (of "
-            f"{about}) beside it, in each term: {{'name': (block, costs), ...}}."
+            f"{what} does not say which block it is about, and the step has {len(blocks)}. Write the block (one of "
+            f"{about}) in each term: {{'name': (block, costs), ...}}."
         )
     else:
         (block,), tensor = blocks, of
     n = len(block)
     if is_cost and tensor.ndim == 0:
-        return f"{what} must have a cost for each of its block's {n} rows, got one number. Use reduction='none'."
+        return f"{what} must have a cost for each of the {n} rows of its block, got one number. Use reduction='none'."
     if (is_cost and tensor.ndim != 1) or len(tensor) != n:
         shape = f"({n},)" if is_cost else f"({n}, ...)"
-        return f"{what} must have the shape {shape}, its block's rows, got {shown(tensor)}."
+        return f"{what} must have the shape {shape}, with the rows of its block, got {shown(tensor)}."
     if is_cost and not tensor.is_floating_point():
         return f"{what} must be floats, got {shown(tensor)}. It has no gradient."
     return None

@@ -1,11 +1,10 @@
-"""The heart of the house: a method gives a loss, the engine owns the step.
+"""The core of the framework: a method gives a loss, the engine makes the optimizer step.
 
-A method has three rooms: `draw` (all randomness), `loss` (pure; called several times a step, at moved weights) and
-`remember` (all side effects, from the clean pass). `observe` puts them together and is final. Methods that take several
-optimizer steps on one batch give the blocks of each (`steps`); those that project on the gradient of something that is
-not in their loss give it apart (`references`). What lies between, the gradients and the weights, belongs to the
-optimizer (`utils/optim/_driver.py`), which sees a method as an `Objective` (`models/_objective.py`): a frozen function
-of the weights.
+A method has three functions: `draw` (all randomness), `loss` (pure; called several times in a step, also at perturbed
+weights) and `remember` (all side effects, after the step). `observe` calls them and is final. Methods that take several
+optimizer steps on one batch give the blocks of each step (`steps`). Methods that project on the gradient of something
+that is not in their loss give it as a reference (`references`). Gradients and weights belong to the optimizer
+(`utils/optim/_driver.py`). It sees a method as an `Objective` (`models/_objective.py`): a function of the weights only.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -33,11 +32,11 @@ SETTINGS = ("class-il", "domain-il", "general-continual")
 
 
 class Batch:
-    """What the stream hands out: `x` (N, C, H, W) uint8 as stored, `inputs` its augmented and normalised form, float32;
-    `y` (N,) int64; `ids` (N,) int64, unique over the benchmark.
+    """One batch of the stream: `x` (N, C, H, W) uint8 as stored, `inputs` (N, C, H, W) float32, which is `x` augmented
+    and normalised, `y` (N,) int64, and `ids` (N,) int64, unique over the benchmark.
 
-    Where nothing is augmented, `inputs` is not given but converted from `x` when asked for. `labels` gives what `y` is,
-    on the host, without a wait for the device.
+    Without augmentation, `inputs` is computed from `x` at its first use. `labels` is `y` on the host, without waiting
+    for the device.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Batch:
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64: `y` on the host. A batch that is made without them waits for the device."""
+        """(N,) int64: `y` on the host. If the batch was made without labels, this waits for the device."""
         return self.y.cpu().numpy() if self._labels is None else self._labels()
 
     @property
@@ -69,10 +68,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method is built with, besides its network and its flags.
+    """What a method gets when it is built, in addition to its network and its flags.
 
-    `augment` turns stored images (uint8) into training inputs; `rng` is the method's generator, its buffer's too;
-    `config` has every flag of the run.
+    `augment` turns stored images (N, C, H, W) uint8 into training inputs, float32; `rng` is the generator of the method
+    and of its buffer; `config` has every flag of the run.
     """
 
     benchmark: Any
@@ -83,11 +82,11 @@ class Context:
 
 
 class Method(nn.Module):
-    """A continual learner. Subclasses fill the three rooms and declare flags (`Args`) and published values.
+    """A continual learner. Subclasses define `draw`, `loss` and `remember`, flags (`Args`) and published values.
 
-    `net` is what is trained: `net(x)` gives the logits of all heads, whatever `forward` makes of them for the
-    evaluator. It may grow or be frozen in `begin_task`; such a method does the same to a fresh network in
-    `load_state_dict`, before it loads.
+    `net` is the network that is trained: `net(x)` gives the logits of all heads; `forward` may change them for the
+    evaluator. A method that lets `net` grow, or freezes parts of it, in `begin_task` does the same to a new network in
+    `load_state_dict`, before it loads the state.
     """
 
     name: str
@@ -96,30 +95,30 @@ class Method(nn.Module):
     default_optimizer = "sgd"
     settings: tuple[str, ...] = SETTINGS  # the settings that this method can learn in
     trains_jointly = False  # sees all tasks at once: an upper bound, not a continual learner
-    has_memory = False  # rows of the past are part of its loss
-    fixed_policy: str | None = None  # how its paper fills its memory: it has no --buffer_policy
-    revisits = False  # passes over some rows of the stream more often than --n_epochs
+    has_memory = False  # rows of the memory are part of its loss
+    fixed_policy: str | None = None  # if its paper says how the memory is filled: then there is no --buffer_policy
+    revisits = False  # uses some rows of the stream more often than --n_epochs
     needs_features = False  # asks its backbone for `features`
-    needs_task = False  # must be told the task at test time, so that class-il is not defined for it
-    new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
-    rows_are_apart = True  # a row's cost depends on no other row (but in BatchNorm), so that processes can share them
-    learns_at_the_end = False  # takes no step before the last task's images have passed
-    loss_needs_task = False  # its loss is of the task that `begin_task` named last, and of no other batch
-    own_memory = False  # is filled in another way than as one reservoir of all images that have passed
+    needs_task = False  # must know the task at test time, so class-il is not defined for it
+    new_optimizer = False  # a new base optimizer for each task: momentum and other averages are reset
+    rows_are_independent = True  # a row's cost depends on no other row, except in BatchNorm
+    learns_at_the_end = False  # takes no step before the end of the last task
+    loss_needs_task = False  # its loss depends on the task that was given to `begin_task` last
+    own_memory = False  # its memory is not one reservoir of all images of the stream
     replays_as_stored = False  # replayed images are not augmented
-    references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
-    lr: float  # the present learning rate, set by the engine
+    references_first = False  # computed before the loss, so that the loss updates BatchNorm's averages last
+    lr: float  # the current learning rate, set by the engine
     ranks: Any = None  # `flatcl.utils.engine.ranks.Ranks`, where several processes train this run; set by the engine
     channels_last = False  # the memory layout of its convolutions (`utils/engine/layout.py`); set by the engine
-    amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
-    guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
+    amp: torch.dtype | None = None  # dtype of autocast in the passes of a step; set by the engine
+    guides: Mapping[str, tuple[str, ...]] = {}  # name -> terms of the loss; `combine` gets their clean gradient
 
     def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__()
         self.net, self.args, self.context = net, args, context
         self.rows = [0, 0]  # forward and backward of passes that no optimizer makes; see `count`
-        self.checked_blocks: set[tuple] = set()  # (shape, memory, apart) of each block of a step, once looked at
-        self.checked_rows: set[tuple] = set()  # forms of blocks of which it is known that their rows are apart
+        self.checked_blocks: set[tuple] = set()  # (shape, memory, reference) of each block of a step, once looked at
+        self.checked_rows: set[tuple] = set()  # forms of blocks whose rows are known to be independent
         self.has_drawn: bool | None = None  # whether the network draws (dropout); asked for where it matters
         self.checked_losses: set[tuple] = set()  # (terms, sizes of the blocks) of a loss, once looked at
 
@@ -150,9 +149,10 @@ class Method(nn.Module):
         return problems
 
     def phase(self) -> Hashable:
-        """What the host may decide anew from step to step, within a task, about what `loss`, `references` and `combine`
-        do, beside the blocks' columns: two steps of one phase run the same operations. Here nothing. A class that
-        overrides one of these has a `phase` of its own, or its steps are not recorded (`utils/engine/program.py`).
+        """Everything that decides, within a task, which operations `loss`, `references` and `combine` run, except the
+        shapes of the blocks: two steps of the same phase run the same operations. By default nothing. A class that
+        overrides one of these functions defines `phase` too; otherwise its steps are not recorded as CUDA graphs
+        (`utils/engine/program.py`).
         """
         return ()
 
@@ -160,67 +160,74 @@ class Method(nn.Module):
         """Called before a task's first batch. On a general-continual stream: once, at its start."""
 
     def num_epochs(self, task: Any, n_epochs: int) -> int:
-        """How many epochs this task gets, where --n_epochs are asked for."""
+        """Number of epochs of this task, if the run asks for `n_epochs` (--n_epochs)."""
         return n_epochs
 
     def begin_epoch(self, task: Any, epoch: int) -> None:
         """Called before the first batch of an epoch, counted from 0 in each task."""
 
     def train_split(self, task: Any, epoch: int) -> Any:
-        """The rows (`Split`) that this epoch passes over."""
+        """The rows (`Split`) that this epoch trains on."""
         return task.train
 
     def learning_rate(self, task: Any, epoch: int, lr: float) -> float:
-        """The rate of this epoch, where the run's flags ask for `lr`."""
+        """The learning rate of this epoch, if the flags of the run ask for `lr`."""
         return lr
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
-        """The blocks of one step. The only place that may use randomness."""
+        """The blocks of one step. The only function that may draw random numbers."""
         return (batch.block,)
 
     def steps(self, batch: Batch) -> Iterator[tuple[Block, ...]]:
-        """The blocks of each optimizer step on one batch; what comes after a `yield` is done after that step."""
+        """Yields the blocks of each optimizer step on one batch; code after a `yield` runs after that step."""
         yield self.draw(batch)
 
     def loss(self, *blocks: Block) -> Loss:
-        """The loss of these blocks at the present weights. Pure: no randomness, no side effect.
+        """The loss of these blocks at the current weights. Pure: no random numbers, no side effects.
 
-        Where there are several blocks, each term names the one that it is about (`Loss`).
+        With several blocks, each term names its block (`Loss`).
         """
         raise mistake(self, "it has no loss(). Write: def loss(self, stream): ..., which returns a Loss.")
 
     def references(self, *blocks: Block) -> Iterator[tuple[str, Tensor]]:
-        """(name, loss ()) of the blocks that are `apart`, whose gradients `combine` gets among its guides.
+        """Yields (name, loss) for the reference blocks, each loss a scalar tensor. `combine` gets their gradients, the
+        reference gradients, in `guides`.
 
-        Taken once a step, after the clean pass or, with `references_first`, before it, and each gradient before the
-        next loss is asked for.
+        Called once in a step, after the clean pass, or before it with `references_first`. Each gradient is computed
+        before the next loss is asked for.
         """
-        raise mistake(self, "it draws blocks that are apart, but has no references() that gives their losses.")
+        raise mistake(
+            self,
+            "it draws reference blocks, but has no references(). Write: def references(self, *blocks): ..., which "
+            "yields (name, loss).",
+        )
 
     def combine(self, update: Grads, guides: Mapping[str, Grads]) -> Grads:
-        """Gradient surgery, after the optimizer has found its direction. `guides` is empty while there is no memory.
+        """Changes the update after the optimizer has computed it (gradient surgery).
 
-        Returns a list like `update`; neither that nor the guides may be changed in place.
+        `update` is a list of tensors, one for each parameter; `guides` has such lists by name: clean gradients of terms
+        (`Method.guides`) and reference gradients. It is empty while there is no memory. Returns a new list; `update`
+        and `guides` may not be changed in place.
         """
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        """Side effects of a batch (the buffer), after its steps, from the first clean pass's detached loss. On the CPU
-        not called where no step was taken because none was finite; elsewhere the host does not know, and NaN in the
-        loss's logits is 0."""
+        """All side effects of a batch (filling the buffer), after its steps. `loss` is that of the first clean pass,
+        detached. On the CPU it is not called if no step was taken, because no loss or update was finite. On other
+        devices the host does not know this; there, NaN in the logits of the loss is replaced by 0."""
 
     def end_task(self, task: Any) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
 
     def remembered_ids(self) -> Tensor | None:
-        """Ids (M,) int64 of the rows that may be replayed, if the memory keeps them."""
+        """Ids (M,) int64 of the rows in the memory, if it keeps them."""
 
     def diagnose(self, objective: Objective, update: Grads) -> dict[str, Tensor]:
-        """{name: ()} for TensorBoard, on logged steps only; `objective.passes` holds every pass of the step."""
+        """{name: scalar tensor} for TensorBoard, on logged steps only; `objective.passes` are all passes of it."""
         return {}
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        """(N, C, H, W) float32 -> logits (N, K), for the evaluator. `task` is None unless the task is known."""
+        """(N, C, H, W) float32 -> logits (N, K), for the evaluator. `task` is None if the task is not known."""
         return self.net(x)
 
     def train(self, mode: bool = True) -> "Method":
@@ -231,14 +238,15 @@ class Method(nn.Module):
         return self
 
     def count(self, forward: int, backward: int = 0) -> None:
-        """Adds rows to the run's cost: a teacher's forward, passes at the end of a task, ..."""
+        """Adds rows to the cost of the run, for passes that no optimizer makes, e.g. those of a teacher."""
         self.rows = [self.rows[0] + forward, self.rows[1] + backward]
 
     @torch.no_grad()
     def outputs_of(self, part: Callable[[Tensor], Tensor], images: Tensor, convert: Callable | None = None) -> Tensor:
-        """What a part of the network gives for stored images (N, C, H, W) uint8, un-augmented, in eval mode; counted.
+        """The outputs of a part of the network for stored images (N, C, H, W) uint8, not augmented, in eval mode.
+        The rows are counted.
 
-        `convert` makes its inputs of them, a chunk at a time: as for evaluation unless told otherwise.
+        `convert` turns a chunk of images into inputs; by default as for evaluation.
         """
         convert = convert or self.context.augment.plain
         self.count(forward=len(images))
@@ -250,7 +258,7 @@ class Method(nn.Module):
 
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
-        """Everything that is learned from one batch: an objective and its update for each optimizer step."""
+        """Trains on one batch. Returns the objective and the update of each optimizer step."""
         done, loss, steps = [], None, self.steps(batch)
         if not hasattr(steps, "__next__"):
             raise mistake(self, not_steps(steps))
@@ -266,46 +274,48 @@ class Method(nn.Module):
             loss = loss or objective.loss
             done.append((objective, update))
         if loss is not None and loss.logits is not None and len(loss.logits) != len(batch.y):
-            problem = f"Loss(logits=...) must have the stream's {len(batch.y)} rows alone, got {shown(loss.logits)}."
+            problem = (
+                f"Loss(logits=...) must have only the {len(batch.y)} rows of the stream, got {shown(loss.logits)}."
+            )
             raise mistake(self, problem)
         if not done or not all(objective.skipped for objective, _ in done):
             self.remember(batch, loss)
         return done
 
     def _check(self, blocks: Any, params: list[nn.Parameter]) -> None:
-        """Refuses blocks that are none, once for each make of a step."""
-        make = None
+        """Refuses blocks that are none, once for each form of a step."""
+        form = None
         if isinstance(blocks, tuple | list) and all(isinstance(block, Block) for block in blocks):
-            make = tuple((getattr(block.x, "shape", None), block.memory, block.apart) for block in blocks)
-            if make in self.checked_blocks:
+            form = tuple((getattr(block.x, "shape", None), block.memory, block.reference) for block in blocks)
+            if form in self.checked_blocks:
                 return
         device = params[0].device if params else self.context.device
         problem = of_blocks(blocks, Block, device) or of_guides(self.guides)
-        problem = problem or of_call(self.loss, sum(not block.apart for block in blocks))
+        problem = problem or of_call(self.loss, sum(not block.reference for block in blocks))
         if problem:
             raise mistake(self, problem)
-        self.checked_blocks.add(make)
+        self.checked_blocks.add(form)
 
-    def doubts(self) -> list[str]:
-        """What looks like a mistake when two tasks are over (on a general-continual stream: one), one line each."""
+    def likely_mistakes(self) -> list[str]:
+        """Likely mistakes of the method, one line each; asked for after two tasks (general-continual: after one)."""
         terms = {name for names, _ in self.checked_losses for name in names}
         found = [
-            f"{self.name}: the guide '{guide}' is of the term '{term}', which its loss has not had so far. "
-            f"It had {', '.join(sorted(terms))}."
+            f"{self.name}: the guide '{guide}' names the term '{term}', which the loss has not had so far. Its terms "
+            f"are {', '.join(sorted(terms))}."
             for guide, members in self.guides.items()
             for term in members
             if terms and term not in terms
         ]
-        if self.has_memory and terms and not any(memory for make in self.checked_blocks for _, memory, _ in make):
+        if self.has_memory and terms and not any(memory for form in self.checked_blocks for _, memory, _ in form):
             found.append(
-                f"{self.name}: no block has had rows of the memory so far, though `has_memory` says so: "
-                "optimizers take all rows for the stream's. Write: Block(x, memory=number of rows, ...)."
+                f"{self.name}: `has_memory` is True, but no block has had rows of the memory so far: optimizers "
+                "treat all rows as those of the stream. Write: Block(x, memory=number of rows, ...)."
             )
         return found
 
 
 def published(source: str, table: Mapping[tuple, dict]) -> Published:
-    """Rows {(dataset, buffer size, ...): values}, all from one source; `(dataset,)` has no buffer."""
+    """{(dataset, buffer size, ...): {flag: value}}, all from one source; `(dataset,)` is without a buffer."""
     return {
         (dataset, size): {name: (value, f"published: {source}") for name, value in values.items()}
         for (dataset, *sizes), values in table.items()
@@ -314,6 +324,6 @@ def published(source: str, table: Mapping[tuple, dict]) -> Published:
 
 
 def ours(base: Published, why: str, **values: Any) -> Published:
-    """Another method's rows with values added that are ours, and marked so."""
+    """The published values of another method, with values added that are marked as ours."""
     added = {name: (value, f"ours: {why}") for name, value in values.items()}
     return {key: {**row, **added} for key, row in base.items()}

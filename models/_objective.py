@@ -54,8 +54,8 @@ class Objective(SharedRows):
         recorded: bool = False, split: bool = True,
     ):  # fmt: skip
         self.method, self.params, self.trace, self.recorded = method, params, trace, recorded
-        self.whole = tuple(block for block in blocks if not block.apart)
-        self.apart = tuple(block for block in blocks if block.apart)
+        self.whole = tuple(block for block in blocks if not block.reference)
+        self.reference_blocks = tuple(block for block in blocks if block.reference)
         self.loss: Loss | None = None
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
@@ -161,10 +161,10 @@ class Objective(SharedRows):
 
     def _refer(self) -> None:
         """The gradients of the references, at the present weights."""
-        if not self.apart:
+        if not self.reference_blocks:
             return
-        rows = sum(len(block) for block in self.apart)
-        references = self.method.references(*self.apart)
+        rows = sum(len(block) for block in self.reference_blocks)
+        references = self.method.references(*self.reference_blocks)
         if not hasattr(references, "__next__"):
             raise mistake(self.method, f"references() must yield (name, loss), it returns {shown(references)}.")
         while True:
@@ -302,18 +302,18 @@ class Objective(SharedRows):
         return self._on(worst, self.noise)
 
     def _check(self, loss: Any) -> None:
-        """Refuses a loss that is not one of these blocks, once for each make of a step: terms and sizes of blocks."""
-        make = None
+        """Refuses a loss that is not one of these blocks, once for each form of a step: terms and sizes of blocks."""
+        form = None
         if isinstance(loss, Loss) and isinstance(loss.rows, dict) and isinstance(loss.penalties, dict):
-            make = ((*loss.rows, *loss.penalties), tuple(map(len, self.blocks)))
-            if make in self.method.checked_losses:
+            form = ((*loss.rows, *loss.penalties), tuple(map(len, self.blocks)))
+            if form in self.method.checked_losses:
                 return
         is_loss = isinstance(loss, Loss)
         problem = of_loss(loss, self.blocks, self.method.loss) if is_loss else not_a_loss(loss)
         if problem:
             raise mistake(self.method, problem)
-        if make is not None:
-            self.method.checked_losses.add(make)
+        if form is not None:
+            self.method.checked_losses.add(form)
 
     @contextmanager
     def _same_noise(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What rehearsal methods share: the buffer, how it is filled, and draws from it that are freshly augmented."""
+"""What replay methods share: the buffer, how it is filled, and draws from it, augmented in each step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +14,19 @@ from flatcl.utils.registry import POLICIES
 
 @dataclass(frozen=True)
 class MemoryArgs:
-    """The flags of a memory whose policy is not the user's choice (`fixed_policy`)."""
+    """The flags of a memory that is filled as the paper says (`fixed_policy`)."""
 
     buffer_size: int = flag(500, "images that the memory can hold", low=1, high=10**9, fixed=True)
     minibatch_size: int = flag(32, "images of one draw from the memory", low=1, high=10**6)
 
 
 class ReplayMethod(Method):
-    """A method with a memory of past images (uint8, un-augmented), which --buffer_policy fills with `columns`.
+    """A method with a memory of past images (uint8, without augmentation). --buffer_policy chooses which rows are kept,
+    `columns` what is kept of them.
 
-    One whose paper says how its memory is filled has a `fixed_policy`, `Args` that build on `MemoryArgs`, and fills
-    the buffer itself: in a `remember` or an `end_task` of its own. With a column `ids`, optimizers that keep records of
-    single images know the replayed ones too.
+    If the paper says how the memory is filled, the method has a `fixed_policy` and `Args` derived from `MemoryArgs`,
+    and fills the buffer in its own `remember` or `end_task`. Optimizers that keep records of single images need a
+    column `ids` to recognise replayed images.
     """
 
     has_memory = True
@@ -47,26 +48,28 @@ class ReplayMethod(Method):
         self.buffer = Buffer(args.buffer_size, context.device, context.rng, policy)
 
     def columns(self, x: Tensor, y: Tensor, ids: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
-        """What the memory keeps of n rows, whoever chooses them: {column: (n, ...)}.
+        """What the memory keeps of n rows: {column: (n, ...)}.
 
-        `logits` (n, K) are those of the clean pass (`Loss.logits`), and with a policy that chooses when a task ends,
-        those of the un-augmented images then, in eval mode; these are None unless `keeps_logits`.
+        `logits` (n, K) are those of the clean pass (`Loss.logits`). With a policy that chooses rows at the end of a
+        task, they are those of the images without augmentation at that time, in eval mode, or None without
+        `keeps_logits`.
         """
         kept = {"x": x, "y": y, "ids": ids}
         return {**kept, "logits": logits} if self.keeps_logits else kept
 
     def remember(self, batch: Batch, loss: Loss | None) -> None:
-        """Shows the batch to the policy. `loss` is None where `steps` had no step for it."""
+        """Gives the batch to the policy. `loss` is None if `steps` made no step for this batch."""
         labels = batch.labels if self.buffer.policy.needs_labels else None
         logits = None if loss is None else loss.logits
         self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
 
     def end_task(self, task: Any) -> None:
-        """Lets the policy choose; where it is overridden, call it first."""
+        """Lets the policy choose rows. A subclass that overrides this calls it first."""
         self.buffer.policy.end_task(self, task)
 
     def replay(self, draws: int = 1) -> tuple[Block, ...]:
-        """`draws` independent draws of min(minibatch_size, filled) rows each, as blocks; () while the memory is empty.
+        """A block for each of `draws` independent draws of min(minibatch_size, filled) rows; an empty tuple while the
+        memory is empty.
 
         All draws are gathered and augmented in one call.
         """
@@ -82,14 +85,14 @@ class ReplayMethod(Method):
         )
 
     def replay_jointly(self, batch: Batch) -> Block:
-        """The stream's rows and, after them, one draw's, in one block with `y` and, where the memory has them, `ids`;
-        the stream alone while the memory is empty."""
+        """One block with the rows of the stream and, after them, those of one draw, with the columns `y` and, if the
+        memory has it, `ids`. While the memory is empty, it has only the rows of the stream."""
         if len(self.buffer) == 0:
             return batch.block
         return self.joined(batch, self.buffer.draw(self.args.minibatch_size))
 
     def joined(self, batch: Batch, rows: dict[str, Tensor]) -> Block:
-        """The stream's rows and, after them, these of the memory."""
+        """One block with the rows of the stream and, after them, these rows of the memory."""
         augment = self.context.augment
         if augment.transforms:
             inputs = torch.cat((batch.inputs, augment(rows["x"])))

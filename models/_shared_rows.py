@@ -78,8 +78,9 @@ class SharedRows:
             if not torch.allclose(rows.float(), own.costs[name].float(), rtol=1e-3, atol=1e-5, equal_nan=True):
                 raise mistake(
                     self.method,
-                    f"what a row costs in the term '{name}' depends on other rows of its block, so that several "
-                    "processes cannot share them. Write in its class: rows_are_apart = False, and start one process.",
+                    f"the cost of a row in the term '{name}' depends on other rows of its block, so several "
+                    "processes cannot share the rows. Write in its class: rows_are_independent = False, and start "
+                    "one process.",
                 )
 
     def _refuse_draws(self) -> None:

@@ -38,7 +38,7 @@ class AGem(SharedMemory):
     )
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
-        return (batch.block, *(block.set_apart() for block in self.replay()))
+        return (batch.block, *(block.as_reference() for block in self.replay()))
 
     phase = SharedMemory.phase
 

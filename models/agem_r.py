@@ -30,7 +30,7 @@ class AGemR(AGem):
             return (batch.block,)
         rows = self.buffer.draw(self.args.minibatch_size)
         pixels = rows["x"].float().div_(255)
-        return (batch.block, Block(pixels, len(pixels), apart=True, y=rows["y"], ids=rows["ids"]))
+        return (batch.block, Block(pixels, len(pixels), reference=True, y=rows["y"], ids=rows["ids"]))
 
     remember = ReplayMethod.remember
     end_task = ReplayMethod.end_task

@@ -42,8 +42,10 @@ class BiC(WithExemplars):
             "weight of the distillation: one task's share of those seen, or the share of the old classes",
             choices=("one_task", "old_classes"),
         )
-        valset_split: float = flag(0.1, "share of the exemplars that the correction is fitted on", above=0, below=1)
-        bic_epochs: int = flag(250, "passes over the rows held out", low=0, high=10**6)
+        valset_split: float = flag(
+            0.1, "share of the exemplars that is held out to fit the correction", above=0, below=1
+        )
+        bic_epochs: int = flag(250, "passes over the held-out rows", low=0, high=10**6)
 
     published = published(XDER, {("seq-cifar100", 500, 2000): dict(lr=0.03, batch_size=32, n_epochs=50)})
 

@@ -1,4 +1,4 @@
-"""ER-ACE, ER with Asymmetric Cross-Entropy (Caccia et al., ICLR 2022), eq. 3: the stream leaves old classes alone.
+"""ER-ACE, ER with Asymmetric Cross-Entropy (Caccia et al., ICLR 2022), eq. 3: the stream's loss ignores old classes.
 
     L = CE(f(x), y) over the classes of the batch and those still to come + CE(f(x'), y') over all classes
 

@@ -1,4 +1,4 @@
-"""GDumb (Prabhu et al., ECCV 2020): fill a memory, and dumbly learn from nothing else.
+"""GDumb (Prabhu et al., ECCV 2020): fill a memory, then train only on it.
 
 While the stream passes, images are only collected; there are no steps. After one pass over the last task the network,
 which is still as it was drawn, is trained on the memory for `fitting_epochs`. What is measured before is chance.
@@ -69,8 +69,7 @@ class GDumb(Method):
         problems = super().check(config, benchmark)
         if config.budget_rows is not None:
             problems.append(
-                "--budget_rows has nothing to share among gdumb's tasks: it learns after the last one. "
-                "Use --fitting_epochs."
+                "--budget_rows has no effect on gdumb, which learns after the last task. Use --fitting_epochs."
             )
         if config.n_epochs != 1 and config.origins["n_epochs"] == "argv":
             problems.append(

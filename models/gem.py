@@ -75,7 +75,7 @@ class Gem(AGem):
         inputs = self.context.augment(rows["x"])
         parts = [slice(start, end) for start, end in pairwise((0, *self.ends))]
         memories = (
-            Block(inputs[part], part.stop - part.start, apart=True, y=rows["y"][part], ids=rows["ids"][part])
+            Block(inputs[part], part.stop - part.start, reference=True, y=rows["y"][part], ids=rows["ids"][part])
             for part in parts
         )
         return (batch.block, *memories)
@@ -85,7 +85,7 @@ class Gem(AGem):
             yield f"task {k}", cross_entropy(self.net(memory.x), memory.y)
 
     def phase(self) -> Ordinary:
-        return Ordinary("gem solves its programme on the host, in the middle of a step")
+        return Ordinary("gem solves its quadratic program on the host, in the middle of a step")
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if not guides:  # the first task

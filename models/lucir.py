@@ -74,13 +74,15 @@ class CosineNet(nn.Module):
 class Lucir(WithExemplars):
     needs_features = True
     new_optimizer = True
-    rows_are_apart = False  # margins are a mean over the rows of old classes
+    rows_are_independent = False  # margins are a mean over the rows of old classes
 
     @dataclass(frozen=True)
     class Args(WithExemplars.Args):
         lamda_base: float = flag(5.0, "weight of the distance to the old features, in the second task", low=0)
         lamda_mr: float = flag(1.0, "weight of the margin between old and new classes", low=0)
-        k_mr: int = flag(2, "new classes that each row of an old class is kept apart from", low=1)
+        k_mr: int = flag(
+            2, "number of new classes that each row of an old class is separated from, by the margin", low=1
+        )
         mr_margin: float = flag(0.5, "the margin, in cosines", low=0)
         fitting_epochs: int = flag(20, "passes over the exemplars after a task", low=0, high=10**6)
         lr_finetune: float = flag(0.01, "learning rate of these passes", above=0)

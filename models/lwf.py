@@ -57,8 +57,8 @@ class LwF(Incremental):
         problems = super().check(config, benchmark)
         if config.budget_rows is not None:
             problems.append(
-                "--budget_rows does not fit lwf, whose warm-up takes the task's epochs, which are then not known. "
-                "Use --n_epochs."
+                "--budget_rows cannot be used with lwf, whose warm-up needs the number of epochs of a task. Use "
+                "--n_epochs."
             )
         return problems
 

@@ -1,4 +1,4 @@
-"""MGSER-SAM (Li & Tang, IJCNN 2024): soft replay under SAM, guided by the memory's own gradient.
+"""MGSER-SAM (Li & Tang, IJCNN 2024): soft replay under SAM, guided by the clean gradient of the memory.
 
     L_t = CE(f(x), y)    L_s = alpha * mean (f(x') - z')^2 + beta * CE(f(x''), y'')
     g~  = gradient of L_t + L_s at theta + rho * (g_t + g_s) / |g_t + g_s|
@@ -52,7 +52,7 @@ class MgserSam(DerPP):
         """
         if "memory" not in objective.guides or objective.clean is None or not objective.passes:
             return {}
-        (clean, g), *moved = objective.passes
+        (clean, g), *perturbed = objective.passes
         g_s = objective.guides["memory"]
         g_t = torch._foreach_sub(g, g_s)
         found = {
@@ -60,8 +60,8 @@ class MgserSam(DerPP):
             "norm_current": norm(g_t),
             "norm_memory": norm(g_s),
         }
-        if moved:
-            loss, g_adv = moved[0]
+        if perturbed:
+            loss, g_adv = perturbed[0]
             gap = {name: loss.terms[name] - clean.terms[name] for name in clean.terms}
             found["cos_adversarial_memory"] = _cosine(g_adv, g_s)
             found["sharpness_current"] = gap["current"]

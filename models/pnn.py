@@ -1,4 +1,4 @@
-"""Progressive Neural Networks (Rusu et al., 2016): a column for each task, joined to the frozen ones before it.
+"""Progressive Neural Networks (Rusu et al., 2016): a column for each task, connected to the earlier, frozen ones.
 
     h_i = act(W_i h_{i-1} + U_i relu(V_i [alpha_j h_{i-1}^(j), j = the columns before]))        (eq. 2)
 
@@ -123,11 +123,15 @@ class PNN(Method):
         if config.class_il_argmax != "all":
             problems.append("--class_il_argmax has no effect on pnn, for which class-il is not defined. Drop it.")
         if config.freeze_backbone:
-            problems.append("--freeze_backbone does not fit pnn, whose columns are trained one by one. Drop it.")
+            problems.append(
+                "--freeze_backbone cannot be used with pnn, which trains a new network for each task. Drop it."
+            )
         if config.pretrained_weights is not None:
-            problems.append("--pretrained_weights does not fit pnn, which draws a new network for each task. Drop it.")
+            problems.append(
+                "--pretrained_weights cannot be used with pnn, which draws a new network for each task. Drop it."
+            )
         if not hasattr(BACKBONES.load(config.backbone), "stages"):
-            problems.append(f"--model pnn joins its backbone's `stages`, {config.backbone} shows none. Choose another.")
+            problems.append(f"--model pnn needs a backbone with `stages`, {config.backbone} has none. Choose another.")
         return problems
 
     def begin_task(self, task: Any) -> None:

@@ -69,9 +69,9 @@ class SI(Method):
         return update
 
     def remember(self, batch: Batch, loss: Loss) -> None:
-        moved = self.before - flat(self.params).detach()
+        change = self.before - flat(self.params).detach()
         # a step that was not taken on a GPU moves nothing
-        self.path += (self.gradient * moved).nan_to_num(0.0, 0.0, 0.0)
+        self.path += (self.gradient * change).nan_to_num(0.0, 0.0, 0.0)
 
     def end_task(self, task) -> None:
         theta = flat(self.params).detach()

@@ -59,7 +59,7 @@ class XDer(ReplayMethod):
     fixed_policy = "as many images of each class, chosen when a task ends"
     loss_needs_task = True
     own_memory = True
-    rows_are_apart = False  # constraints are means over violators, views are compared with each other
+    rows_are_independent = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,
         {
@@ -77,13 +77,15 @@ class XDer(ReplayMethod):
     class Args(MemoryArgs):
         alpha: float = flag(0.3, "weight of the replayed logits", low=0)
         beta: float = flag(0.8, "weight of the replayed labels", low=0)
-        gamma: float = flag(0.85, "logits that enter the memory stay below gamma times the true class's", low=0)
+        gamma: float = flag(0.85, "stored logits are limited to gamma times the logit of the true class", low=0)
         lambd: float = flag(0.05, "weight of the views' consistency on the future heads", low=0)
         eta: float = flag(0.001, "weight of the past and future constraints", low=0)
         m: float = flag(0.7, "margin of the constraints", low=0)
         simclr_temp: float = flag(5.0, "temperature of the views' consistency", above=0)
-        simclr_batch_size: int = flag(64, "images of the memory that are viewed in a step", low=1, high=10**6)
-        simclr_num_aug: int = flag(2, "strong views of each image", low=1, high=1000)
+        simclr_batch_size: int = flag(
+            64, "images of the memory that are augmented as views in each step", low=1, high=10**6
+        )
+        simclr_num_aug: int = flag(2, "strongly augmented views of each image", low=1, high=1000)
 
     def __init__(self, net, args, context: Context):
         super().__init__(net, args, context)

@@ -273,7 +273,11 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--warmup_epochs", "2"], "--warmup_epochs must be at most --n_epochs 1, got 2", "Give less"),
         (["--eval_every", "1"], "--eval_every must be less than --n_epochs 1", "got 1"),
         (["--clip_grad", "0"], "--clip_grad must be greater than 0", "got 0"),
-        (["--budget_rows", "1000", "--debug_mode"], "--debug_mode has a length of its own", "--budget_rows"),
+        (
+            ["--budget_rows", "1000", "--debug_mode"],
+            "--debug_mode and --budget_rows exclude each other",
+            "--budget_rows",
+        ),
         (["--budget_rows", "1000", "--lr_scheduler", "cosine"], "--lr_scheduler cosine needs a number of", "multistep"),
         (["--amp", "fp16"], "--amp must be one of none, bf16", "'fp16'"),
         (["--ascent_on", "memory"], "unknown flag: --ascent_on. It belongs to optimizer asam", "more"),
@@ -289,9 +293,9 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--model", "fdr", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),
         (["--model", "icarl", "--buffer_size", "9"], "--buffer_size must have room for one exemplar of each", "got 9"),
-        (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows does not fit lwf", "--n_epochs"),
+        (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows cannot be used with lwf", "--n_epochs"),
         (["--model", "gdumb", "--warmup_epochs", "1"], "--warmup_epochs has no effect on gdumb", "Drop it"),
-        (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has nothing to share", "--fitting_epochs"),
+        (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has no effect on gdumb", "--fitting_epochs"),
         (["--model", "pnn", "--class_il_argmax", "seen"], "--class_il_argmax has no effect on pnn", "Drop it"),
         (["--model", "mer", "--beta", "0"], "--beta must be greater than 0", "got 0"),
         (["--model", "si", "--xi", "0"], "--xi must be greater than 0", "got 0"),
@@ -349,8 +353,8 @@ def test_none_is_a_value_where_a_flag_is_optional():
         ([*SPARSE, "--sparse_every", "0"], "--sparse_every must be at least 1", "got 0"),
         ([*SPARSE, "--sparse_n", "1"], "--sparse_n has no effect with --sparse_mask fisher", "Use nm"),
         ([*SPARSE, "--sparse_mask", "nm", "--sparse_n", "4"], "--sparse_n must be less than --sparse_m 4", "got 4"),
-        (["--device", "cuda:99"], "--device cuda:99 is not there", "cpu"),
-        (["--device", "abacus"], "--device abacus is not there", "cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available", "cpu"),
+        (["--device", "abacus"], "--device abacus is not available", "cpu"),
         (["--device", "meta"], "--device meta cannot train", "cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -538,10 +542,10 @@ def test_a_plugin_that_is_absent_or_does_not_import(tmp_path, fails):
     assert "SyntaxError" in line
 
 
-def test_a_plugin_that_was_mended_can_be_loaded_in_the_same_process(tmp_path, fails, prints):
-    file = plugin(tmp_path, "mended", "raise RuntimeError('not yet')\n")
+def test_a_plugin_that_was_corrected_can_be_loaded_in_the_same_process(tmp_path, fails, prints):
+    file = plugin(tmp_path, "corrected", "raise RuntimeError('not yet')\n")
     assert "not yet" in fails("--list", "--plugin", file)[0]
-    plugin(tmp_path, "mended", "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
+    plugin(tmp_path, "corrected", "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
            "@METHODS.register('my_er')\nclass MyEr(ER):\n    'Mine.'\n")  # fmt: skip
     assert "my_er" in prints("--list", "models", "--plugin", file)
 

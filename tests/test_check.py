@@ -87,7 +87,7 @@ FAULTS = {  # the fault: (text, the contract that finds it, what is said)
     ),
     "learns from test images": (
         METHOD + "    def begin_task(self, task):\n        self.net(self.context.augment(task.test.images))\n",
-        "test images are not learned from", "with other test images .*Use task.train alone",
+        "test images are not learned from", "with other test images .*Use only task.train",
     ),
     "says a phase and has another": (
         METHOD + "    calls = 0\n    def remember(self, batch, loss):\n        super().remember(batch, loss)\n"
@@ -117,7 +117,7 @@ FAULTS = {  # the fault: (text, the contract that finds it, what is said)
     "a network that is not of the seed": (
         NET + "    def __init__(self, *args):\n        super().__init__(*args)\n        import numpy as np\n"
         "        with torch.no_grad():\n            self.classifier.bias += float(np.random.default_rng().random())\n",
-        "the seed makes the weights", "Draw from torch's generator alone",
+        "the seed makes the weights", "Draw only from torch's generator",
     ),
     "a network with idle weights": (
         NET + "    def __init__(self, *args):\n        super().__init__(*args)\n        self.spare = nn.Linear(2, 2)\n",
@@ -151,7 +151,7 @@ FAULTS = {  # the fault: (text, the contract that finds it, what is said)
     "a benchmark with ids that are there twice": (
         DATA + "    def train_split(self, index):\n        split = super().train_split(index)\n"
         "        return type(split)(split.images, split.labels, torch.arange(len(split)))\n",
-        "ids are unique", "512 ids of train images are there twice",
+        "ids are unique", "512 ids of train images occur twice",
     ),
     "a benchmark that draws when it is indexed": (
         DATA + "    def train_split(self, index):\n        split = super().train_split(index)\n"
@@ -206,7 +206,7 @@ def test_a_part_without_a_fault_keeps_all(check, head):
 def test_a_method_that_is_not_recorded_says_why(check):
     code, lines = check(METHOD.replace("    phase = ReplayMethod.phase\n", "") + "    pass\n")
     (line,) = [line for line in lines if "recorded and replayed" in line]
-    assert code == 0 and line.startswith("ok ") and "not recorded: mine does not say on what its steps depend" in line
+    assert code == 0 and line.startswith("ok ") and "not recorded: mine does not say what its steps depend on" in line
 
 
 def test_a_domain_incremental_method_is_checked_on_domains(check):
@@ -241,7 +241,7 @@ def test_data_that_is_missing_is_not_downloaded(monkeypatch, tmp_path, capsys):
         (["text.txt"], r"text.txt: this is not a Python file"),
         (["empty.py"], r"empty.py registers nothing. Write above a class: @METHODS.register\('name'\)"),
         (["broken.py"], r"broken.py: it does not import: SyntaxError"),
-        (["err"], r"there is no file 'err', and no part of that name. Did you mean er"),
+        (["err"], r"there is no file 'err', and no part with that name. Did you mean er"),
         ([], r"the following arguments are required: FILE.py. See flatcl check --help"),
         (["er", "--fast"], r"unknown flag: --fast"),
     ],

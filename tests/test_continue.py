@@ -149,16 +149,22 @@ def test_a_parent_of_other_code_is_said(tmp_path, capsys):
     ("words", "message"),
     [
         (["--stop_after", "1"], "1 task(s) of"),
-        (["--stop_after", "2", "--buffer_size", "50"], "--buffer_size 50: a run cannot be continued with another one"),
-        (["--stop_after", "2", "--seed", "1"], "--seed 1: a run cannot be continued"),
-        (["--stop_after", "2", "--model", "derpp"], "--model derpp: a run cannot be continued"),
-        (["--stop_after", "2", "--dataset", "seq-digits"], "--dataset seq_digits: a run cannot be continued"),
-        (["--stop_after", "2", "--hidden", "7"], "--hidden 7: a run cannot be continued"),
+        (
+            ["--stop_after", "2", "--buffer_size", "50"],
+            "--buffer_size must be 100, as in the run that is continued, got 50",
+        ),
+        (["--stop_after", "2", "--seed", "1"], "--seed must be 0, as in the run that is continued, got 1"),
+        (["--stop_after", "2", "--model", "derpp"], "--model must be er, as in the run that is continued, got derpp"),
+        (["--stop_after", "2", "--dataset", "seq-digits"], "--dataset must be seq_synth, as in the run"),
+        (["--stop_after", "2", "--hidden", "7"], "--hidden must be 100, as in the run that is continued, got 7"),
         (
             ["--stop_after", "2", "--debug_mode", "0", "--budget_rows", "5000"],
-            "--budget_rows is shared by the tasks of a run from its start",
+            "--budget_rows cannot be used with --continue",
         ),
-        (["--stop_after", "2", "--permute_classes", "1"], "--permute_classes True: a run cannot be continued"),
+        (
+            ["--stop_after", "2", "--permute_classes", "1"],
+            "--permute_classes must be False, as in the run that is continued, got True",
+        ),
     ],
 )
 def test_what_cannot_be_continued_is_said_before_any_work(words, message, tmp_path, capsys):
@@ -171,7 +177,7 @@ def test_what_cannot_be_continued_is_said_before_any_work(words, message, tmp_pa
 def test_runs_that_are_not_finished_or_have_nothing_to_go_on_from(tmp_path, capsys, monkeypatch):
     from flatcl.utils.engine.trainer import Trainer
 
-    assert "Name it by --from" in refused(capsys, "--model", "er", *BASE, "--continue", "1")
+    assert "Name that run by --from" in refused(capsys, "--model", "er", *BASE, "--continue", "1")
     light = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--keep_checkpoint", "0")
     assert torch.load(light / "model.pt", weights_only=True)
     assert "has no checkpoint" in refused(capsys, "--from", str(light), "--continue", "1", "--stop_after", "2")
@@ -193,7 +199,7 @@ def test_a_run_that_was_stopped_inside_a_task_is_to_be_finished_first(tmp_path, 
     monkeypatch.setattr(Trainer, "_checkpoint_is_due", stop)
     folder = start(tmp_path, "--model", "er", *BASE, "--stop_after", "2", code=143)
     error = refused(capsys, "--from", str(folder), "--continue", "1", "--stop_after", "3")
-    assert "was stopped inside a task, or has gone on since. Finish it by --resume." in error
+    assert "was stopped inside a task, or was continued since then. Finish it by --resume." in error
 
 
 def test_a_parent_that_is_gone_is_named(tmp_path, capsys):

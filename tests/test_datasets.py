@@ -28,7 +28,7 @@ from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.registry import DATASETS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the official data set")
 
 NAMES = declared()
 SETTINGS = {name: DATASETS.load(name).setting for name in NAMES}

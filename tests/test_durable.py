@@ -126,7 +126,7 @@ def test_after_damage_the_whole_generation_is_not_pushed_out(state, tmp_path, ca
     for steps in (1, 2):
         checkpoint.save(tmp_path, {**state, "steps": steps})
     (tmp_path / "state.pt").write_bytes(b"damaged")
-    assert checkpoint.load(tmp_path, mend=True)["steps"] == 1
+    assert checkpoint.load(tmp_path, repair=True)["steps"] == 1
     checkpoint.save(tmp_path, {**state, "steps": 3})
     (tmp_path / "state.pt").write_bytes(b"damaged")
     assert checkpoint.load(tmp_path)["steps"] == 1
@@ -448,7 +448,7 @@ def test_a_disk_that_stays_full_is_one_sentence_and_the_run_can_be_resumed(full_
     said = capsys.readouterr()
     last = said.err.splitlines()[-1]
     assert last.startswith(f"failed: the results cannot be written to {folder} (File too large)") and "--resume" in last
-    assert "final_average_accuracy" in said.out, "they stand on the console"
+    assert "final_average_accuracy" in said.out, "they are only on the console"
     assert nothing_half_written(folder) and read(folder)["status"] == "running"
     hooks.clear()
     assert main(["--resume", str(folder)]) == 0
@@ -461,7 +461,7 @@ def test_a_signal_on_a_full_disk_keeps_the_checkpoint_before(full_disk, hooked, 
     folder = start(tmp_path / "out", *argv, code=128 + signal.SIGUSR1)
     full_disk(False)
     hooks.clear()
-    assert nothing_half_written(folder) and "the one before is kept" in capsys.readouterr().err
+    assert nothing_half_written(folder) and "the previous one is kept" in capsys.readouterr().err
     assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 
@@ -508,7 +508,7 @@ def test_metrics_that_lost_lines_are_not_padded(hooked, whole, tmp_path, capsys)
     capsys.readouterr()
     assert main(["--resume", str(folder)]) == 0
     _, line = capsys.readouterr().err.splitlines()  # the first one names the plugin
-    assert line.startswith(f"warning: {file} has {len(content) // 2:,} bytes, and had {len(content):,}")
+    assert line.startswith(f"warning: {file} has {len(content) // 2:,} bytes, but had {len(content):,}")
     whole_lines, lines = timeless(whole), timeless(folder)
     assert b"\0" not in file.read_bytes() and all(line in whole_lines for line in lines)
     assert lines[-4:] == whole_lines[-4:] and read(folder)["accuracy"] == read(whole)["accuracy"]
@@ -547,7 +547,7 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
     pictures = {name: (folder / name).read_bytes() for name in PICTURES}
     entries, files = final_entries(), sorted(path.name for path in folder.iterdir())
     assert len(entries[0]) == 14 and len(entries[1]) == 4 and entries[2]
-    assert "this run is finished; and nothing of it is missing" in resumed()
+    assert "this run is finished; no file is missing" in resumed()
     assert sorted(path.name for path in folder.iterdir()) == files
 
     (folder / "curves.png").write_bytes(pictures["curves.png"][:500])  # half written
@@ -559,7 +559,7 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
     assert all(name in out for name in (*PICTURES, "hparams", "metrics/class-il/final_average_accuracy"))
     assert final_entries() == entries and nothing_half_written(folder)
     assert {name: (folder / name).read_bytes() for name in PICTURES} == pictures
-    assert "nothing of it is missing" in resumed()
+    assert "no file is missing" in resumed()
 
 
 def test_a_finished_run_is_not_trained_with_other_flags(hooked, whole, capsys):

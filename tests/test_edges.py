@@ -349,7 +349,7 @@ def test_a_network_with_nothing_to_train_is_refused(begin, name):
     if name == "lucir":  # has weights of its own
         assert_trained(begin(name, backbone="edge-fixed"))
         return
-    with pytest.raises(UsageError, match=f"--backbone edge-fixed leaves --model {name} nothing to train"):
+    with pytest.raises(UsageError, match=f"--backbone edge-fixed has nothing to train for --model {name}"):
         begin(name, backbone="edge-fixed")
 
 
@@ -596,14 +596,14 @@ def test_the_number_of_tasks_follows_from_their_sizes(begin):
 @pytest.mark.parametrize(
     "dataset, words",
     [
-        ("edge-gaps", "edge-gaps: its tasks must have all 6 classes, they have 4"),
+        ("edge-gaps", "edge-gaps: its tasks must have 6 classes in total, got 4"),
         (
             "edge-overlap",
-            "edge-overlap: the classes of task 2 must be a range that begins with 2, of at least one, got r",
+            "edge-overlap: the classes of task 2 must be a range that is not empty and begins with 2, got r",
         ),
         (
             "edge-listed",
-            "edge-listed: the classes of task 1 must be a range that begins with 0, of at least one, got [",
+            "edge-listed: the classes of task 1 must be a range that is not empty and begins with 0, got [",
         ),
     ],
 )
@@ -741,7 +741,7 @@ def test_constant_terms_have_no_gradient(begin, optimizer):
     method = HalfConstant(trainer.method.net, None, trainer.method.context)
     trainer.optimizer.method = method
     batch = next(trainer.stream.epoch(trainer.benchmark[0].train))
-    blocks = (batch.block, batch.block.set_apart())
+    blocks = (batch.block, batch.block.as_reference())
     objective = Objective(method, blocks, trainer.optimizer.params)
     trainer.optimizer.begin_task(trainer.benchmark[0])
     trainer.optimizer.step(objective)
@@ -757,8 +757,8 @@ def test_constant_terms_have_no_gradient(begin, optimizer):
     "words, line",
     [
         (["--dataset", "edge-hole"], "error: edge-hole: task 2 has no training images."),
-        (["--backbone", "edge-fixed"], "error: --backbone edge-fixed leaves --model er nothing to train:"),
-        (["--dataset", "edge-gaps"], "error: edge-gaps: its tasks must have all 6 classes, they have 4."),
+        (["--backbone", "edge-fixed"], "error: --backbone edge-fixed has nothing to train for --model er:"),
+        (["--dataset", "edge-gaps"], "error: edge-gaps: its tasks must have 6 classes in total, got 4."),
         (
             ["--backbone", "edge-frozen-norms", "--optimizer", "sam", "--perturb", "norm_only"],
             "error: --perturb norm_only needs normalisation layers to train, the backbone edge-frozen-norms has none.",

@@ -31,7 +31,7 @@ from flatcl.utils import download
 from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*a made set")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the official data set")
 ARCHIVES = {"cifar10": "cifar-10-python.tar.gz", "cifar100": "cifar-100-python.tar.gz"}
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -111,7 +111,7 @@ def test_mnist_is_downloaded_in_torchvisions_layout(tmp_path, monkeypatch):
 
 def test_made_sets_warn(tmp_path):
     make_mnist(tmp_path, n_train=30, n_test=20)
-    with pytest.warns(UserWarning, match="30 train and 20 test images.* a made set, not the official") as warned:
+    with pytest.warns(UserWarning, match="30 train and 20 test images.* this is not the official data set") as warned:
         load_mnist(tmp_path, "MNIST")
     assert len(warned) == 1 and warned[0].filename == __file__
 
@@ -178,7 +178,7 @@ def test_real_data(name, n_zeros, recwarn):
     (train_x, train_y), (test_x, test_y) = load_mnist(root, name)
     assert train_x.shape == (60000, 1, 28, 28) and test_x.shape == (10000, 1, 28, 28)
     assert (train_y == 0).sum() == n_zeros and len(test_y) == 10000
-    assert not any("made set" in str(warning.message) for warning in recwarn)
+    assert not any("not the official data set" in str(warning.message) for warning in recwarn)
 
 
 # ---------------------------------------------------------------------------------------------------------- CIFAR
@@ -199,7 +199,7 @@ def pack_cifar(root, name, *others):
 @pytest.mark.filterwarnings("error:.*numpy.core")
 def test_cifar_round_trip(tmp_path, name):
     expected = MAKERS[name](tmp_path)
-    with pytest.warns(UserWarning, match="a made set"):
+    with pytest.warns(UserWarning, match="not the official data set"):
         assert_rows(load_cifar(tmp_path, name), expected)
     pack_cifar(tmp_path, name)
     assert_rows(load_cifar(tmp_path, name), expected)
@@ -350,13 +350,13 @@ TRAIN = b"cifar-100-python/train"
 SPARSE = tar_header(TRAIN, b"%011o" % 512, b"S")
 ODD_TARS = {
     "longer than the archive": (tar_header(TRAIN, b"77777777777"), "the tar ends too early"),
-    "negative size": (tar_header(TRAIN, b"\xff" * 12), "byte 0 of the tar begins no member"),
-    "signed size": (tar_header(TRAIN, b"-0000001000"), "byte 0 of the tar begins no member"),
-    "huge size": (tar_header(TRAIN, b"\x80" + b"\x7f" * 11), "byte 0 of the tar begins no member"),
-    "no size": (tar_header(TRAIN, b""), "byte 0 of the tar begins no member"),
-    "bad checksum": (tar_header(TRAIN, b"0", checksum=b"000001\0 "), "byte 0 of the tar begins no member"),
+    "negative size": (tar_header(TRAIN, b"\xff" * 12), "there is no member at byte 0 of the tar"),
+    "signed size": (tar_header(TRAIN, b"-0000001000"), "there is no member at byte 0 of the tar"),
+    "huge size": (tar_header(TRAIN, b"\x80" + b"\x7f" * 11), "there is no member at byte 0 of the tar"),
+    "no size": (tar_header(TRAIN, b""), "there is no member at byte 0 of the tar"),
+    "bad checksum": (tar_header(TRAIN, b"0", checksum=b"000001\0 "), "there is no member at byte 0 of the tar"),
     "half a header": (tar_header(TRAIN, b"0")[:300], "the tar ends too early"),
-    "no tar": (b"<html>not found</html>" * 100, "byte 0 of the tar begins no member"),
+    "no tar": (b"<html>not found</html>" * 100, "there is no member at byte 0 of the tar"),
     "empty": (b"", "lacks cifar-100-python/train"),
     "sparse": (SPARSE + bytes(512), "lacks cifar-100-python/train"),
     "device": (tar_header(TRAIN, b"0", b"3"), "lacks cifar-100-python/train"),
@@ -615,7 +615,7 @@ def test_tiny_zip_that_points_outside(tiny, name):
     root, _ = tiny
     with zipfile.ZipFile(root / "tiny-imagenet-200.zip", "a") as archive:
         archive.writestr(name, b"evil")
-    refused(load_tinyimagenet, root, match="points out of the folder")
+    refused(load_tinyimagenet, root, match="lies outside the folder")
 
 
 # ----------------------------------------------------------------------------------------------------- Downloading
@@ -774,7 +774,7 @@ def test_a_failed_download_leaves_no_folder(serve, tmp_path, folder):
 
 def test_what_a_broken_download_got_is_kept(serve, tmp_path):
     server = serve({"/f.zip": CONTENT}, n_breaks=1000)
-    refused(fetch, [server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made", match="broke off")
+    refused(fetch, [server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made", match="stopped after")
     assert os.listdir(tmp_path / "new") == ["f.zip.part"]
     server.n_breaks = 0
     fetch([server.url("/f.zip")], tmp_path / "new" / "f.zip", MD5, "made")

@@ -12,7 +12,7 @@ from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet
 from flatcl.datasets import _files
 from flatcl.utils.commands.train import main as run_main
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the official data set")
 
 MAKERS = {
     "seq-mnist": make_mnist,
@@ -126,4 +126,4 @@ def test_made_sets_say_what_they_are(tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(tmp_path, "seq-cifar10", "--debug_mode", 1, "--stop_after", 1, "--backbone", "mnistmlp") == 0
-    assert "100 train and 20 test images" in (said := capsys.readouterr().err) and "made set" in said
+    assert "100 train and 20 test images" in (said := capsys.readouterr().err) and "not the official data set" in said

@@ -44,7 +44,7 @@ def test_the_whole_script(rehearsal, tmp_path, capsys):
     assert min(several["one_s"], several["processes_s"], several["streams_s"]) > 0
     out = capsys.readouterr().out
     assert "recorded runs that agree with ordinary ones: 3 of 3. Not: none" in out
-    assert "runs in times of one, processes" in out
+    assert "runs, time relative to one run, processes" in out
 
 
 CHILD = """
@@ -74,7 +74,7 @@ def test_a_part_that_takes_too_long_is_cut_off(tmp_path):
     file.write_text("import time\nprint('line: {}', flush=True)\ntime.sleep(60)")
     assert list(gpu.lines_of("speed", 5, [], 1.5, (str(file),))) == [
         {},
-        {"left": 4, "failed": "the 2 seconds of this part are up"},
+        {"left": 4, "failed": "this part has reached its limit of 2 seconds"},
     ]
 
 
@@ -82,7 +82,7 @@ def test_a_device_that_is_not_there_is_said(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert command(["gpu"]) == 2
-    assert capsys.readouterr().err.startswith("error: --device cuda is not there. Choose from: auto, cpu")
+    assert capsys.readouterr().err.startswith("error: --device cuda is not available. Choose from: auto, cpu")
 
 
 def test_each_method_and_each_optimizer_is_compared():

@@ -131,7 +131,7 @@ IMAGES = {
     "int16 NumPy": ("x = x.numpy().astype(np.int16)", "Return x.astype(np.uint8)", "int16"),
     "uint16 NumPy": ("x = x.numpy().astype(np.uint16)", "Return x.astype(np.uint8)", "uint16 from 0 to 255"),
     "bool": ("x = x > 100", "Return 255 * x.to(torch.uint8)", "bool from 0 to 1"),
-    "bytes cut from 0..1": ("x = (x.float() / 255).to(torch.uint8)", "(255 * x).round()", "0 and 1 alone"),
+    "bytes cut from 0..1": ("x = (x.float() / 255).to(torch.uint8)", "(255 * x).round()", "only 0 and 1"),
     "HWC": ("x = x.permute(0, 2, 3, 1)", "x.permute(0, 3, 1, 2)", "(30, 6, 5, 2)"),
     "HWC NumPy": ("x = x.numpy().transpose(0, 2, 3, 1)", "x.transpose(0, 3, 1, 2)", "(30, 6, 5, 2)"),
     "flat": ("x = x.flatten(1)", "x.reshape(-1, 2, 6, 5)", "(30, 60)"),
@@ -199,7 +199,7 @@ def test_load_returns_two_pairs(refused, returned, got):
 def test_a_class_without_training_images_must_be_meant(refused, accepted):
     load = "x, y = x[y != 1], y[y != 1]"
     line = refused(load=load, declared="defaults = Benchmark.defaults | dict(n_tasks=1)")
-    assert "no training image of 1 of 3 classes: 1." in line and "empty_classes = (1,)" in line
+    assert "no training images for 1 of 3 classes: 1." in line and "empty_classes = (1,)" in line
     accepted(load=load, declared="defaults, empty_classes = Benchmark.defaults | dict(n_tasks=1, lr=0.1), (1,)")
 
 
@@ -232,8 +232,8 @@ DECLARED = {
     "std not a number": ("mean, std = (0.5, 0.5), (0.5, float('nan'))", "above 0 and finite"),
     "mean not a number": ("mean, std = (0.5, float('nan')), (0.5, 0.5)", "pixels in 0..1"),
     "mean in 0..255": ("mean, std = (125.3, 123.0), (63.0, 62.1)", "Divide mean and std by 255"),
-    "mean alone": ("mean = (0.5, 0.5)", "mean is given alone"),
-    "std alone": ("std = (0.5, 0.5)", "std is given alone"),
+    "mean alone": ("mean = (0.5, 0.5)", "mean is given without the other"),
+    "std alone": ("std = (0.5, 0.5)", "std is given without the other"),
     "shape of two": ("shape = (6, 5)", "(channels, height, width)"),
     "shape of floats": ("shape = (2, 6.0, 5)", "(channels, height, width)"),
     "no num_classes": ("del num_classes", "has no `num_classes`"),
@@ -323,10 +323,10 @@ REFUSED = {
         "[Each(lambda x: x * torch.from_numpy(np.random.default_rng().random(len(x))).float().view(-1, 1, 1, 1))]",
         "which a resumed run would not repeat",
     ),
-    "fewer rows": ("[Each(lambda x: x[::2])]", "must give as many images"),
+    "fewer rows": ("[Each(lambda x: x[::2])]", "must return as many images"),
     "half": ("[Each(lambda x: x.half())]", "(1, 2, 6, 5) float16"),
     "bytes": ("[Each(lambda x: (255 * x).byte())]", "(1, 2, 6, 5) uint8"),
-    "a pair": ("[Each(lambda x: (x, None))]", "a tuple of images"),
+    "a pair": ("[Each(lambda x: (x, None))]", "into a tuple"),
     "not finite": ("[Each(lambda x: x / 0)]", "not finite"),
     "an error": ("[Each(lambda x: x + torch.ones(7))]", "fails on images (1, 2, 6, 5) float32: RuntimeError"),
     "another size": ("[K.RandomCrop((4, 4))]", "images of (2, 4, 4), and the network expects (2, 6, 5)"),

@@ -473,7 +473,7 @@ def test_auto_and_sweeps_agree_on_what_is_the_same_code(tmp_path, capsys):
     config = resolve(argv[:-4] + argv[-2:])
     assert not sweep.look([sweep.Job({}, (), config)]).done
     assert main(argv) == 0
-    assert "left alone" in capsys.readouterr().out and len(folders(tmp_path)) == 2
+    assert "it is not continued" in capsys.readouterr().out and len(folders(tmp_path)) == 2
     assert sweep.look([sweep.Job({}, (), config)]).done
 
 
@@ -485,7 +485,7 @@ def test_auto_of_a_run_that_lost_its_checkpoint_starts_anew(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     assert main(argv) == 0
-    assert "note: left alone: " in capsys.readouterr().out and len(folders(tmp_path)) == 2
+    assert "note: not continued: " in capsys.readouterr().out and len(folders(tmp_path)) == 2
 
 
 def test_auto_of_a_run_that_is_alive_says_try_again(tmp_path, capsys):

@@ -55,10 +55,10 @@ def test_imports_point_one_way(module):
         assert not [name for name in needed if is_in(name, "flatcl.utils.commands")]
     if not is_in(module, "flatcl.utils.commands", "flatcl.utils.contracts"):
         assert not [name for name in needed if is_in(name, "flatcl.utils.contracts")]
-    rooms = ("flatcl.utils.commands", "flatcl.utils.contracts", "flatcl.utils.engine")
-    if is_in(module, "flatcl.utils") and not is_in(module, *rooms, *CHOSEN):
+    parts = ("flatcl.utils.commands", "flatcl.utils.contracts", "flatcl.utils.engine")
+    if is_in(module, "flatcl.utils") and not is_in(module, *parts, *CHOSEN):
         assert not [name for name in needed if is_in(name, "flatcl.utils.engine", *CHOSEN)]
-    if is_in(module, *rooms):
+    if is_in(module, *parts):
         assert not [name for name in needed if is_in(name, *CHOSEN) and not machinery(name)]
     if is_in(module, *CHOSEN):
         drivers = {f"flatcl.utils.engine.{name}" for name in DRIVES_A_RUN}

@@ -246,7 +246,7 @@ def test_gdumbs_cutmix_is_a_box_of_other_images_and_their_share_of_the_loss(star
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (("--budget_rows", "1000"), "--budget_rows has nothing to share"),
+        (("--budget_rows", "1000"), "--budget_rows has no effect on gdumb"),
         (("--n_epochs", "3"), "--n_epochs has no effect on gdumb"),
         (("--lr_scheduler", "cosine", "--n_epochs", "1"), "--lr_scheduler"),
         (("--maxlr", "0.1", "--minlr", "0.2"), "--minlr must be at most --maxlr 0.1, got 0.2"),
@@ -374,7 +374,7 @@ def test_pnn_refuses_a_backbone_that_shows_no_stages(tmp_path):
         "@BACKBONES.register('closed')\nclass Closed(nn.Module):\n    pass\n"
     )
     argv = ["--plugin", str(tmp_path / "closed.py"), "--model", "pnn", "--dataset", "seq-synth"]
-    with pytest.raises(UsageError, match="closed shows none"):
+    with pytest.raises(UsageError, match="closed has none"):
         resolve([*argv, "--backbone", "closed"])
     assert resolve([*argv, "--backbone", "mnistmlp"]).model == "pnn"
 

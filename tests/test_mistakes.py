@@ -86,7 +86,7 @@ LOSSES = {  # what the loss returns: what is said
     "None": r"loss\(\) must return a Loss, got None",
     "Loss(c, z)": r"Loss\(rows=...\) must be a dict, .*got a tensor of shape \(16,\)",
     "Loss({}, z)": r"the loss has no terms",
-    'Loss({"a": c.mean()}, z)': r"the loss term 'a' must have a cost for each of its block's 16 rows, got one number.*",
+    'Loss({"a": c.mean()}, z)': r"the loss term 'a' must have a cost for each of the 16 rows of its block",
     'Loss({"a": c[:3]}, z)': r"the loss term 'a' must have the shape \(16,\), .*got a tensor of shape \(3,\)",
     'Loss({"a": c[:, None]}, z)': r"the loss term 'a' must have the shape \(16,\), .*got a tensor of shape \(16, 1\)",
     'Loss({"a": c, "b": (z.argmax(1) != stream.y)}, z)': r"the loss term 'b' must be floats, .*torch.bool",
@@ -96,13 +96,13 @@ LOSSES = {  # what the loss returns: what is said
     'Loss({"a": (0, c)}, z)': r"the loss term 'a' must be a pair \(block, tensor\), got \(a int, a tensor",
     'Loss({"a": (Block(stream.x), c)}, z)': r"the loss term 'a' names a block that loss\(\) was not given.*\(stream\)",
     'Loss({"a": c.detach()}, z)': r"no term of the loss depends on a weight that is trained: nothing would be learned",
-    'Loss({"a": c}, z, {"p": c})': r"the penalty 'p' must be one number.*got a tensor of shape \(16,\)",
-    'Loss({"a": c}, z, {"p": 0.5})': r"the penalty 'p' must be one number.*got a float",
+    'Loss({"a": c}, z, {"p": c})': r"the penalty 'p' must be a scalar tensor of floats, got a tensor of shape \(16,\)",
+    'Loss({"a": c}, z, {"p": 0.5})': r"the penalty 'p' must be a scalar tensor of floats, got a float",
     'Loss({"a": c}, z, {"a": c.sum()})': r"'a' is a term of the loss's rows and one of its penalties. Rename",
     'Loss({"a": c}, {"p": c.sum()})': r"Loss\(logits=...\) must be the stream's logits \(N, K\), got a dict",
     'Loss({"a": c}, z, outputs={0: z[:2]})': r"the output '0' must have the shape \(16, ...\)",
-    'Loss({"a": c}, z[:3])': r"Loss\(logits=...\) must have the stream's 16 rows alone, got .*\(3, 10\)",
-    'Loss({"a": c}, z, blocks={"a": 0})': r"no argument 'blocks'. Each term names its block \(of stream\) itself: Loss",
+    'Loss({"a": c}, z[:3])': r"Loss\(logits=...\) must have only the 16 rows of the stream, got .*\(3, 10\)",
+    'Loss({"a": c}, z, blocks={"a": 0})': r"no argument 'blocks'. Each term names its own block \(one of stream\)",
     'Loss({"a": c}, z, penalty={"p": c.sum()})': r"no argument 'penalty'. Its arguments are rows, logits, penalties",
 }
 
@@ -111,7 +111,7 @@ DRAWS = {  # what draw returns: what is said
     "None": r"draw\(\) must return a tuple of blocks, .*got None",
     "(batch,)": r"draw\(\) must return a tuple of blocks, got a Batch in it",
     "()": r"draw\(\) has given no block for the loss",
-    "(batch.block.set_apart(),)": r"draw\(\) has given no block for the loss",
+    "(batch.block.as_reference(),)": r"draw\(\) has given no block for the loss",
     "(Block(batch.x, y=batch.y),)": r"block 0 .*inputs x of floats, got a tensor .*torch.uint8. Use batch.inputs",
     "(Block(batch.inputs.numpy(), y=batch.y),)": r"block 0 .*inputs x of floats, got a ndarray",
     "(Block(batch.inputs, y=batch.y[:3]),)": r"block 0 of draw\(\) has 16 rows, its column 'y' is a tensor .*\(3,\)",
@@ -132,19 +132,19 @@ OTHERS = {
     ),
     "no loss": (method("pass", "Method"), r"it has no loss\(\)"),
     "no references": (
-        method("def draw(self, batch):\n    return (batch.block, batch.block.set_apart())"),
-        r"it draws blocks that are apart, but has no references\(\)",
+        method("def draw(self, batch):\n    return (batch.block, batch.block.as_reference())"),
+        r"it draws reference blocks, but has no references\(\)",
     ),
     "references that do not yield": (
         method(
-            "def draw(self, batch):\n    return (batch.block, batch.block.set_apart())\n"
+            "def draw(self, batch):\n    return (batch.block, batch.block.as_reference())\n"
             "def references(self, memory):\n    return ('memory', costs_of(self, memory).mean())"
         ),
         r"references\(\) must yield \(name, loss\), it returns a tuple",
     ),
     "references of a cost for each row": (
         method(
-            "def draw(self, batch):\n    return (batch.block, batch.block.set_apart())\n"
+            "def draw(self, batch):\n    return (batch.block, batch.block.as_reference())\n"
             "def references(self, memory):\n    yield 'memory', costs_of(self, memory)"
         ),
         r"references\(\) must yield \(name, loss\), the loss one number, got a str, a tensor of shape \(16,\)",
@@ -193,7 +193,7 @@ OTHERS = {
             "    return Loss({'a': cross_entropy(z, joint.y, reduction='none')}, z)",
             "Two",
         ),
-        r"Loss\(logits=...\) must have the stream's 16 rows alone, got a tensor of shape \(32, 10\)",
+        r"Loss\(logits=...\) must have only the 16 rows of the stream, got a tensor of shape \(32, 10\)",
     ),
     "observe": (
         method("def observe(self, inputs, labels, not_aug_inputs, epoch=None):\n    return 0.0"),
@@ -206,7 +206,7 @@ OTHERS = {
     "settings without a comma": (method("settings = ('class-il')"), r"settings must be a tuple of .*, got 'class-il'"),
     "a flag that is none": (
         method("@dataclass(frozen=True)\nclass Args:\n    beta: float = 1.0"),
-        r"Args \(.*\): 'beta' of model mine is no flag. Write: beta: ... = flag\(default, help\)",
+        r"Args \(.*\): 'beta' of model mine is not a flag. Write: beta: ... = flag\(default, help\)",
     ),
     "Args that are no dataclass": (
         method("class Args(ReplayMethod.Args):\n    beta: float = flag(1.0, 'weight')", "Two"),
@@ -222,7 +222,7 @@ OTHERS = {
     ),
     "a published flag that is none": (
         method("published = published('a paper', {('seq-synth',): dict(lr=0.1, batchsize=16)})"),
-        r"its published values for seq-synth name 'batchsize', which is no flag. Did you mean batch_size",
+        r"its published values for seq-synth name 'batchsize', which is not a flag. Did you mean batch_size",
     ),
     "a published value of another type": (
         method("published = published('a paper', {('seq-synth',): dict(lr='0.1')})"),
@@ -279,7 +279,7 @@ UNDER = [
 def test_a_term_that_does_not_say_its_block_is_refused_under_every_optimizer(go, words):
     """A term of the stream's between others: by position it would be the memory's."""
     result = go(HALF.replace("NAMED", "margin"), "--optimizer", *words)
-    assert refused(result, r"the loss term 'margin' does not say which block it is about.*\(of stream, memory\)")
+    assert refused(result, r"the loss term 'margin' does not say which block it is about.*\(one of stream, memory\)")
 
 
 @pytest.mark.parametrize("words", UNDER, ids=" ".join)
@@ -294,10 +294,8 @@ def test_losses_that_go_by_position_are_told_the_new_line(go):
         "    if memory:\n        rows['memory'] = costs_of(self, memory[0])\n    return Loss(rows)",
         "Two",
     )
-    said = (
-        r"'current' does not say which block it is about, and the step has 2. Write its block \(of stream, \*memory\)"
-    )
-    assert refused(go(text), said + r" beside it, in each term: \{'name': \(block, costs\), ...\}")
+    said = r"'current' does not say which block it is about, and the step has 2. Write the block \(one of "
+    assert refused(go(text), said + r"stream, \*memory\) in each term: \{'name': \(block, costs\), ...\}")
 
 
 # what an optimizer makes of it
@@ -349,7 +347,7 @@ def test_a_term_with_the_name_of_the_optimizers_is_refused(go, name):
 @pytest.mark.parametrize(
     "defaults, said",
     [
-        ("n_epoch=3", "its defaults name 'n_epoch', which is no flag. Did you mean n_epochs"),
+        ("n_epoch=3", "its defaults name 'n_epoch', which is not a flag. Did you mean n_epochs"),
         ("lr='fast'", "its defaults must give lr a value of float, got 'fast'"),
     ],
 )
@@ -383,7 +381,8 @@ def test_a_guide_of_a_term_that_never_comes_is_told(go):
     code, lines, _, _ = go(text)
     assert code == 0 and len(lines) == 1
     assert lines[0] == (
-        "warning: mine: the guide 'memory' is of the term 'replay', which its loss has not had so far. It had current, "
+        "warning: mine: the guide 'memory' names the term 'replay', which the loss has not had so far. Its terms are "
+        "current, "
         "memory."
     )
 

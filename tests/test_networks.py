@@ -123,7 +123,7 @@ def test_grey_images():
     with torch.no_grad():
         assert torch.equal(net(grey), net(grey.repeat(1, 3, 1, 1)))
     assert make("timm:test_resnet", (1, 28, 28)).body.conv1[0].in_channels == 1
-    with pytest.raises(UsageError, match="torchvision:resnet18 sees 3 channels, got images of 2"):
+    with pytest.raises(UsageError, match="torchvision:resnet18 takes images of 3 channels, got 2"):
         make("torchvision:resnet18", (2, 28, 28))
 
 
@@ -179,12 +179,12 @@ def test_names_that_are_none():
 
 def test_networks_that_cannot_be_used_are_refused_before_training(capsys):
     argv = ("--model", "er", *SYNTH, "--disable_log", "--backbone")
-    assert "ends in no Linear layer" in refused(capsys, *argv, "torchvision:squeezenet1_0")
+    assert "does not end in a Linear layer" in refused(capsys, *argv, "torchvision:squeezenet1_0")
     line = refused(capsys, *argv, "torchvision:densenet121")
     assert "cannot take images of (3, 8, 8)" in line and "too small" in line
     (problem,) = problems_of("--model", "pnn", *SYNTH, "--backbone", "timm:test_resnet")
-    assert "timm:test_resnet shows none" in problem
-    with pytest.raises(UsageError, match="--sync_bn does not know the layers BatchNormAct2d of --backbone timm:x"):
+    assert "timm:test_resnet has none" in problem
+    with pytest.raises(UsageError, match="--sync_bn does not support the layers BatchNormAct2d of --backbone timm:x"):
         _synced(timm.create_model("test_efficientnet"), "timm:x")
 
 
@@ -303,7 +303,7 @@ def test_a_classifier_of_other_classes_or_none_is_left_as_drawn(name, tmp_path):
     state = reference.state_dict()
     for there in ("7", "none"):
         note = weights.put(state, net, "f.pt", name)
-        assert f"the classifier is left as drawn (there {there}" in note and "here 10x" in note
+        assert f"the classifier keeps its random weights (in the file {there}" in note and "here 10x" in note
         assert torch.equal(net.classifier.weight, drawn)
         others = [key for key in state if not key.startswith("classifier.")]
         assert all(torch.equal(net.state_dict()[key], state[key]) for key in others)
@@ -332,7 +332,9 @@ def test_what_does_not_fit_is_named(capsys, tmp_path):
     torch.save(state, tmp_path / "odd.pt")
     argv = ("--model", "er", *SYNTH, "--disable_log", "--backbone", "resnet32", "--pretrained_weights")
     line = refused(capsys, *argv, tmp_path / "odd.pt")
-    assert f"--pretrained_weights {tmp_path}/odd.pt does not fit --backbone resnet32: 1 missing (bn1.weight); " in line
+    assert (
+        f"--pretrained_weights {tmp_path}/odd.pt does not match --backbone resnet32: 1 missing (bn1.weight); " in line
+    )
     assert "7 unexpected (extra.0, extra.1, extra.2, extra.3, extra.4 ...)" in line
     assert "1 of another shape (conv1.weight 16x3x5x5, here 16x3x3x3)" in line
     torch.save(theirs("torchvision:resnet18").state_dict(), tmp_path / "other.pt")
@@ -366,8 +368,8 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path, capsys, mon
         assert "weights_only" not in line and "\x1b" not in line
     assert not (tmp_path / "sprung").exists(), "no code of a file is run"
     assert "code would have to be run" in refused(capsys, *argv, tmp_path / "trap.pt")
-    assert "no state dict, got list" in refused(capsys, *argv, tmp_path / "list.pt")
-    assert "epoch, lr is no tensor" in refused(capsys, *argv, tmp_path / "numbers.pt")
+    assert "must be a state dict, got list" in refused(capsys, *argv, tmp_path / "list.pt")
+    assert "epoch, lr is not a tensor" in refused(capsys, *argv, tmp_path / "numbers.pt")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert "needs the package safetensors" in refused(capsys, *argv, tmp_path / "text.safetensors")
 
@@ -470,7 +472,10 @@ def test_what_a_frozen_backbone_does_not_fit(tiny_bn, tmp_path, capsys):
     assert "--perturb norm_only needs normalisation layers to train, --freeze_backbone 1 leaves none" in problem
     given(resolved("mnistmlp"), tmp_path / "w.pt", "torch")
     problems = problems_of("--model", "pnn", *words, "--pretrained_weights", tmp_path / "w.pt")
-    assert "--freeze_backbone does not fit pnn" in problems[0] and "--pretrained_weights does not fit" in problems[1]
+    assert (
+        "--freeze_backbone cannot be used with pnn" in problems[0]
+        and "--pretrained_weights cannot be used with" in problems[1]
+    )
     flat = tmp_path / "flat.py"
     flat.write_text(
         '"""Flat."""\nfrom torch import nn\nfrom flatcl.utils.registry import BACKBONES\n'

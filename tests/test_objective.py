@@ -189,7 +189,7 @@ def test_parameters_that_are_not_wanted_have_no_gradient_but_count_as_used_later
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_a_guide_is_the_memorys_whole_gradient_at_the_unmoved_weights(name):
+def test_a_guide_is_the_memorys_whole_gradient_at_the_clean_weights(name):
     """Whatever parameters or rows a variant leaves out, and in whatever shards it goes."""
     kind = OPTIMIZERS.load(name)
     method = Replay(plain(), None, None).train()
@@ -213,7 +213,7 @@ def test_a_guide_is_the_memorys_whole_gradient_at_the_unmoved_weights(name):
         assert one.loss.total.item() == pytest.approx(loss.total.item(), rel=0.05)
 
 
-def test_under_autocast_a_moved_pass_sees_the_moved_weights():
+def test_under_autocast_a_second_pass_sees_the_perturbed_weights():
     """Autocast keeps the casts of weights while a context lasts: one context for two passes would miss the move."""
     method = Replay(plain().float(), None, None)
     method.amp = torch.bfloat16

@@ -18,7 +18,7 @@ from flatcl.datasets.seq_svhn import load_svhn
 from flatcl.utils.errors import DataError
 from flatcl.utils.registry import DATASETS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*a made set")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not the official data set")
 GTSRB_ZIPS = [archive for _, archive, _ in PARTS.values()]
 
 
@@ -79,7 +79,7 @@ def test_what_is_missing_is_named_and_downloaded(name, make, tmp_path, monkeypat
 
     monkeypatch.setattr(_files, "fetch", deliver)
     load = {"seq-svhn": load_svhn, "seq-gtsrb": load_gtsrb, "seq-eurosat": load_eurosat}[name]
-    with pytest.warns(UserWarning, match="a made set, not the official data"):
+    with pytest.warns(UserWarning, match="this is not the official data set"):
         load(tmp_path)
     assert cls.missing(tmp_path) is None
 
@@ -115,15 +115,15 @@ X, Y = np.full((32, 32, 3, 20), 9, np.uint8), np.ones((20, 1), np.uint8)
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged, or no MATLAB file"),
-        (lambda path: path.write_bytes(b""), "damaged, or no MATLAB file"),
-        (lambda path: path.write_bytes(b"<html>not found</html>" * 50), "damaged, or no MATLAB file"),
-        (mat(X=X), "damaged, or no MATLAB file with X and y"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged, or not a MATLAB file"),
+        (lambda path: path.write_bytes(b""), "damaged, or not a MATLAB file"),
+        (lambda path: path.write_bytes(b"<html>not found</html>" * 50), "damaged, or not a MATLAB file"),
+        (mat(X=X), "damaged, or not a MATLAB file with X and y"),
         (mat(X=X[..., :19], y=Y), "19 images but 20 labels"),
         (mat(X=X.astype(float), y=Y), "its X is float64 .*, not uint8"),
         (mat(X=X[:30], y=Y), r"its X is uint8 \(30, 32, 3, 20\)"),
-        (mat(X=X, y=Y + 10), "its y is not whole numbers in 1..10"),
-        (mat(X=X, y=Y / 2), "its y is not whole numbers in 1..10"),
+        (mat(X=X, y=Y + 10), "its y must be whole numbers in 1..10"),
+        (mat(X=X, y=Y / 2), "its y must be whole numbers in 1..10"),
     ],
 )
 def test_damaged_svhn(tmp_path, change, match):
@@ -143,7 +143,7 @@ def test_svhn_with_a_flipped_byte_or_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(seq_svhn, "ROWS", {"train": 40, "test": 26032})
     refused(load_svhn, tmp_path, match="train_32x32.mat: corrupt")
     monkeypatch.setattr(seq_svhn, "MAX_FILE_BYTES", 30000)
-    refused(load_svhn, tmp_path, match="more than 0 MiB, refused|no MATLAB file with X and y")
+    refused(load_svhn, tmp_path, match="more than 0 MiB, refused|not a MATLAB file with X and y")
 
 
 # ---------------------------------------------------------------------------------------------------------- GTSRB
@@ -203,7 +203,7 @@ def test_damaged_gtsrb_zips(tmp_path, monkeypatch):
     truth.write_bytes(sound)
     with zipfile.ZipFile(tests, "a") as archive:
         archive.writestr("../evil.ppm", b"evil")
-    refused(load_gtsrb, tmp_path, match="points out of the folder")
+    refused(load_gtsrb, tmp_path, match="lies outside the folder")
     tests.write_bytes(tests.read_bytes()[:500])
     refused(load_gtsrb, tmp_path, match="truncated or not a zip")
     rewrite(train, lambda name, data: None)
@@ -254,5 +254,5 @@ def test_damaged_eurosat(tmp_path, monkeypatch):
     archive.write_bytes(sound)
     with zipfile.ZipFile(archive, "a") as added:
         added.writestr("2750/../../evil", b"evil")
-    refused(load_eurosat, tmp_path, match="points out of the folder")
+    refused(load_eurosat, tmp_path, match="lies outside the folder")
     assert not (tmp_path / "eurosat-cache").exists()

@@ -321,11 +321,11 @@ def test_guide_zero_is_derpp_sam_bit_for_bit_and_the_guide_costs_nothing(start, 
     assert {(t.cost.forward_rows, t.cost.backward_rows) for t in runs} == {(896, 896)}
 
 
-@pytest.mark.parametrize("room", ("forward", "backward"))
+@pytest.mark.parametrize("stage", ("forward", "backward"))
 @pytest.mark.parametrize("momentum", (0.1, None))
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_an_exception_in_any_pass_leaves_weights_and_batchnorm_as_they_were(name, momentum, room):
-    optimizers.weights_come_back(name, room, momentum)
+def test_an_exception_in_any_pass_leaves_weights_and_batchnorm_as_they_were(name, momentum, stage):
+    optimizers.weights_come_back(name, stage, momentum)
 
 
 @pytest.mark.parametrize("title", [title for title in optimizers.CONTRACTS if "exception" not in title])
@@ -340,7 +340,7 @@ def test_dropout_by_a_function_is_the_same_in_all_passes_too(name):
 
 
 @pytest.mark.parametrize("name", ("sam", "asam"))
-def test_the_second_pass_is_at_moved_weights_and_an_accident_there_changes_no_later_step(name, assert_same):
+def test_the_second_pass_is_at_perturbed_weights_and_an_accident_there_changes_no_later_step(name, assert_same):
     x, y = next(batches())
     nets = []
     for accident in (False, True):
@@ -431,7 +431,7 @@ def test_references_that_pass_first_have_noise_of_their_own(name):
     optimizer.begin_epoch(0)
     batch = list(batches(torch.float32, (12,) * 6))
     for (x, y), (old_x, old_y) in zip(batch[:3], batch[3:], strict=True):
-        blocks = (Block(x, y=y, ids=torch.arange(12)), Block(old_x, 12, apart=True, y=old_y))
+        blocks = (Block(x, y=y, ids=torch.arange(12)), Block(old_x, 12, reference=True, y=old_y))
         objective = Objective(method, blocks, optimizer.params)
         before = len(net.passes)
         optimizer.step(objective)
@@ -647,7 +647,7 @@ def test_esam_always_keeps_a_tensor():
     objective = Objective(method, (Block(torch.zeros(2, 1, 6, 6)),), optimizer.params)
     assert optimizer.draw(objective) == {}  # a task's first step
     optimizer.tick(objective)
-    assert optimizer.draw(objective)["moved"].tolist() == [True, False, False, False, False, False]
+    assert optimizer.draw(objective)["perturbed"].tolist() == [True, False, False, False, False, False]
 
 
 def test_saf_takes_an_image_that_is_there_twice_as_one_visit_and_keeps_its_last_logits():
@@ -780,7 +780,7 @@ def test_no_variant_changes_a_gradient_that_was_handed_to_it(name, monkeypatch):
 
 
 @pytest.mark.parametrize("perturb", ("no_norm_bias", "norm_only"))
-def test_an_ascent_of_any_kind_is_kept_to_the_parameters_that_are_to_be_moved(perturb):
+def test_an_ascent_of_any_kind_is_kept_to_the_parameters_that_are_to_be_perturbed(perturb):
     class Anywhere(OPTIMIZERS.load("sam")):
         def ascent(self, g, objective):
             return [torch.ones_like(part) for part in g]

@@ -199,7 +199,7 @@ def test_broken_images_are_counted_named_and_left_out(own):
     (own / "eel" / "a.txt").write_text("")
     with pytest.warns(UserWarning, match="12 of 39 images cannot be read"):
         problem = refused("folder", own, "--image_size", "16", "--n_tasks", "1")
-    assert "no image can be read of the class(es) dog (4 other or broken file(s); images are .png" in problem
+    assert "no image of the class(es) dog can be read (4 other or broken file(s); images are .png" in problem
 
 
 def test_an_image_that_would_fill_the_memory_is_left_out(own, monkeypatch):
@@ -242,8 +242,9 @@ def test_folders_that_cannot_be_used_are_refused(own, split, tmp_path):
     assert "there is no such folder" in refused("folder", tmp_path / "nowhere", *classes)
     (tmp_path / "empty").mkdir()
     assert "no sub-folders" in refused("folder", tmp_path / "empty", *classes)
-    assert "folder does not say how many tasks its 5 classes make. Give --classes_per_task or --n_tasks" in refused(
-        "folder", own
+    assert (
+        "folder does not say into how many tasks its 5 classes are split. Give --classes_per_task or --n_tasks"
+        in refused("folder", own)
     )
     assert "must divide the 5 classes of folder, got 2" in refused("folder", own, "--n_tasks", "2")
     assert "add up to the 5 classes of folder, got 6" in refused("folder", own, "--classes_per_task", "2,4")
@@ -261,7 +262,7 @@ def test_folders_that_cannot_be_used_are_refused(own, split, tmp_path):
     assert "neither val/ nor test/" in refused("folder", split, *classes)
     for file in list((own / "bee").rglob("*.*"))[1:]:
         file.unlink()
-    assert "one alone of bee" in refused("folder", own, "--image_size", "16", *classes)
+    assert "training and test images: bee" in refused("folder", own, "--image_size", "16", *classes)
 
 
 def test_checks_of_methods_know_the_classes_of_a_folder(own):
@@ -504,14 +505,14 @@ def test_files_that_are_no_arrays_are_refused(npz, tmp_path):
     assert "this is no .npz file" in refused("npz", tmp_path / "one.npy", "--n_tasks", "5")
     with pytest.raises(UsageError, match="--dataset npz needs --data_file, got none"):
         resolve(["--model", "sgd", "--dataset", "npz", "--n_tasks", "5"])
-    assert "npz does not say how many tasks its 5 classes make" in refused("npz", npz)
+    assert "npz does not say into how many tasks its 5 classes are split" in refused("npz", npz)
     sound = npz.read_bytes()
     for at in range(40, len(sound), len(sound) // 40):
         npz.write_bytes(sound[:at] + bytes([sound[at] ^ 0x55]) + sound[at + 1 :])
         with contextlib.suppress(DataError):  # a byte may be one that nobody reads
             load("npz", npz, "--n_tasks", "5")
     npz.write_bytes(sound[: len(sound) // 2])
-    assert "npz file, or a damaged one" in refused("npz", npz, "--n_tasks", "5")
+    assert "npz file, or it is damaged" in refused("npz", npz, "--n_tasks", "5")
 
 
 def test_early_stopping_holds_out_images_of_each_domain(many):

@@ -275,7 +275,7 @@ def test_a_plugin_that_imports_the_old_way_gets_one_line(start, installed, tmp_p
     assert process.stderr == (
         f"error: --plugin {plugin}: it does not import: No module named 'models' (in this package it is "
         "flatcl.models). "
-        "Mend the file and try again.\n"
+        "Correct the file and try again.\n"
     )
 
 

@@ -194,7 +194,7 @@ def test_saved_and_loaded_it_goes_on(name, seen, tmp_path, assert_same):
 
 
 def test_labels_are_asked_for_where_there_are_none():
-    with pytest.raises(UsageError, match="--buffer_policy ring looks at labels"):
+    with pytest.raises(UsageError, match="--buffer_policy ring needs labels"):
         memory("ring", 10).add(row=torch.arange(3))
 
 
@@ -530,7 +530,7 @@ def test_a_run_cannot_be_continued_with_another_policy(tmp_path, capsys):
     (folder,) = (file.parent for file in tmp_path.rglob("config.json"))
     words = ["--from", str(folder), "--continue", "1", "--stop_after", "2", "--buffer_policy", "ring"]
     assert main([*words, "--results_path", str(tmp_path)]) == 2
-    assert "--buffer_policy ring: a run cannot be continued with another one" in capsys.readouterr().err
+    assert "--buffer_policy must be reservoir, as in the run that is continued, got ring" in capsys.readouterr().err
 
 
 def test_replay_methods_share_one_way_to_remember():

@@ -302,7 +302,7 @@ def test_gem_says_why_before_anything_is_trained(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(program, "recorder", lambda device: Tape())
     argv = ["--model", "gem", "--dataset", "seq-synth", "--results_path", str(tmp_path), "--cuda_graph", "1"]
     assert main(argv) == 2
-    assert "gem solves its programme on the host" in capsys.readouterr().err
+    assert "gem solves its quadratic program on the host" in capsys.readouterr().err
 
 
 def test_a_run_says_how_many_steps_were_replays(monkeypatch, capsys, tmp_path):

@@ -91,7 +91,14 @@ def test_what_a_file_declares_is_what_its_class_has(kind, name, monkeypatch):
     names = {field.name for field in dataclasses.fields(cls.Args)} if args_of(cls) else set()
     monkeypatch.setattr(registry, "load", lambda name: pytest.fail("its file is not understood"))
     assert declared.flags(registry, name) == names
-    for constant in ("default_backbone", "default_optimizer", "setting", "shape", "needs_features", "rows_are_apart"):
+    for constant in (
+        "default_backbone",
+        "default_optimizer",
+        "setting",
+        "shape",
+        "needs_features",
+        "rows_are_independent",
+    ):
         assert declared.attribute(registry, name, constant) == getattr(cls, constant, None), constant
 
 
@@ -278,7 +285,7 @@ def test_a_plugin_that_raises_is_named_with_its_reason(tmp_path):
     file.write_text("x = (\n")
     (problem,) = problems_of(*argv)
     assert "SyntaxError" in problem
-    file.write_text("")  # mended
+    file.write_text("")  # corrected
     assert resolve([str(word) for word in argv]).model == "er"
 
 

@@ -212,7 +212,7 @@ def test_where_selects_by_summary_and_by_flag(grid):
         (["--pivot", "bufer_size"], "unknown key: 'bufer_size'. Did you mean buffer_size?"),
         (["--setting", "class-li"], "unknown setting: 'class-li'."),
         (["--where", "model"], "--where expects key=value, got 'model'."),
-        (["--pivot", "dataset", "--format", "csv"], "--pivot does not fit --format csv"),
+        (["--pivot", "dataset", "--format", "csv"], "--pivot cannot be used with --format csv"),
         (["--picture", "bars.pdf"], "--picture expects a file that ends in .png"),
         (["--nonsense"], "unknown flag: --nonsense"),
     ],

@@ -856,7 +856,7 @@ def test_the_random_mask_depends_on_the_generator_alone():
 @pytest.mark.parametrize("start", (0, 2))
 def test_saf_and_mesa_begin_when_their_help_says(start):
     (blocks,) = stream((12,))
-    shown = {"saf": "once a row has had more visits than this", "mesa": "epoch of a task, from 0, in which it begins"}
+    shown = {"saf": "visited more often than this", "mesa": "epoch of a task, from 0, in which it begins"}
     for name, flags in (("saf", dict(saf_lag=1)), ("mesa", {})):
         field = next(f for f in dataclasses.fields(OPTIMIZERS.load(name).Args) if f.name == f"{name}_start")
         assert shown[name] in field.metadata["help"]

@@ -95,7 +95,7 @@ def test_sizes_that_cannot_be_are_refused():
     problem = refused("--classes_per_task", "2,3,4")
     assert "10 classes of seq-digits" in problem and "got 9 (2 + 3 + 4)" in problem
     problem = refused("--classes_per_task", "2,3,5", "--n_tasks", 4)
-    assert problem.startswith("--n_tasks 4 does not fit --classes_per_task 2,3,5, which are 3 tasks.")
+    assert problem.startswith("--n_tasks 4 does not match --classes_per_task 2,3,5, which are 3 tasks.")
     assert "must be at least 1, got 0" in refused("--classes_per_task", "10,0")
     assert "expects a whole number, got '2.5'" in refused("--classes_per_task", "2.5")
     assert "--classes_per_task" in refused("--n_tasks", 3), "that there is a way"
@@ -130,7 +130,7 @@ def test_a_benchmark_without_a_number_of_tasks_says_how_to_give_it():
         defaults = {name: value for name, value in DATASETS.load("seq-synth").defaults.items() if name != "n_tasks"}
 
     assert refused(dataset="open").startswith(
-        "open does not say how many tasks its 10 classes make. Give --classes_per_task or --n_tasks"
+        "open does not say into how many tasks its 10 classes are split. Give --classes_per_task or --n_tasks"
     )
     assert configure("--classes_per_task", "1,9", dataset="open").n_tasks == 2
 
@@ -180,7 +180,9 @@ def test_a_run_of_unequal_tasks_continues_and_keeps_its_sizes(tmp_path, capsys):
     assert read(second, "accuracy") == read(whole, "accuracy")
     capsys.readouterr()
     assert main(["--from", str(first), "--continue", "1", "--stop_after", "3", "--classes_per_task", "2,8"]) == 2
-    assert "--classes_per_task (2, 8): a run cannot be continued with another one" in capsys.readouterr().err
+    assert (
+        "--classes_per_task must be [2, 5, 3], as in the run that is continued, got (2, 8)" in capsys.readouterr().err
+    )
 
 
 def test_sweeps_and_reports_tell_runs_of_other_sizes_apart(tmp_path, capsys):

@@ -168,7 +168,7 @@ def test_early_stop_in_other_settings(train, flags, tmp_path):
 
 @pytest.mark.parametrize("dataset", ["mnist-360"])
 def test_streams_have_no_task_to_end(dataset):
-    with pytest.raises(UsageError, match="--early_stop does not fit mnist-360"):
+    with pytest.raises(UsageError, match="--early_stop cannot be used with mnist-360"):
         resolve(["--model", "er", "--dataset", dataset, "--early_stop", "2", "--n_epochs", "3"])
 
 

@@ -72,28 +72,28 @@ class EngineArgs:
     optim_wd: float = flag(0.0, "weight decay of the base optimizer", low=0, high=1e6)
     lr_scheduler: str = flag(
         "none",
-        "learning rate over a task's epochs; starts anew with each task",
+        "learning rate schedule over the epochs of a task; restarts with each task",
         choices=("none", "multistep", "cosine"),
     )
     lr_milestones: tuple[int, ...] = flag((), "epochs at which 'multistep' multiplies the rate by --lr_gamma", low=1)
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
-    seed: int = flag(0, "seed of everything random", low=0, high=2**32 - 1, fixed=True)
+    seed: int = flag(0, "seed of all random numbers", low=0, high=2**32 - 1, fixed=True)
     n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1, fixed=True)
     classes_per_task: tuple[int, ...] = flag(
         (), "classes of each task of a class-incremental benchmark, e.g. 50,10,10; decides --n_tasks", low=1, fixed=True
     )
     start_from: int = flag(
-        0, "first task to train, counted from 0; the classes of those before count as learned", low=0, fixed=True
+        0, "first task to train, counted from 0; the classes of earlier tasks count as learned", low=0, fixed=True
     )
     stop_after: int | None = flag(None, "number of tasks after which training stops; default: all", low=1)
     pretrained_weights: str | None = flag(
         None,
-        "file of the weights that the network begins with: safetensors, or a state dict that torch has saved, also the "
-        "model.pt of a run; a classifier of another number of classes is left as drawn",
+        "file of initial weights: safetensors, a state dict saved by torch, or the model.pt of a run; a classifier "
+        "with another number of classes keeps its random weights",
         fixed=True,
     )
     freeze_backbone: bool = flag(
-        False, "train the classifier alone; BatchNorm and dropout of the rest stay in eval mode", fixed=True
+        False, "train only the classifier; BatchNorm and dropout of the other layers stay in eval mode", fixed=True
     )
     joint: bool = flag(False, "train on all tasks at once (upper bound)", fixed=True)
     validation: bool = flag(
@@ -112,7 +112,8 @@ class EngineArgs:
     )
     eval_tasks: str = flag(
         "auto",
-        f"tasks to evaluate after each: all, or those seen so far; auto: all up to {MANY_TASKS} tasks, seen beyond",
+        f"tasks to evaluate after each task: all, or those seen so far; auto: all if there are at most {MANY_TASKS} "
+        "tasks, else seen",
         choices=("auto", "all", "seen"),
         fixed=True,
     )
@@ -124,17 +125,18 @@ class EngineArgs:
         low=0, high=10**6,
     )  # fmt: skip
     clip_grad: float | None = flag(
-        None, "greatest norm of an update: a larger one is scaled down to it, after all that method and optimizer do",
+        None, "largest norm of an update: a larger one is scaled down to it, after everything that method and "
+            "optimizer do",
         above=0, high=1e30,
     )  # fmt: skip
     early_stop: int | None = flag(
-        None, "a task ends when its accuracy on held-out images (10 %% of its training images) has not risen for so "
-        "many epochs, and goes on with the weights of its best epoch",
+        None, "a task ends when its accuracy on held-out images (10 %% of its training images) has not risen for this "
+            "many epochs; training continues with the weights of its best epoch",
         low=1, high=10**6, fixed=True,
     )  # fmt: skip
     budget_rows: int | None = flag(
         None,
-        "compute of the run, rows forward + 2 x rows backward, shared evenly by its tasks; in place of --n_epochs",
+        "compute of the run, rows forward + 2 x rows backward, shared evenly by its tasks; instead of --n_epochs",
         low=1,
     )
     amp: str = flag("none", "the passes of a step in bfloat16 (autocast), weights in float32", choices=("none", "bf16"))
@@ -151,17 +153,17 @@ class EngineArgs:
         choices=("auto", "cpu", "device"), result=False,
     )  # fmt: skip
     cuda_graph: str = flag(
-        "0", "steps are recorded once as CUDA graphs and replayed: 1, or auto where that is possible",
+        "0", "1: record each kind of step once as a CUDA graph, then replay it; auto: where this is possible",
         choices=("auto", "0", "1"), result=False,
     )  # fmt: skip
     sync_bn: bool = flag(
-        False, "BatchNorm sees the rows of all processes of a run that several train (GPUs only), not of each alone"
+        False, "in a run with several processes, BatchNorm uses the rows of all of them, not only its own (GPUs only)"
     )
     threads: int = flag(
         1, "CPU threads of a run; some sums, and so its numbers, depend on them in the last digits", low=1, high=4096
     )
     base_path: str = flag("./data", "folder of the data sets (default also from $FLATCL_DATA)", result=False)
-    results_path: str = flag("./results", "folder of the run folders", result=False)
+    results_path: str = flag("./results", "folder in which each run makes its run folder", result=False)
     eval_every: int | None = flag(
         None, "epochs between evaluations inside a task, for metrics.jsonl and TensorBoard; default: none inside",
         low=1, result=False,
@@ -174,11 +176,11 @@ class EngineArgs:
     disable_log: bool = flag(False, "write no run folder", result=False)
     log_every: int = flag(50, "steps between two points of the logged training curves", low=1, result=False)
     checkpoint_minutes: float = flag(
-        10.0, "minutes between checkpoints inside a task (one is always written after a task); 0: only those",
+        10.0, "minutes between checkpoints inside a task (one is always written after a task); 0: only after tasks",
         low=0, result=False,
     )  # fmt: skip
     keep_checkpoint: bool = flag(
-        True, "a finished run keeps its last checkpoint; 0: its weights alone, as model.pt", result=False
+        True, "a finished run keeps its last checkpoint; 0: only its weights, as model.pt", result=False
     )
     dry_run: bool = flag(False, "resolve and print the configuration, then stop", result=False)
 
@@ -256,9 +258,9 @@ class Flag:
             return None if self.optional or self.default is None else "needs a value"
         for item in value if self.many else (value,):
             if _is_beyond_float(item):
-                return "is a number beyond all bounds"
+                return "is a number that is too large"
             if self.kind is str and not is_writable(item):
-                return f"has characters that no file name and no console knows, got {ascii(item)}"
+                return f"has characters that cannot be written to files or to the console, got {ascii(item)}"
             if self.choices and item not in self.choices:
                 return f"must be one of {', '.join(self.choices)}, got '{item}'"
             low, high, above, below = (self.bounds[key] for key in ("low", "high", "above", "below"))
@@ -299,7 +301,7 @@ def flags_of(args_type: type, owner: str) -> dict[str, Flag]:
             many, kind = True, typing.get_args(kind)[0]
         if "bounds" not in field.metadata:
             raise mistake(
-                args_type, f"'{field.name}' of {owner} is no flag. Write: {field.name}: ... = flag(default, help)."
+                args_type, f"'{field.name}' of {owner} is not a flag. Write: {field.name}: ... = flag(default, help)."
             )
         if kind not in (int, float, str, bool):
             raise mistake(
@@ -449,7 +451,7 @@ class Request:
                 problems.append(f"--{name} expects one path, got {len(single[name])}. Give a run's folder.")
         continues = _switch("continue", words.pop("continue", None), problems)
         if continues and single["from"] is None:
-            problems.append("--continue goes on from the end of another run. Name it by --from.")
+            problems.append("--continue starts from the end of another run. Name that run by --from.")
         keep_changed = _switch("keep_changed", words.pop("keep_changed", None), problems)
         if keep_changed and single["from"] is None and single["resume"] is None:
             problems.append("--keep_changed has no effect without --resume or --from. Drop it.")
@@ -563,16 +565,14 @@ def _check_continued(config: Config, saved: Saved | None) -> list[str]:
         now, then = config.values[name], saved.values.get(name, flag_.default)
         now, then = (canonical(value) if name in SELECTORS else value for value in (now, then))
         if now != (tuple(then) if flag_.many else then):
-            problems.append(
-                f"--{name} {now}: a run cannot be continued with another one than its own, {then}. Drop it."
-            )
+            problems.append(f"--{name} must be {then}, as in the run that is continued, got {now}. Drop it.")
     if config.budget_rows is not None:
         problems.append(
-            "--budget_rows is shared by the tasks of a run from its start: it does not fit --continue. Give "
+            "--budget_rows cannot be used with --continue: it is shared by all tasks of a run from its start. Give "
             "--budget_rows none and --n_epochs."
         )
     if config.joint or config.learner.trains_jointly:
-        problems.append("--continue: a joint run has all tasks, none is left. Drop it.")
+        problems.append("--continue: a joint run has trained all tasks, none is left. Drop it.")
     done, stop = config.start_from + config.continues.tasks, config.stop_after or config.n_tasks
     if stop <= done and not problems:
         remedy = "Give a larger --stop_after" if done < config.n_tasks else "There are no more"
@@ -652,7 +652,7 @@ def _check_layer(owner: type, what: str, layer: Mapping[str, Any], flags: dict[s
         if name in flags and not flags[name].fits(value):
             problems.append(f"its {what} must give {name} a value of {flags[name].kind.__name__}, got {value!r}.")
         elif name not in flags and next(_owners(name), None) is None:
-            problems.append(f"its {what} name '{name}', which is no flag. {nearest(name, sorted(flags))}")
+            problems.append(f"its {what} name '{name}', which is not a flag. {nearest(name, sorted(flags))}")
     return [line for problem in problems for line in mistake(owner, problem).problems]
 
 
@@ -854,10 +854,12 @@ def _check_together(config: Config) -> list[str]:
                 "--n_epochs and --budget_rows exclude each other: the budget ends a task. Give one of them."
             )
         if config.debug_mode:
-            problems.append("--debug_mode has a length of its own: --budget_rows does not fit. Drop one of them.")
+            problems.append(
+                "--debug_mode and --budget_rows exclude each other: both set the length of a task. Drop one of them."
+            )
         if config.lr_scheduler == "cosine":
             problems.append(
-                "--lr_scheduler cosine needs a number of epochs, which --budget_rows leaves open. Use multistep."
+                "--lr_scheduler cosine needs a number of epochs, which is not known with --budget_rows. Use multistep."
             )
     if config.warmup_epochs > config.n_epochs and config.budget_rows is None:
         problems.append(
@@ -881,8 +883,8 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
     if config.classes_per_task and config.n_tasks != len(config.classes_per_task):
         problems.append(
-            f"--n_tasks {config.n_tasks} does not fit --classes_per_task {written(config.classes_per_task)}, which are "
-            f"{len(config.classes_per_task)} tasks. Drop --n_tasks."
+            f"--n_tasks {config.n_tasks} does not match --classes_per_task {written(config.classes_per_task)}, which "
+            f"are {len(config.classes_per_task)} tasks. Drop --n_tasks."
         )
     if config.permute_classes and config.custom_class_order:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
@@ -891,5 +893,5 @@ def _check_together(config: Config) -> list[str]:
     jointly = config.joint or config.learner.trains_jointly
     if jointly and (config.start_from or config.stop_after):
         given = "--joint" if config.joint else f"--model {config.model}"
-        problems.append(f"{given} trains all tasks at once: --start_from and --stop_after do not fit. Drop them.")
+        problems.append(f"{given} trains all tasks at once: --start_from and --stop_after cannot be used. Drop them.")
     return problems

@@ -42,7 +42,7 @@ def say(text: str) -> None:
         print(text, flush=True)
     except (OSError, ValueError) as error:
         silence("stdout")
-        complain(f"nothing more can be printed ({reason(error)}): the run goes on without")
+        complain(f"nothing more can be printed ({reason(error)}): the run continues without output")
 
 
 def complain(line: str) -> None:

@@ -61,8 +61,8 @@ def fetch(urls: Sequence[str], path: Path, md5: str | None, what: str) -> None:
             "free or unlock that folder, or choose another with --base_path"
         ) from error
     raise DataError(
-        f"{what}: cannot download {path.name} ({'; '.join(failures)}); "
-        f"get it by hand from {' or '.join(urls)} and put it in {path.parent}"
+        f"{what}: cannot download {path.name} ({'; '.join(failures)}); download it by hand from {' or '.join(urls)} "
+        f"and put it in {path.parent}"
     )
 
 
@@ -218,7 +218,7 @@ def _transfer(url: str, part: Path) -> str | None:
     with response:
         resumed = response.status == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            return "answers with another range than asked for"
+            return "answers with a range that was not asked for"
         return _save(response, part, have if resumed else 0)
 
 
@@ -238,7 +238,7 @@ def _save(response: HTTPResponse, part: Path, have: int) -> str | None:
             file.write(chunk)
             bar.update(len(chunk))
             have += len(chunk)
-    return None if total is None or have == total else f"broke off after {have} of {total} bytes"
+    return None if total is None or have == total else f"stopped after {have} of {total} bytes"
 
 
 def _size(path: Path) -> int:

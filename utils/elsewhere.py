@@ -1,7 +1,7 @@
 """Flags of other programs (Mammoth, Avalanche, PyCIL) that are typed here: what stands for them in this one."""
 
 _SENTENCES = {
-    "load_best_args": "Published values apply by default, where there are any; --model_config default drops them.",
+    "load_best_args": "Published values, if there are any, apply by default; --model_config default drops them.",
     "nowand wandb_name wandb_entity wandb_project": (
         "Weights & Biases is not used: curves are logged for TensorBoard, in the run's folder. Drop it; --disable_log "
         "writes no folder."

@@ -110,7 +110,7 @@ class Registry:
         found: Any = self._objects[key]
         if not self._is_family(key):
             if colon:
-                raise UsageError(f"unknown {self.kind}: '{name}'. {found.name} is one alone: write it without ':'.")
+                raise UsageError(f"unknown {self.kind}: '{name}'. {found.name} is not a family: write it without ':'.")
             return found
         if not variant:
             raise UsageError(
@@ -275,7 +275,7 @@ def _execute(plugin: Plugin) -> None:
         _unload(name)
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"--plugin {plugin.path}: {_why(error)}. Mend the file and try again.") from error
+        raise UsageError(f"--plugin {plugin.path}: {_why(error)}. Correct the file and try again.") from error
     problem = _hidden(plugin, beside)
     if problem is not None:
         _unload(name)
@@ -294,8 +294,8 @@ def _hidden(plugin: Plugin, beside: Path) -> str | None:
         got = getattr(sys.modules.get(name), "__file__", None)
         if own and got and os.path.realpath(got) not in map(os.path.realpath, own):
             return (
-                f"--plugin {plugin.path}: it imports '{name}' and gets {got}, not {own[0]}, which lies beside it. "
-                "Rename the latter."
+                f"--plugin {plugin.path}: it imports '{name}' and gets {got}, not {own[0]} in its own folder. Rename "
+                "the file in its folder."
             )
     return None
 

@@ -78,7 +78,7 @@ def read_saved(path: str) -> Saved:
     if protocol != PROTOCOL:
         raise UsageError(
             f"{file} was written under protocol {protocol}, this program runs protocol {PROTOCOL}: the same flags "
-            "would give other numbers. Use the version that wrote it, or give the flags anew."
+            "would give other numbers. Use the version that wrote it, or give the flags again."
         )
     return Saved(file, config_hash, values, plugins, code, changed_code, continues)
 
@@ -124,7 +124,7 @@ def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_ch
         path = str(copy)
     plugin = read_plugin(path)
     if entry.sha256 not in (None, plugin.sha256) and not keep_changed:
-        remedy = "--keep_changed 1 takes it as it is" + (f", --plugin {copy} the text of then" if copy else "")
+        remedy = "--keep_changed 1 uses it as it is" + (f", --plugin {copy} uses the original" if copy else "")
         raise UsageError(f"the plugin {plugin.path} is not the one that {saved.file} was made with. {remedy}.")
     complain(f"note: plugin {plugin.path}, named by {saved.file}")
     return plugin
@@ -146,8 +146,8 @@ def check_code(saved: Saved, config: Any, keep_changed: bool) -> list[str]:
     changed = saved.differs_from(config)
     if changed and not keep_changed:
         raise UsageError(
-            f"{saved.folder} was made by other code: {', '.join(changed)} changed since. Go on with the code of then, "
-            "or with the present one by --keep_changed 1, or start a new run with --from."
+            f"{saved.folder} was made by other code: {', '.join(changed)} changed since. Use the code of that time, "
+            "or give --keep_changed 1 to continue with the present code, or start a new run with --from."
         )
     return changed
 

@@ -1,4 +1,4 @@
-"""Does a file of yours keep what every part must keep? `flatcl check my_method.py`, or the name of a part.
+"""Tests whether your own method, optimizer, network or benchmark works: `flatcl check my_method.py`.
 
 Runs the contracts of utils/contracts on what the file registers, in small runs in memory: under two minutes a part.
 """
@@ -63,7 +63,7 @@ def _parts(given: str) -> list[tuple[str, str]]:
     found = [(kind, name) for kind, name in found if name in KINDS[kind].names()]
     if not found:
         names = sorted({canonical(name) for registry in KINDS.values() for name in registry.names()})
-        raise UsageError(f"there is no file '{given}', and no part of that name. {nearest(canonical(given), names)}")
+        raise UsageError(f"there is no file '{given}', and no part with that name. {nearest(canonical(given), names)}")
     return found
 
 

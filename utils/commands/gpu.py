@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in under ten minutes: `flatcl gpu [--out FOLDER] [--device cuda] [--seconds N]`.
+"""Measurements on a GPU, in under ten minutes: `flatcl gpu [--out FOLDER] [--device cuda] [--seconds N]`.
 
 1. Replays of recorded steps (CUDA graphs) against ordinary steps: `derpp` and `mgser_sam` under each optimizer, each
    method under its default one, and some with convolutions, BatchNorm and augmentation. The same run twice in the
@@ -245,7 +245,7 @@ def lines_of(
         timer.cancel()
         done += found
         if done < total and time.monotonic() > end:
-            yield {"left": total - done, "failed": f"the {seconds:.0f} seconds of this part are up"}
+            yield {"left": total - done, "failed": f"this part has reached its limit of {seconds:.0f} seconds"}
             return
         if done < total:
             done += 1
@@ -269,18 +269,18 @@ def table(found: dict[str, Any]) -> str:
     for line in found["several"]:
         if "failed" not in line:
             many = "".join(f", {name} {line[f'{name}_s'] / line['one_s']:.2f}" for name in ("processes", "streams"))
-            lines.append(f"{line['what']}: {line['runs']} runs in times of one{many}")
+            lines.append(f"{line['what']}: {line['runs']} runs, time relative to one run{many}")
     lines += [f"{part}: {line['failed']}" for part in PARTS for line in found[part] if "failed" in line]
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="flatcl gpu", description="what only a GPU can tell")
+    parser = Parser(prog="flatcl gpu", description="Measurements that need a GPU.")
     parser.add_argument("--out", type=Path, help="folder of gpu.json; default: none is written")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
-    parser.add_argument("--seconds", type=float, default=570.0, help="for all of it (default 570)")
+    parser.add_argument("--seconds", type=float, default=570.0, help="time limit of all measurements (default 570)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that medians are taken over (default 5)")
-    parser.add_argument("--count", type=int, default=20, help="steps of a turn (default 20)")
+    parser.add_argument("--count", type=int, default=20, help="steps in each round (default 20)")
     for name in ("part", "skip", "worker"):  # for processes that this one starts
         parser.add_argument(f"--{name}", help=SUPPRESS)
     args = parser.parse_args(argv)

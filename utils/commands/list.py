@@ -13,7 +13,7 @@ KINDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="flatcl list", description="What can be chosen, a line each.")
+    parser = Parser(prog="flatcl list", description="What can be chosen, one line each.")
     parser.add_argument("what", nargs="?", default="", help=f"{', '.join(KINDS)}; default: all")
     parser.add_argument("--plugin", action="append", default=[], help="a file that adds names (repeatable)")
     args = parser.parse_args(argv)

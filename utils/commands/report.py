@@ -361,7 +361,7 @@ def table(
     if format not in FORMATS:
         raise UsageError(f"unknown format: '{format}'. {nearest(format, list(FORMATS))}")
     if pivot and format == "csv":
-        raise UsageError("--pivot does not fit --format csv, whose cells are single numbers. Drop one of them.")
+        raise UsageError("--pivot cannot be used with --format csv, whose cells are single numbers. Drop one of them.")
     check_metrics(metrics, runs)
     groups = group_runs(runs, keys_of(runs, by, pivot), setting, order)
     for line in (*mixtures(groups), *gaps(groups, metrics)):

@@ -295,7 +295,10 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
     if any(not row.target.confirmed_by for row in rows):
         notes.append(f"{UNCONFIRMED} published figure from memory, confirmed in no second source")
     if any(row.difference and row.difference.constant for row in rows):
-        notes.append(f"{CONSTANT} published std or n unknown: the published mean is taken as exact, the spread is ours")
+        notes.append(
+            f"{CONSTANT} published std or n unknown: the published mean is treated as exact, the interval is from "
+            "our runs only"
+        )
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.verdict == OTHER:
@@ -316,12 +319,14 @@ def _balance(rows: Sequence[Row]) -> list[str]:
     if judged:
         missed = (1 - LEVEL) * judged
         notes.append(
-            f"of {judged} intervals at {100 * LEVEL:.0f} %, {missed:.1f} miss 0 by chance where nothing differs"
+            f"if there is no real difference, {missed:.1f} of {judged} intervals at {100 * LEVEL:.0f} % are expected "
+            "to miss 0 by chance"
         )
     halves = [50 * (row.difference.high - row.difference.low) for row in rows if row.verdict == AGREES]
     if halves:
         notes.append(
-            f"'{AGREES}' excludes no more than its interval does: ± {min(halves):.2f} to ± {max(halves):.2f} points"
+            f"'{AGREES}' excludes only differences outside its interval: ± {min(halves):.2f} to ± {max(halves):.2f} "
+            "points"
         )
     return notes
 
@@ -330,8 +335,8 @@ def _costs(rows: Sequence[Row]) -> list[str]:
     """The wall time of all runs, each counted once, and the cells that take most of it."""
     cells = {row.target.cell: row for row in rows if row.wall_s}
     total = sum(row.wall_s for row in cells.values())
-    dear = sorted(cells.values(), key=lambda row: -row.wall_s)[:3]
-    most = ", ".join(f"{row.target.label} {row.wall_s:,.0f} s ({row.wall_s / total:.0%})" for row in dear)
+    longest = sorted(cells.values(), key=lambda row: -row.wall_s)[:3]
+    most = ", ".join(f"{row.target.label} {row.wall_s:,.0f} s ({row.wall_s / total:.0%})" for row in longest)
     return [f"wall time of these runs: {total:,.0f} s; most of it: {most}"] if cells else []
 
 
@@ -383,7 +388,7 @@ def picture(rows: Sequence[Row], path: str) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="flatcl reproduce",
-        description="Runs a published table and compares. Flags of `train` that all runs share come after a lone --.",
+        description="Runs a published table and compares. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl reproduce der-perm-mnist --cells 'er,*:200' --seeds 0-2 -- --device cpu",
     )
     add = parser.add_argument

@@ -470,7 +470,7 @@ def say_failed(failed: Mapping[Job, int]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="flatcl sweep",
-        description="A grid of runs. Flags of `train` that all runs share come after a lone --.",
+        description="A grid of runs. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
     )
     add = parser.add_argument

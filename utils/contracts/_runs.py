@@ -115,7 +115,7 @@ def setting_of(name: str) -> dict[str, str]:
         return {}
     if "domain-il" in settings:
         return {"dataset": "domain-synth"}
-    raise Skipped(f"it learns {', '.join(settings)} alone, for which there is no benchmark in memory")
+    raise Skipped(f"it learns only {', '.join(settings)}, for which there is no benchmark in memory")
 
 
 def begin(name: str, **flags: Any) -> Trainer:
@@ -145,7 +145,7 @@ def next_batch(trainer: Trainer, task: int = 1) -> Batch:
 def last_step(method: Method, batch: Batch) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
     """The blocks of the last optimizer step on a batch: those of its loss, and those that are apart."""
     *_, blocks = method.steps(batch)
-    return tuple(b for b in blocks if not b.apart), tuple(b for b in blocks if b.apart)
+    return tuple(b for b in blocks if not b.reference), tuple(b for b in blocks if b.reference)
 
 
 def global_generators() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def has_gradients(name: str) -> None:
 def is_made_by_the_seed(name: str) -> None:
     one, same, other = (make(name, seed=seed).state_dict() for seed in (0, 0, 1))
     found = difference(one, same, "weights")
-    expect(not found, f"the same seed makes other weights: {found}. Draw from torch's generator alone")
+    expect(not found, f"the same seed makes other weights: {found}. Draw only from torch's generator")
     expect(difference(one, other), "another seed makes the same weights")
 
 
@@ -93,7 +93,7 @@ CONTRACTS = {
     "features are what the classifier sees": has_features,
     "each parameter has a gradient": has_gradients,
     "the seed makes the weights": is_made_by_the_seed,
-    "copies are equal and apart": can_be_copied,
+    "copies are equal and independent": can_be_copied,
     "trains two tasks of derpp under sam": lambda name: methods.trains_two_tasks("derpp", "sam", backbone=name),
     "same seed, same run, also where it was stopped and resumed": (
         lambda name: methods.goes_on_where_it_was_stopped("er", backbone=name)

@@ -50,13 +50,17 @@ def tasks_are_as_declared(benchmark: Benchmark) -> None:
             _check_split(benchmark, getattr(task, part), task.classes, f"task {index}'s {part} split")
     classes = list(range(benchmark.num_classes))
     wanted = classes if benchmark.setting == "class-il" else number * classes
-    expect(covered == wanted, "the tasks must part the classes, in order; in other settings each has all of them")
+    expect(
+        covered == wanted,
+        "in class-il the tasks must divide the classes, in order; in other settings each task has all of them",
+    )
 
 
 def _check_split(benchmark: Benchmark, split: Split, classes: range, what: str) -> None:
     sizes = {name: len(getattr(split, name)) for name in ("images", "labels", "ids")}
     expect(
-        len(set(sizes.values())) == 1 and sizes["labels"] > 0, f"{what} has {sizes}: equal numbers, above 0, must be"
+        len(set(sizes.values())) == 1 and sizes["labels"] > 0,
+        f"{what} has {sizes}. These numbers must be equal and above 0",
     )
     images, labels, ids = split.images, split.labels, split.ids
     is_right = images.dtype == torch.uint8 and tuple(images.shape[1:]) == benchmark.shape
@@ -79,7 +83,7 @@ def ids_are_unique(benchmark: Benchmark) -> None:
     for part in ("train", "test"):
         ids = torch.cat([getattr(task, part).ids for task in benchmark])
         twice = len(ids) - len(ids.unique())
-        expect(not twice, f"{twice} ids of {part} images are there twice. Give the copies of another task other ids")
+        expect(not twice, f"{twice} ids of {part} images occur twice. Give copies in another task ids of their own")
 
 
 def indexing_advances_nothing(benchmark: Benchmark) -> None:
@@ -92,7 +96,7 @@ def indexing_advances_nothing(benchmark: Benchmark) -> None:
     differs = difference(_columns(benchmark[0].test), _columns(twin[0].test), "task 0's test split")
     expect(not differs, f"{differs} when it is asked for again")
     drawn = difference(before, global_generators(), "the global generator")
-    expect(not drawn, f"{drawn}: it is drawn from. {DRAW}")
+    expect(not drawn, f"{drawn}: the benchmark draws from it. {DRAW}")
 
 
 def ends_where_it_ends(benchmark: Benchmark) -> None:

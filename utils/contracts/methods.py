@@ -285,7 +285,7 @@ def goes_on_from_a_saved_state(name: str) -> None:
     method.eval(), other.eval()
     expect(not torch.equal(method(batch.inputs), other(batch.inputs)), "another seed has given the same predictions")
     other.load_state_dict(saved(method.state_dict()))
-    expect(torch.equal(method(batch.inputs), other(batch.inputs)), "with the same state it predicts otherwise")
+    expect(torch.equal(method(batch.inputs), other(batch.inputs)), "with the same state it gives other predictions")
     _expect_equal(method.state_dict(), other.state_dict(), "the state after loading")
     drawn = []
     for one in (method.train(), other.train()):
@@ -316,8 +316,8 @@ def saved(state: Any) -> Any:
         return torch.load(file, weights_only=True)
     except Exception as error:  # torch has many
         raise Broken(
-            f"its state cannot be read again ({str(error).splitlines()[0]}). Keep tensors, numbers, texts, lists and "
-            "dicts alone in it"
+            f"its state cannot be read again ({str(error).splitlines()[0]}). Keep only tensors, numbers, texts, "
+            "lists and dicts in it"
         ) from None
 
 
@@ -328,7 +328,7 @@ def goes_on_where_it_was_stopped(name: str, **flags: Any) -> None:
     again = begin(name, **quick(name), **flags)
     accuracy = again.run()["accuracy"]
     found = difference(whole.method.state_dict(), again.method.state_dict(), "the state")
-    expect(not found, f"two runs of one seed differ: {found}. Draw from torch's generator or self.context.rng alone")
+    expect(not found, f"two runs of one seed differ: {found}. Draw only from torch's generator or self.context.rng")
     expect(accuracy == summary["accuracy"], "two runs of one seed have other accuracies: forward() draws, or remembers")
     stopped = begin(name, **quick(name), **flags)
     resumed = begin(name, **quick(name), **flags)
@@ -367,7 +367,7 @@ def learns_nothing_from_test_images(name: str) -> None:
     other.benchmark.test_split = lambda index: replace(own(index), images=255 - own(index).images)
     other.run()
     found = difference(trainer.method.state_dict(), other.method.state_dict(), "the state")
-    expect(not found, f"with other test images {found}: it learns from them. Use task.train alone")
+    expect(not found, f"with other test images {found}: it learns from them. Use only task.train")
 
 
 def takes_unequal_tasks(name: str) -> None:
@@ -389,7 +389,7 @@ def replays_recorded_steps(name: str, **flags: Any) -> str | None:
     programs = recorded.optimizer.programs = Programs(recorded.method, recorded.optimizer, Tape())
     same = recorded.run()["accuracy"] == summary["accuracy"]
     found = difference(ordinary.method.state_dict(), recorded.method.state_dict(), "the state")
-    remedy = "Say in phase() what the host decides anew from step to step"
+    remedy = "Return from phase() what the Python code decides anew in each step"
     expect(same and not found, f"recorded steps are not the ordinary ones: {found or 'accuracies differ'}. {remedy}")
     if programs.replayed:
         return None

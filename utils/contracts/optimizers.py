@@ -42,7 +42,7 @@ def trip(gradient: Any) -> None:
     raise Trip
 
 
-def weights_come_back(name: str, room: str, momentum: float | None = 0.1) -> None:
+def weights_come_back(name: str, stage: str, momentum: float | None = 0.1) -> None:
     """An exception in any pass, forward or backward, leaves weights and BatchNorm as they were before the step."""
     x, y = next(batches(torch.float32))
     for fatal in range(1, 20):
@@ -50,41 +50,41 @@ def weights_come_back(name: str, room: str, momentum: float | None = 0.1) -> Non
         method, optimizer = make(name, net)
         before, places = copies(net), [p.data_ptr() for p in net.parameters()]
         statistics: list[dict] = []
-        method.watch = _tripping(net, statistics, fatal, room)
+        method.watch = _tripping(net, statistics, fatal, stage)
         try:
             step(method, optimizer, x, y)
         except Trip:
             pass
         else:
             break  # it makes no such pass
-        where = f"after an exception in the {room} of pass {fatal}"
-        expect(torch.is_grad_enabled(), f"{where} torch makes no gradients. Use `with torch.no_grad():`")
+        where = f"after an exception in the {stage} of pass {fatal}"
+        expect(torch.is_grad_enabled(), f"{where} gradients are turned off in torch. Use `with torch.no_grad():`")
         is_norm = net[1].track_running_stats and net[1].momentum == momentum
         expect(is_norm, f"{where} BatchNorm is left frozen. Use `with frozen_statistics(...)`")
         is_there = places == [p.data_ptr() for p in net.parameters()]
-        expect(is_there, f"{where} parameters have other memory. Move weights by `with self.at(offset):`")
+        expect(is_there, f"{where} the parameters lie in other memory. Perturb weights by `with self.at(offset):`")
         parameters = {key for key, _ in net.named_parameters()}
         found = _difference(before, copies(net), parameters, "weights")
-        expect(not found, f"{where} {found}. Move weights by `with self.at(offset):`")
+        expect(not found, f"{where} {found}. Perturb weights by `with self.at(offset):`")
         _check_statistics(name, statistics, fatal)
         found = _difference(before, copies(net), {f"1.{key}" for key in statistics[0]} - parameters, "statistics")
         expect(not found, f"{where} {found}. Use self.gradients(objective) and `with self.at(offset):`")
         net(x)
-        expect(net[1].num_batches_tracked == 1, f"{where} BatchNorm's averages no longer move")
+        expect(net[1].num_batches_tracked == 1, f"{where} BatchNorm's averages are no longer updated")
         method.watch = lambda number, logits: None
         step(method, optimizer, x, y)
         start = torch.cat([before[key].flatten() for key, _ in net.named_parameters()])
-        expect(not torch.equal(flat(net), start), f"{where} training does not go on")
+        expect(not torch.equal(flat(net), start), f"{where} training does not continue")
     expect(1 < fatal < 19, f"it makes {fatal - 1} passes in a step, where 1 to 17 can be")
 
 
-def _tripping(net: nn.Module, statistics: list[dict], fatal: int, room: str) -> Callable:
+def _tripping(net: nn.Module, statistics: list[dict], fatal: int, stage: str) -> Callable:
     """Notes BatchNorm's state after each forward, and raises in the pass with the number `fatal`."""
 
     def watch(number: int, logits: torch.Tensor) -> None:
         statistics.append(copies(net[1]))
         if number == fatal:
-            if room == "forward" or not logits.requires_grad:
+            if stage == "forward" or not logits.requires_grad:
                 raise Trip
             logits.register_hook(trip)
 
@@ -104,7 +104,7 @@ def _check_statistics(name: str, statistics: list[dict], fatal: int) -> None:
     ]
     clean = [3, 5, 7][: (fatal - 1) // 2] if OPTIMIZERS.load(name).in_shards else []
     remedy = "Make passes at other weights in `with self.at(offset):`"
-    expect(moved == clean, f"BatchNorm's averages move in the passes {moved} after the first, not {clean}. {remedy}")
+    expect(moved == clean, f"BatchNorm's averages change in the passes {moved} after the first, not {clean}. {remedy}")
 
 
 def leaves_idle_parameters_alone(name: str) -> None:
@@ -128,7 +128,7 @@ def leaves_idle_parameters_alone(name: str) -> None:
         busy = f"heads.{net.head}.weight"
         expect(not torch.equal(net.state_dict()[busy], before[busy]), f"{busy} has a gradient and is not stepped")
     is_spare = torch.equal(net.spare_weight, spare) and net.spare_weight.grad is None
-    expect(is_spare, "a parameter that the loss does not depend on is changed. Leave it alone")
+    expect(is_spare, "a parameter that the loss does not depend on is changed. Leave it as it is")
 
 
 def keeps_dropout(name: str, kind: str = "module") -> None:
@@ -176,7 +176,7 @@ def goes_on_from_a_saved_state(name: str) -> None:
         step(method2, optimizer2, x, y)
     for what, a, b in (("weights", method, method2), ("the optimizer's state", optimizer, optimizer2)):
         found = difference(a.state_dict(), b.state_dict(), what)
-        expect(not found, f"after loading it goes on otherwise: {found}. Keep state in self.state and self.clock")
+        expect(not found, f"after loading it continues differently: {found}. Keep state in self.state and self.clock")
 
 
 def takes_no_step_that_is_not_finite(name: str) -> None:
@@ -191,7 +191,7 @@ def takes_no_step_that_is_not_finite(name: str) -> None:
     expect(not found, f"a step that is not finite has changed it: {found}. Write to self.pending, count in tick()")
     step(method, optimizer, *after)
     found = difference(before["method"], copies(method), "weights")
-    expect(found, "after a step that is not finite none is taken any more")
+    expect(found, "after a step that is not finite no further step is taken")
 
 
 def _settled(method: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -203,12 +203,12 @@ def _settled(method: nn.Module, optimizer: Any) -> dict[str, Any]:
 CONTRACTS = {
     **{f"trains two tasks of {name}": partial(methods.trains_two_tasks, name) for name in METHODS},
     **{
-        f"an exception in a {room} pass leaves weights and BatchNorm as they were": partial(
-            weights_come_back, room=room
+        f"an exception in a {stage} pass leaves weights and BatchNorm as they were": partial(
+            weights_come_back, stage=stage
         )
-        for room in ("forward", "backward")
+        for stage in ("forward", "backward")
     },
-    "parameters without a gradient are left alone": leaves_idle_parameters_alone,
+    "parameters without a gradient do not change": leaves_idle_parameters_alone,
     "dropout is the same in all passes of a step": keeps_dropout,
     "a step that is not finite is not taken": takes_no_step_that_is_not_finite,
     "a saved state is all that the next step depends on": goes_on_from_a_saved_state,

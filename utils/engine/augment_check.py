@@ -97,14 +97,14 @@ class _Look:
         except Exception as error:  # a foreign module may fail in any way; the user needs its name and the reason
             reason = str(error).strip().split("\n")[0][:200]
             raise self._refuse(
-                f"fails on images {tuple(images.shape)} {_dtype(images)}: {type(error).__name__}: {reason}. "
-                "It must take and give such a tensor."
+                f"fails on images {tuple(images.shape)} {_dtype(images)}: {type(error).__name__}: {reason}. It must "
+                "take and return such a tensor."
             ) from error
         if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(images) or out.dtype != images.dtype:
             got = f"{tuple(out.shape)} {_dtype(out)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
             raise self._refuse(
-                f"makes {got} of images {tuple(images.shape)} {_dtype(images)}. It must give as many images, of that "
-                "dtype."
+                f"turns images {tuple(images.shape)} {_dtype(images)} into {got}. It must return as many images, of "
+                "the same dtype."
             )
         if not out.isfinite().all():
             raise self._refuse("makes pixels that are not finite. Correct it.")
@@ -151,7 +151,7 @@ class _Look:
             return self._draws_once()
         return self._refuse(
             "draws from other generators than torch's global one (Python's, NumPy's, its own), which a resumed run "
-            "would not repeat. Draw by torch.rand and the like."
+            "would not repeat. Draw with torch.rand and similar functions."
         )
 
     def _check_draws(self) -> None:
@@ -194,7 +194,7 @@ def _instead(name: str) -> str:
     """What kornia has in place of torchvision's transform of this name."""
     known = {other.lower(): other for other in dir(K)}
     like = known.get(name.lower()) or known.get(f"random{name.lower()}")
-    return f"Use kornia.augmentation.{like}." if like else "Use the like of kornia.augmentation."
+    return f"Use kornia.augmentation.{like}." if like else "Use the corresponding class of kornia.augmentation."
 
 
 def _dtype(images: Tensor) -> str:

@@ -1,9 +1,9 @@
 """The memory: named columns on the device, filled by a policy (`utils/engine/policies/`), by default a reservoir.
 
-The columns live on the device; the decisions (which slot, which rows) are made on the host, with the buffer's own
-generator. They need no data but the labels, which the stream has on the host, so nothing waits for the device, the same
-seed gives the same memory on every device, and a rejected row is never copied. No operation costs more as the buffer
-grows.
+The columns are on the device; the decisions (which slot, which rows) are made on the host, with the buffer's own
+generator. They need only the labels, which the stream has on the host. So nothing waits for the device, the same seed
+gives the same memory on every device, and a rejected row is never copied. The cost of an operation does not depend on
+the size of the buffer.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from flatcl.utils.errors import UsageError
 
 
 class Buffer:
-    """`capacity` rows of named columns. Columns appear with the first rows, with their shapes and dtypes.
+    """`capacity` rows of named columns. The first rows decide the names, shapes and dtypes of the columns.
 
     A column `x` holds images as a benchmark stores them, uint8; others raise `UsageError`.
     """
@@ -41,18 +41,18 @@ class Buffer:
         return f"Buffer({len(self):,} of {self.capacity:,} rows{': ' if self.columns else ''}{', '.join(shapes)})"
 
     def add(self, labels: np.ndarray | None = None, /, **columns: Tensor) -> None:
-        """Present n rows, in order, to the policy. `columns[name]` (n, ...), on the buffer's device. Where two rows
-        take one slot, the later one stays.
+        """Gives n rows, in order, to the policy. `columns[name]` (n, ...), on the buffer's device. If two rows
+        take the same slot, the later one stays.
 
-        `labels` (n,) int64 is the column `y` on the host (`Batch.labels`). A policy that needs labels and is not given
-        them waits for the device to have them from there.
+        `labels` (n,) int64 is the column `y` on the host (`Batch.labels`). If a policy needs labels and they are
+        not given, it waits for the device and copies them from there.
         """
         self._check_images(columns)
         n = len(next(iter(columns.values())))
         if labels is None and self.policy.needs_labels:
             if "y" not in columns:
                 raise UsageError(
-                    f"--buffer_policy {self.policy.name} looks at labels, and the rows that are added have no column "
+                    f"--buffer_policy {self.policy.name} needs labels, but the rows that are added have no column "
                     "`y`. Add it, or choose another policy."
                 )
             labels = columns["y"].cpu().numpy()
@@ -66,12 +66,12 @@ class Buffer:
         self.write(list(winner), **{name: column.index_select(0, rows) for name, column in columns.items()})
 
     def replace(self, **columns: Tensor) -> None:
-        """Puts these rows, at most `capacity`, in place of all; columns may be others than before."""
+        """Replaces all rows by these, at most `capacity`; the columns may change."""
         self.columns, self.num_seen, self.filled = {}, 0, 0
         self.append(**columns)
 
     def write(self, slots: list[int], **columns: Tensor) -> None:
-        """Puts n rows into these n slots; those that are not filled yet must be the next ones."""
+        """Writes n rows into these n slots; empty slots must be filled in order."""
         self._check_images(columns)
         if not self.columns:
             self._allocate(columns)
@@ -82,7 +82,7 @@ class Buffer:
         self.num_seen = max(self.num_seen, self.filled)
 
     def append(self, **columns: Tensor) -> None:
-        """Puts rows behind those that are there, in order; the room must suffice."""
+        """Adds rows after the present ones, in order; there must be enough empty slots."""
         n = len(next(iter(columns.values())))
         assert len(self) + n <= self.capacity, f"{len(self)} + {n} rows of {self.capacity}"
         if n:
@@ -101,9 +101,9 @@ class Buffer:
         return {name: column.index_select(0, index) for name, column in self.columns.items()}
 
     def overwrite(self, slots: Tensor, wins: Tensor, **columns: Tensor) -> None:
-        """Row i of `columns` takes slot i of `slots` (n,) where `wins` (n,) says so; of several, the last one.
+        """Writes row i of `columns` to slot `slots[i]` (n,) if `wins[i]` (n,) is True; if slots are equal, the last row.
 
-        Slots and wins are on the device, and nothing waits for it.
+        `slots` and `wins` are on the device, and nothing waits for it.
         """
         self._check_images(columns)
         rows = torch.arange(len(slots), device=slots.device)
@@ -119,7 +119,7 @@ class Buffer:
         return {name: column[: len(self)] for name, column in self.columns.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Data, counter, generator and the policy's state: a resumed memory goes on as if it had not stopped."""
+        """Data, counter, generator and the policy's state: a resumed memory continues as if it had not been stopped."""
         columns = {name: column.clone() for name, column in self.all().items()}
         policy = self.policy.state_dict()
         return {"columns": columns, "num_seen": self.num_seen, "rng": generator_state(self.rng), "policy": policy}
@@ -149,21 +149,22 @@ class Buffer:
         except RuntimeError:  # torch's way of saying that memory is short
             size = sum(rows[:1].nbytes for rows in like.values()) * self.capacity / 2**30
             raise UsageError(
-                f"--buffer_size {self.capacity} needs {size:,.1f} GiB on {self.device}, more than there is. Give less."
+                f"--buffer_size {self.capacity} needs {size:,.1f} GiB on {self.device}, more than is available. Give "
+                "less."
             ) from None
 
     def _index(self, positions: Any) -> Tensor:
         return self.on_device(torch.as_tensor(positions, dtype=torch.int64))
 
     def on_device(self, numbers: Tensor) -> Tensor:
-        """What was drawn on the host, on the buffer's device, without a wait for it."""
+        """Copies what was drawn on the host to the buffer's device, without waiting."""
         if self.device.type == "cuda":
             return numbers.pin_memory().to(self.device, non_blocking=True)
         return numbers.to(self.device)
 
 
 def check_stored(where: str, images: Tensor) -> None:
-    """Raises `UsageError` where images are not as a benchmark stores them. Looks at the dtype alone."""
+    """Raises `UsageError` if images are not as a benchmark stores them. Checks only the dtype."""
     if images.dtype != torch.uint8:
         got = str(images.dtype).removeprefix("torch.")
         raise UsageError(

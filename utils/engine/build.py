@@ -52,8 +52,8 @@ def build(config: Config, device, folder, group=None, is_new: bool = True):
     optimizer.clip = config.clip_grad
     if not optimizer.params:
         raise UsageError(
-            f"--backbone {config.backbone} leaves --model {config.model} nothing to train: each of its parameters has "
-            "requires_grad False. Leave some of them to be trained."
+            f"--backbone {config.backbone} has nothing to train for --model {config.model}: all its parameters have "
+            "requires_grad False. Set requires_grad of some of them to True."
         )
     if group is None:
         _record_steps(config.cuda_graph, method, optimizer, device)
@@ -64,7 +64,9 @@ def _synced(net: torch.nn.Module, name: str) -> torch.nn.Module:
     """The network for --sync_bn. Raises `UsageError` for BatchNorm layers that do more than torch's own."""
     odd = {type(layer).__name__ for layer in batchnorms(net) if not type(layer).__module__.startswith("torch.")}
     if odd:
-        raise UsageError(f"--sync_bn does not know the layers {', '.join(sorted(odd))} of --backbone {name}. Drop it.")
+        raise UsageError(
+            f"--sync_bn does not support the layers {', '.join(sorted(odd))} of --backbone {name}. Drop it."
+        )
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
@@ -116,7 +118,7 @@ def resolve_device(name: str):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
             there.append("mps")
-        raise UsageError(f"--device {name} is not there. Choose from: auto, {', '.join(there)}.") from None
+        raise UsageError(f"--device {name} is not available. Choose from: auto, {', '.join(there)}.") from None
     if device.type == "meta":
         raise UsageError("--device meta cannot train. Choose from: auto, cpu, cuda.")
     return device

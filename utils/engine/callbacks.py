@@ -1,4 +1,4 @@
-"""What a user's own code gets while a run goes on: it reads, logs and stops, and changes nothing.
+"""Callbacks: code of a user that is called during a run. It can read, log and stop, but changes nothing.
 
 A callback is any object with some of the methods of `Callback`. Each gets the run's `State`.
 """
@@ -16,29 +16,29 @@ EVENTS = ("after_step", "after_epoch", "after_task", "after_evaluation")
 
 
 class Callback:
-    """Override what is needed; any other object with some of these methods will do, too. What a callback draws from
-    torch's global generators does not change the run."""
+    """Override the methods that you need; any object with some of these methods works, too. Random numbers that a
+    callback draws from torch's global generators do not change the run."""
 
     def after_step(self, state: "State") -> None:
-        """After each batch of the stream; `state.loss` is there."""
+        """After each batch of the stream; `state.loss` is set."""
 
     def after_epoch(self, state: "State") -> None:
         """After each epoch of a task."""
 
     def after_evaluation(self, state: "State") -> None:
-        """After an evaluation, at the end of a task or inside it (--eval_every); `state.accuracy` is there."""
+        """After an evaluation, at the end of a task or inside it (--eval_every); `state.accuracy` is set."""
 
     def after_task(self, state: "State") -> None:
         """After a task, when it is evaluated and its results are written."""
 
 
 class State:
-    """Where a run stands; `trainer` (`Trainer`) is the run's. To be read, not changed.
+    """The present state of a run, to be read, not changed. `trainer`: the `Trainer` of the run.
 
     model: the method (`Method`), in training mode; optimizer, benchmark, config (`Config`); folder: the run folder
-    (`pathlib.Path`), None where nothing is written. task, epoch: counted from 0; step: optimizer steps so far.
-    loss () and terms {name: ()}: of the step that was just taken, tensors on the device (reading their values waits for
-    it); None and {} elsewhere. accuracy {setting: [fraction of each task]}: of the last evaluation.
+    (`pathlib.Path`), None if nothing is written. task, epoch: counted from 0; step: optimizer steps so far.
+    loss, a scalar tensor, and terms {name: scalar tensor}: of the last step, on the device (reading a value waits for
+    it); None and {} outside `after_step`. accuracy {setting: [fraction of each task]}: of the last evaluation.
     """
 
     def __init__(self, trainer: Any, task: int, epoch: int):
@@ -52,15 +52,15 @@ class State:
         self.accuracy: dict[str, list[float | None]] = {}
 
     def logits(self, images: Tensor, task: int | None = None) -> Tensor:
-        """Stored images (N, C, H, W) uint8 -> logits (N, K) of the present network, in eval mode; see `Run.logits`."""
+        """Stored images (N, C, H, W) uint8 -> logits (N, K) of the current network, in eval mode; see `Run.logits`."""
         return self._trainer.evaluate.logits(self.model, images, task)
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Writes a number (or tensor ()) to TensorBoard, under `name`, and to metrics.jsonl."""
+        """Writes a number (or scalar tensor) to TensorBoard, under `name`, and to metrics.jsonl."""
         self._trainer.logs.custom(name, float(value), self.step)
 
     def stop(self) -> None:
-        """Ends the run after the step under way, with a checkpoint from which it can be resumed."""
+        """Ends the run after the current step, with a checkpoint from which it can be resumed."""
         self._trainer.stop(signal.SIGINT)
         self._trainer.callbacks.have_stopped = True
 
@@ -69,8 +69,8 @@ class State:
 
 
 class Callbacks:
-    """The callbacks of a run, in the order in which they were given. Raises `UsageError` for what is none. `trainer`:
-    the run's, as soon as it begins; `have_stopped`: whether one of them has asked for its end."""
+    """The callbacks of a run, in the order in which they were given. Raises `UsageError` for other objects.
+    `trainer`: that of the run, once it has begun; `have_stopped`: whether one of them has stopped the run."""
 
     def __init__(self, given: Sequence[Any] = ()):
         self.given = tuple(given)

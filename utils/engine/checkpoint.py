@@ -92,9 +92,9 @@ def exists(folder: Path) -> bool:
     return any((folder / name).exists() for name in (FILE, BEFORE))
 
 
-def load(folder: Path, config_hash: str | None = None, mend: bool = False) -> dict[str, Any]:
+def load(folder: Path, config_hash: str | None = None, repair: bool = False) -> dict[str, Any]:
     """The newest state that is whole; says so where that is the generation before. Raises `UsageError` if there is
-    none, or none of the configuration with this hash. With `mend`, a damaged newest one gives way to the one that is
+    none, or none of the configuration with this hash. With `repair`, a damaged newest one gives way to the one that is
     loaded, so that the next `save` does not push out the only whole one."""
     damages = []
     for file in (folder / FILE, folder / BEFORE):
@@ -106,20 +106,20 @@ def load(folder: Path, config_hash: str | None = None, mend: bool = False) -> di
             damages.append(f"{file} is damaged ({reason(error)})")
             continue
         if state.get("format", 0) > FORMAT:
-            raise UsageError(f"{file} was written by a newer version of this program. Go on with that version.")
+            raise UsageError(f"{file} was written by a newer version of this program. Use that version.")
         if config_hash not in (None, state["config_hash"]):
             raise UsageError(
-                f"{file} belongs to the configuration {state['config_hash']}, config.json is {config_hash}: it was "
-                "edited. Start a new run with --from instead."
+                f"{file} belongs to the configuration {state['config_hash']}, but config.json is {config_hash}: it "
+                "was edited. Start a new run with --from instead."
             )
         if damages:
-            complain(f"warning: {damages[0]}: the checkpoint before it is used, {file.name}")
-            if mend:
+            complain(f"warning: {damages[0]}: the checkpoint before it, {file.name}, is used")
+            if repair:
                 os.replace(file, folder / FILE)
         return state
     if damages:
         raise UsageError(f"{' and '.join(damages)}. Repeat the run with --from instead.")
-    raise UsageError(f"{folder / FILE} does not exist: there is nothing to go on from. Repeat the run with --from.")
+    raise UsageError(f"{folder / FILE} does not exist: there is nothing to continue from. Repeat the run with --from.")
 
 
 def keep_last(folder: Path) -> None:
@@ -155,11 +155,11 @@ def _verify(file: Path) -> None:
                 digest.update(part)
                 left -= len(part)
             if left or end != SEAL + digest.hexdigest().encode() + b"\n":
-                raise ValueError("its content does not fit its sha256")
+                raise ValueError("its content does not match its sha256")
             return
         if end[-22:-18] != ZIP_END:
             raise ValueError("its end is missing")
         opened.seek(0)
         with zipfile.ZipFile(opened) as archive:  # of before there was a digest
             if archive.testzip() is not None:
-                raise ValueError("its content does not fit its CRC")
+                raise ValueError("its content does not match its CRC")

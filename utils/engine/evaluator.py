@@ -141,7 +141,7 @@ class Evaluator:
             if len(split) != self.sizes[task.index]:
                 raise DataError(
                     f"{self.benchmark.name}: task {task.index + 1} has {len(split)} test images, its `num_rows` says "
-                    f"{self.sizes[task.index]}. Define `num_rows` beside `make_test`."
+                    f"{self.sizes[task.index]}. Define `num_rows` together with `make_test`."
                 )
         device = self.augment.device
         sizes = [self.sizes[task.index] for task in tasks]

@@ -64,7 +64,10 @@ class Lock:
                     break
                 time.sleep(0.02)  # somebody else is at it; what has become of it is seen at the next try
             else:
-                raise Busy(f"{self.what} is in use by changing processes. Try again later, or delete {self.file}.")
+                raise Busy(
+                    f"{self.what} is in use: several processes try to write to it at the same time. Try again later, "
+                    f"or delete {self.file}."
+                )
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
@@ -85,7 +88,7 @@ class Lock:
         deleted)."""
         found = None if self._is_in_place() else holder(self.file)
         if found is not None:
-            raise Busy(f"{self.what} was taken over by {found}. This process stops, so that they do not mix.")
+            raise Busy(f"{self.what} was taken over by {found}. This process stops, so that their results do not mix.")
 
     def __enter__(self) -> "Lock":
         self.acquire()
@@ -118,8 +121,8 @@ class Lock:
             )
         if is_alive:
             raise Busy(
-                f"{self.what} seems to be in use: {self.file} cannot be read, and is not {STALE_S / 60:.0f} minutes "
-                "old. Wait, or delete that file."
+                f"{self.what} seems to be in use: {self.file} cannot be read, and is less than {STALE_S / 60:.0f} "
+                "minutes old. Wait, or delete that file."
             )
 
     def _is_in_place(self) -> bool:

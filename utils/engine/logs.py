@@ -78,7 +78,7 @@ class Board:
             yield
         except Exception as error:  # whatever it is, it is not worth a run
             self._failed, self._file = True, None
-            complain(f"warning: TensorBoard's file cannot be written ({reason(error)}): the run goes on without it")
+            complain(f"warning: TensorBoard's file cannot be written ({reason(error)}): the run continues without it")
 
     def _open(self) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -195,7 +195,9 @@ class Logs:
         try:
             self.folder.append_metrics(line)
         except OSError as error:
-            self.warn_once("metrics.jsonl", f"cannot be written ({reason(error)}): the run goes on, lines are missing")
+            self.warn_once(
+                "metrics.jsonl", f"cannot be written ({reason(error)}): the run continues, lines are missing"
+            )
 
     def finish(
         self, summary: dict[str, Any], tasks: list[int], joint: bool, there: Set[str] = frozenset()

@@ -17,15 +17,15 @@ class Ordinary:
     for_good: bool = True
 
 
-def phase_of(part: object, rooms: Iterable[str]) -> Hashable:
-    """The phase of a method or optimizer; `Ordinary` where the class that fills one of the `rooms`, the functions that
+def phase_of(part: object, functions: Iterable[str]) -> Hashable:
+    """The phase of a method or optimizer; `Ordinary` where the class that fills one of the `functions`, those that
     make a step, does not say what its phase is: it may depend on anything."""
     for cls in type(part).__mro__:
         if "phase" in vars(cls):
             return part.phase()
-        if any(room in vars(cls) for room in rooms):
+        if any(function in vars(cls) for function in functions):
             return Ordinary(
-                f"{part.name} does not say on what its steps depend. Where that is blocks and weights alone, as long "
-                f"as a task lasts, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
+                f"{part.name} does not say what its steps depend on. If, within a task, they depend only on the "
+                f"blocks and the weights, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
             )
     raise AssertionError(f"{part} has no phase")

@@ -113,7 +113,7 @@ class Programs:
     def __str__(self) -> str:
         """For the end of a run: how many steps were replays, and why others cannot be."""
         line = f"{self.replayed:,} of {self.replayed + self.others:,} steps were replays of recorded ones"
-        return "\n".join([line, *(f"{number:,} could not be: {why}" for why, number in self.ordinary.items())])
+        return "\n".join([line, *(f"{number:,} could not be replayed: {why}" for why, number in self.ordinary.items())])
 
     def step(self, blocks: tuple[Block, ...], trace: bool = False) -> tuple[Objective, Grads]:
         """One step on these blocks. Of a replay: its objective has loss and rows, and no update is given."""
@@ -172,7 +172,7 @@ class Programs:
                     error = error.__context__
                 self.known[make] = f"it cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
             if not (_same(state, optimizer.state) and _same(base, optimizer.base.state)):
-                program, self.known[make] = None, "it makes new state"
+                program, self.known[make] = None, "the step makes new state"
             optimizer.state, optimizer.base.state = state, base
             if program is None:
                 return None

@@ -87,8 +87,8 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise Lost(
-                f"rank {self.number} of {self.size} has lost the others: one of them has ended or failed "
-                f"({str(error).splitlines()[0][:200]})."
+                f"rank {self.number} of {self.size} has lost the connection to the others: one of them has ended or "
+                f"failed ({str(error).splitlines()[0][:200]})."
             ) from error
 
 
@@ -99,17 +99,20 @@ def check(config: Any, is_new: bool = True) -> None:
             raise UsageError("--sync_bn 1 has no effect in one process. Start several by torchrun, or drop it.")
         return
     problems = []
-    if not config.learner.rows_are_apart:
+    if not config.learner.rows_are_independent:
         problems.append(
             f"--model {config.model} cannot be trained by several processes: a row's cost depends on other rows of its "
             "step, and each process has only some. Start one process."
         )
     if config.cuda_graph == "1":
-        problems.append("--cuda_graph 1 is for one process: what several exchange is not recorded. Use auto or 0.")
+        problems.append(
+            "--cuda_graph 1 is for one process: the exchange between several processes cannot be recorded. Use auto "
+            "or 0."
+        )
     if config.sync_bn and not torch.cuda.is_available() or config.sync_bn and config.device == "cpu":
         problems.append("--sync_bn 1 needs GPUs, as torch's SyncBatchNorm does, and this run is on the CPU. Drop it.")
     if config.sync_bn and config.optimizer == "msam":
-        problems.append("--sync_bn 1 does not fit msam, whose shards pass by themselves. Drop it.")
+        problems.append("--sync_bn 1 cannot be used with msam, whose shards have their own forward passes. Drop it.")
     if config.device.startswith("cuda:"):
         problems.append(f"--device {config.device} is one GPU for all processes. Use cuda: each takes its own.")
     if problems:
@@ -125,8 +128,8 @@ def check_network(net: nn.Module) -> None:
 
 def refuse_draws(what: str) -> None:
     raise UsageError(
-        f"a network that draws random numbers ({what}) cannot be trained by several processes: each would draw for its "
-        "own rows, and they would no longer draw the same blocks. Start one process, or drop dropout."
+        f"a network that draws random numbers ({what}) cannot be trained by several processes: each would draw for "
+        "its own rows, and then no longer the same blocks. Start one process, or remove the dropout."
     )
 
 
@@ -142,12 +145,14 @@ def joined(device: torch.device, config: Any = None) -> Iterator[Ranks | None]:
     except (RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UsageError(
-            f"{launch.size()} processes were to train this run, and cannot find each other ({why}). Start them by "
+            f"this run has {launch.size()} processes, but they cannot connect to each other ({why}). Start them by "
             "torchrun, or unset WORLD_SIZE and RANK."
         ) from None
     ranks = Ranks(device)
     if config is not None and not ranks.are_equal(_numbers(f"{config.hash} {sorted(config.code.items())}".encode())):
-        raise UsageError("the processes are to make different runs: their flags or their code differ. Make them equal.")
+        raise UsageError(
+            "the processes have different runs: their flags or their code differ. Start all of them with the same."
+        )
     try:
         yield ranks
     except Interrupted:  # all of them, after the same step

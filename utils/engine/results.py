@@ -49,7 +49,7 @@ class RunFolder:
                 break
             except FileExistsError:
                 if not path.is_dir():  # a file lies where one of the folders should be
-                    raise UsageError(_unwritable(config.results_path, "a file is in its place")) from None
+                    raise UsageError(_unwritable(config.results_path, "there is a file with this name")) from None
             except OSError as error:
                 raise UsageError(_unwritable(config.results_path, error.strerror)) from None
         folder = cls(path)
@@ -104,7 +104,7 @@ class RunFolder:
             self.lock.acquire()
         except OSError as error:
             raise UsageError(
-                f"{self.path}: cannot write there ({error.strerror}). Copy the folder to where you can."
+                f"{self.path}: cannot write there ({error.strerror}). Copy the folder to a place where you can write."
             ) from None
         try:
             for pattern in ("*.tmp", "checkpoint/*.tmp", "*.new", "checkpoint/*.new"):
@@ -148,13 +148,13 @@ class RunFolder:
                 os.truncate(file, size)
             elif there < size:
                 complain(
-                    f"warning: {file} has {there:,} bytes, and had {size:,} at the checkpoint: the lines that are "
-                    "missing cannot be written again. The run goes on; its results do not depend on them."
+                    f"warning: {file} has {there:,} bytes, but had {size:,} at the checkpoint: the missing lines "
+                    "cannot be written again. The run continues; its results do not depend on them."
                 )
                 if there:
                     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a line that is cut
         except OSError as error:
-            complain(f"warning: {file} cannot be cut to what the checkpoint knows ({reason(error)})")
+            complain(f"warning: {file} cannot be shortened to its size at the checkpoint ({reason(error)})")
 
     def remove(self) -> None:
         """Nothing has been computed: no trace of a run that never began."""

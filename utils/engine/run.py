@@ -59,7 +59,7 @@ def resume(
             return None
         if not is_first:
             group.wait()  # until what rank 0 mends is mended
-        state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, mend=is_first)
+        state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, repair=is_first)
         if is_first and group is not None:
             group.wait()
         parents = _state_of(config.continues) if state is None else None
@@ -87,13 +87,13 @@ def unfinished(config: Config, keep_changed: bool) -> Path | None:
             saved = read_saved(str(path))
             changed = saved.differs_from(config)
             if changed and not keep_changed:
-                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): left alone")
+                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): it is not continued")
                 continue
             if not is_done(path) and not has_nothing(path):
                 checkpoint.load(path / "checkpoint", config.hash)
             return path
         except UsageError as error:
-            say(f"note: left alone: {error}")
+            say(f"note: not continued: {error}")
     return None
 
 
@@ -108,8 +108,8 @@ def _hint_at_threads(trainer) -> None:
     is_default = config.origins["threads"] == "default" and cores > config.threads
     if trainer.device.type == "cpu" and is_default and has_convolutions(trainer.method):
         say(
-            f"note: convolutions on {config.threads} CPU thread of {cores}; --threads {cores} is faster, and another "
-            "run: sums differ in the last digits"
+            f"note: this run uses {config.threads} of {cores} CPU threads for its convolutions; --threads {cores} is "
+            "faster, but it is a different run: sums differ in the last digits"
         )
 
 
@@ -127,11 +127,13 @@ def _state_of(parent: Parent | None) -> dict | None:
         return None
     folder = Path(parent.run) / "checkpoint"
     if not checkpoint.exists(folder):
-        raise UsageError(f"--continue: {parent.run} has no checkpoint to go on from. Run it with --keep_checkpoint 1.")
+        raise UsageError(
+            f"--continue: {parent.run} has no checkpoint to continue from. Run it with --keep_checkpoint 1."
+        )
     state = checkpoint.load(folder, parent.config_hash)
     if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
         raise UsageError(
-            f"--continue: {parent.run} was stopped inside a task, or has gone on since. Finish it by --resume."
+            f"--continue: {parent.run} was stopped inside a task, or was continued since then. Finish it by --resume."
         )
     return state
 
@@ -143,8 +145,8 @@ def fitting(folder) -> Iterator[None]:
         yield
     except Exception as error:
         raise UsageError(
-            f"what {folder} has kept does not fit this program's network or method ({reason(error)}). Use the version "
-            "that wrote it, or start a new run with --from."
+            f"the checkpoint of {folder} does not match this program's network or method ({reason(error)}). Use the "
+            "version that wrote it, or start a new run with --from."
         ) from error
 
 
@@ -183,8 +185,8 @@ def _write_decided(benchmark, folder) -> None:
         folder.write("benchmark.json", decided)
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"{benchmark.name}: decided must return a dict of what JSON can hold, got one that it cannot ({error}). "
-            "Make plain numbers, lists and texts of it, as by .tolist()."
+            f"{benchmark.name}: decided must return a dict that can be written as JSON, got one that cannot "
+            f"({error}). Convert its values to numbers, lists and texts, e.g. by .tolist()."
         ) from None
 
 
@@ -232,7 +234,7 @@ def _write_status(trainer, status: str) -> None:
         else:
             trainer.folder.write("summary.json", trainer.summary(status), durable=True)
     except OSError as error:
-        complain(f"warning: that the run is {status} cannot be written into its folder ({reason(error)})")
+        complain(f"warning: the status of the run ({status}) cannot be written into its folder ({reason(error)})")
 
 
 def _finish(trainer: Trainer, summary: dict) -> None:
@@ -254,8 +256,8 @@ def _finish(trainer: Trainer, summary: dict) -> None:
         say(str(trainer.optimizer.programs))
     if unwritten is not None:
         raise RunFailed(
-            f"the results cannot be written to {folder.path} ({reason(unwritten)}): they stand only on the console. "
-            f"Mend that, then: {again(folder.path)}"
+            f"the results cannot be written to {folder.path} ({reason(unwritten)}): they are only on the console. "
+            f"Correct this, then: {again(folder.path)}"
         )
 
 
@@ -309,7 +311,7 @@ def _complete(config: Config, folder: RunFolder) -> None:
             f"{folder.path}: this run is finished, but its pictures cannot be drawn from its summary.json and "
             f"accuracy.json ({type(error).__name__}: {reason(error)}). Use --from to repeat it."
         ) from error
-    what = f"what was missing is written: {', '.join(done)}" if done else "and nothing of it is missing"
+    what = f"what was missing is written: {', '.join(done)}" if done else "no file is missing"
     say(f"{folder.path}: this run is finished; {what}. Use --from to repeat it, or to change its flags.")
 
 

@@ -502,8 +502,8 @@ class Trainer:
             self._rows.setdefault(setting, []).append(torch.tensor(measured, dtype=torch.float64))
         self.progress.tasks.append(task.index)
         if len(self.progress.tasks) == (2 if self.has_boundaries else 1):
-            for doubt in self.method.doubts():
-                warnings.warn(doubt, stacklevel=2)
+            for problem in self.method.likely_mistakes():
+                warnings.warn(problem, stacklevel=2)
         epoch, self.progress.epoch = self.progress.epoch, 0
         averages = {setting: self._average(setting) for setting in row}
         if self.folder is not None:
@@ -533,7 +533,8 @@ class Trainer:
                 ) from None
             self._saved = time.monotonic()
             self.logs.warn_once(
-                what, f"cannot be written ({reason(error)}): the run goes on and tries again; the one before is kept"
+                what,
+                f"cannot be written ({reason(error)}): the run continues and tries again; the previous one is kept",
             )
 
     def _write_results_so_far(self) -> None:

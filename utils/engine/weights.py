@@ -30,16 +30,18 @@ def read(file: str) -> dict[str, Tensor]:
         raise
     except Exception as error:  # damaged and foreign files fail in many ways
         raise UsageError(
-            f"{what}: {_why(error)}. Give a state dict, of tensors alone, or a safetensors file."
+            f"{what}: {_why(error)}. Give a state dict that has only tensors, or a safetensors file."
         ) from None
     for entry in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
     if not isinstance(content, dict) or not content:
-        raise UsageError(f"{what}: it holds no state dict, got {type(content).__name__}. Save net.state_dict().")
+        raise UsageError(f"{what}: it must be a state dict, got {type(content).__name__}. Save net.state_dict().")
     odd = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if odd:
-        raise UsageError(f"{what}: not a state dict, {_some(odd)} is no tensor with a name. Save net.state_dict().")
+        raise UsageError(
+            f"{what}: not a state dict, since {_some(odd)} is not a tensor with a name. Save net.state_dict()."
+        )
     return content
 
 
@@ -63,7 +65,7 @@ def _read_safetensors(path: Any) -> dict[str, Tensor]:
 def _why(error: Exception) -> str:
     """In a few words; torch's own message advises to run the code."""
     if "weights_only" in str(error) or "Weights only" in str(error):
-        return "it is damaged, or it holds objects whose code would have to be run, which is refused"
+        return "it is damaged, or it has objects whose code would have to be run, which is refused"
     return f"it cannot be read as weights ({reason(error).split('. ')[0]})"
 
 
@@ -91,13 +93,13 @@ def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -
     misfits = [f"{len(odd)} {kind} ({_some(odd)})" for kind, odd in kinds.items() if odd]
     if misfits:
         raise UsageError(
-            f"--pretrained_weights {file} does not fit --backbone {backbone}: {'; '.join(misfits)}. Give weights of "
-            "this network."
+            f"--pretrained_weights {file} does not match --backbone {backbone}: {'; '.join(misfits)}. Give weights "
+            "of this network."
         )
     loaded = {name: value for name, value in found.items() if name not in fresh}
     net.load_state_dict(loaded, strict=False)
     outside = sum(not name.startswith(prefix) for name in state)
-    rest = f"; {outside} of its tensors are of no part of it" if outside else ""
+    rest = f"; {outside} tensors of the file are not used" if outside else ""
     return f"note: {len(loaded)} tensors of {file} loaded into {backbone}" + _left(own, found, fresh) + rest
 
 
@@ -145,7 +147,7 @@ def _left(own: Mapping[str, Tensor], found: Mapping[str, Tensor], fresh: list[st
     if not fresh:
         return ""
     there = _shape(found[fresh[0]]) if fresh[0] in found else "none"
-    return f"; the classifier is left as drawn (there {there}, here {_shape(own[fresh[0]])})"
+    return f"; the classifier keeps its random weights (in the file {there}, here {_shape(own[fresh[0]])})"
 
 
 def _shape(value: Tensor) -> str:

@@ -1,12 +1,13 @@
-"""The driver of all optimizers: weights, state, and steps that are taken as a whole or not at all.
+"""The base class of all optimizers: weights, state, and steps that are taken completely or not at all.
 
-A step is a direction, found over a frozen objective, that goes to a base optimizer. Whatever happens on the way, an
-exception or a loss that is not finite, weights, state and BatchNorm statistics are then what they were before. The
-primitives are here once: passes at moved weights, global norms and dot products, frozen statistics.
+A step computes a direction from a fixed objective and gives it to a base optimizer. If there is an exception, or a loss
+is not finite, then weights, state and BatchNorm statistics are as before the step. The operations that all variants
+share are here: passes at perturbed weights, global norms and dot products, frozen BatchNorm statistics.
 
-On the CPU the host sees whether a step is finite and does not take it. Elsewhere the device decides, so that the host
-need not wait for it: what a step changes is kept beside it for a moment (about four times the weights), whole numbers
-that the host counts go on, and images of a bad step are remembered, with zeros for logits that are not finite.
+On the CPU the host sees whether a step is finite, and does not take it otherwise. On other devices the device decides,
+so that the host does not wait for it: what a step changes is kept for a short time (about four times the size of the
+weights), counters on the host continue, and images of such a step are remembered, with zeros for logits that are not
+finite.
 """
 
 from collections.abc import Hashable, Iterator
@@ -30,7 +31,7 @@ WATCHED = 3  # first steps of a task in which it is checked what is made of the 
 
 
 def norm(vector: Grads) -> Tensor:
-    """Global L2 norm () of a list of tensors."""
+    """Global L2 norm of a list of tensors: a scalar tensor."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector)))
 
 
@@ -40,7 +41,7 @@ def flat(vector: Grads) -> Tensor:
 
 
 def dot(a: Grads, b: Grads) -> Tensor:
-    """Inner product () of two aligned lists of tensors."""
+    """Inner product of two lists of tensors of the same shapes: a scalar tensor."""
     return flat(torch._foreach_mul(a, b)).sum()
 
 
@@ -48,7 +49,7 @@ def dot(a: Grads, b: Grads) -> Tensor:
 def frozen_statistics(module: nn.Module | list[nn.Module]) -> Iterator[None]:
     """BatchNorm layers normalise with the batch, but their running averages and counters stay as they are.
 
-    Takes a module or its list of BatchNorm layers. Safe to nest, and left behind by an exception as by a return.
+    Takes a module or a list of its BatchNorm layers. It may be nested, and an exception ends it like a return.
     """
     layers = batchnorms(module) if isinstance(module, nn.Module) else module
     tracked = [layer.track_running_stats for layer in layers]
@@ -66,12 +67,12 @@ def batchnorms(module: nn.Module) -> list[nn.Module]:
 
 
 def normalise_single_values(module: nn.Module) -> list[nn.Module]:
-    """From now on, BatchNorm layers in train mode that get a single value per channel (one image whose map has one
-    place) normalise it with their running averages and leave these as they are: for that call they are in eval mode.
+    """Changes BatchNorm layers: if one in training mode gets a single value per channel (one image, with a map of
+    one pixel), it normalises with its running averages and does not update them, as in eval mode. Returns the layers.
 
-    Others of the same pass, which have several values, are not touched. This is the one rule for a last batch of one
-    image, `--minibatch_size 1`, and methods that pass images one by one; torch raises there. Copies of a layer keep it,
-    and nothing of it is in the state_dict. Returns the layers.
+    Other layers of the same pass, with several values, are not affected. The rule is for a last batch of one image,
+    `--minibatch_size 1`, and methods that pass single images; torch raises an error there. Copies of a layer keep the
+    rule, and it adds nothing to the state_dict.
     """
     layers = batchnorms(module)
     for layer in layers:
@@ -100,14 +101,14 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 class Driver:
     """Steps the parameters of a method by the gradient of its loss. Subclasses override `direction`.
 
-    What a variant keeps from step to step is in `state[name]`, a list of tensors aligned with `params`, and in
-    `clock[name]`, a whole number; it draws from `rng`. All three are in the checkpoint, and a state grows with its
-    parameters (new entries are 0, or `fill[name]`). A step reads them, but writes `pending[name]`, which is copied over
-    only if the step is taken; the clock goes on in `tick`. Whatever else a variant keeps, it writes in `settle`, in
-    place, and adds to `state_dict` itself.
+    A variant keeps its state in `state[name]`, a list of tensors, one for each of `params`, and in `clock[name]`, a
+    whole number; it draws from `rng`. All three are in the checkpoint, and a state grows with its parameters (new
+    entries are 0, or `fill[name]`). A step reads `state` but writes `pending[name]`, which is copied to `state` only if
+    the step is taken; `tick` advances the clock. Anything else that a variant keeps is written in `settle`, in place,
+    and added to `state_dict` by the variant.
 
-    A step may be recorded once and replayed (`utils/engine/program.py`): of the variant's Python code only `phase`,
-    `draw` and `tick` run then.
+    A step may be recorded once and replayed (`utils/engine/program.py`): then only `phase`, `draw` and `tick` of the
+    variant's Python code run.
     """
 
     name: str
@@ -143,7 +144,7 @@ class Driver:
 
     @property
     def is_watching(self) -> bool:
-        """Whether the next step is one of a task's first ones, in which gradients are watched."""
+        """Whether the next step is one of the first of a task, in which gradients are observed."""
         return self._to_watch > 0
 
     @classmethod
@@ -159,12 +160,13 @@ class Driver:
         return objective.gradient()
 
     def update(self, objective: Any) -> Grads:
-        """The direction, and what all variants of a family do to it."""
+        """The direction, with the changes that all variants of a family make to it."""
         return self.direction(objective)
 
     def phase(self) -> Hashable:
-        """What the variant's code may decide anew from step to step, beside the blocks' shapes: two steps of one phase
-        run the same operations. Here nothing. A class that overrides `direction` and the like has a `phase` of its own.
+        """Everything that decides which operations a step runs, except the shapes of the blocks: two steps of the same
+        phase run the same operations. By default nothing. A class that overrides `direction`, `update`, ... defines
+        `phase` too.
         """
         return ()
 
@@ -173,13 +175,13 @@ class Driver:
         return {}
 
     def tick(self, objective: Any) -> None:
-        """What the host notes after a step that was taken: on the clock, for the most part."""
+        """Called on the host after a step that was taken; mostly advances the clock."""
 
     def step(self, objective: Any) -> Grads:
-        """One update of the weights; returns it as it went into the base optimizer.
+        """One update of the weights; returns the update that was given to the base optimizer.
 
         A step whose losses or update are not finite is not taken. On the CPU the objective is then marked as `skipped`;
-        elsewhere the device decides by itself, since the host does not wait for it.
+        on other devices the device decides, and the host does not wait for it.
         """
         self.drawn = self.draw(objective)
         update, finite, before = self._find(objective)
@@ -202,8 +204,8 @@ class Driver:
 
     @torch.no_grad()
     def record(self, objective: Any, numbers: Any) -> Grads:
-        """The operations of a step and nothing else, for a recorder: what the host decides and counts in a step was
-        done before it. `numbers` are the base's."""
+        """Only the operations of a step, for a recorder: what the host decides and counts in a step is done before.
+        `numbers` are those of the base optimizer."""
         update, finite, before = self._find(objective)
         self._step_where(finite, update, objective, before, numbers)
         self.settle(objective)
@@ -233,19 +235,19 @@ class Driver:
         return update, finite, before
 
     def settle(self, objective: Any) -> None:
-        """What else a step that was taken leaves behind, without gradients: averages of the weights, records of the
-        outputs. Elsewhere than on the CPU also called after one that was not finite."""
+        """Other effects of a step that was taken, without gradients: averages of the weights, records of the outputs.
+        On devices other than the CPU it is also called after a step that was not finite."""
 
     @contextmanager
     def at(self, offset: Grads, frozen: bool = True) -> Iterator[None]:
-        """Inside, the parameters are at the weights moved by `offset`, and BatchNorm statistics are frozen unless told
-        otherwise. The weights themselves are not touched: moved ones take their place, and leave it in any case."""
+        """Inside this context, parameters are perturbed by `offset`, and BatchNorm statistics are frozen if `frozen`.
+        The weights themselves are not changed: other tensors take their place, and are removed even after an error."""
         with torch.no_grad():
-            moved = torch._foreach_add(self.params, offset)
+            perturbed = torch._foreach_add(self.params, offset)
         del offset  # as large as the weights, and not needed any more
         weights = [param.data for param in self.params]
         try:
-            for param, there in zip(self.params, moved, strict=True):
+            for param, there in zip(self.params, perturbed, strict=True):
                 param.data = there
             with frozen_statistics(self._batchnorms if frozen else []):
                 yield
@@ -255,8 +257,8 @@ class Driver:
 
     @contextmanager
     def side_by_side(self) -> Iterator[Any]:
-        """Gives a context; what is in there need not wait for the rest of this one. Where a step is recorded on a GPU,
-        both then run at once, and what follows waits for both. Elsewhere nothing is changed."""
+        """Yields a second context whose operations do not depend on the other operations in this one. If a step is
+        recorded on a GPU, both run in parallel, and later operations wait for both. Otherwise nothing changes."""
         if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             yield nullcontext()
             return
@@ -272,7 +274,7 @@ class Driver:
         self.base.lr = lr
 
     def begin_task(self, task: Any) -> None:
-        """What a variant forgets at a task boundary. The base optimizer goes on, unless the method wants a new one."""
+        """Resets a variant's state for a new task. The base optimizer continues, unless the method wants a new one."""
         self.follow()
         self._drop_programs()
         self._to_watch = WATCHED
@@ -281,7 +283,7 @@ class Driver:
             self.base.forget()
 
     def begin_epoch(self, epoch: int, n_epochs: int | None = None) -> None:
-        """Clock of variants that count epochs: from 0 in each task, up to `n_epochs` if that is known."""
+        """For variants that count epochs: from 0 in each task, up to `n_epochs` if that is known."""
         self.clock["epoch"] = epoch
 
     def forget(self, *names: str) -> None:
@@ -289,8 +291,8 @@ class Driver:
             self.state.pop(name, None)
 
     def follow(self) -> bool:
-        """Takes in what the method has done to its parameters since: added, replaced, enlarged, dropped. Returns
-        whether it has. A parameter is known by its name; its state keeps the old entries in their corner."""
+        """Follows changes of the method's parameters: added, replaced, enlarged, removed. Returns whether any changed.
+        A parameter is identified by its name; its state keeps the old entries at the lowest indices."""
         lay_out(self.method, self.method.channels_last)
         self._batchnorms = normalise_single_values(self.method)
         names, params = _trainable(self.method)
@@ -330,7 +332,7 @@ class Driver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where the method's trainable parameters are not those that the state is of."""
+        """Raises ValueError if the state belongs to other trainable parameters than those of the method."""
         self.follow()
         odd = sorted({*state["names"]} ^ {*self.names})
         if odd:
@@ -348,7 +350,7 @@ class Driver:
     def _commit(self) -> None:
         """Each state stays in its tensors, which a recorded step has in use."""
         for name, value in self.pending.items():
-            assert len(value) == len(self.params), f"pending['{name}'] is no list for params"
+            assert len(value) == len(self.params), f"pending['{name}'] must have one entry for each parameter"
             if name in self.state:
                 torch._foreach_copy_(self.state[name], value)
             else:
@@ -391,14 +393,14 @@ def _trainable(method: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
 
 
 def grown(old: Tensor | None, like: Tensor, fill: float = 0.0) -> Tensor:
-    """A tensor of the shape of `like`, with the entries of `old` in their corner and `fill` elsewhere."""
+    """A tensor of the shape of `like`: the entries of `old` at the lowest indices, `fill` elsewhere."""
     if old is not None and old.shape == like.shape:
         return old
     return keep_corner(old, torch.full_like(like, fill, requires_grad=False))
 
 
 def keep_corner(old: Tensor | None, new: Tensor) -> Tensor:
-    """Writes into `new` what `old` has at the same places; returns it."""
+    """Copies the entries of `old` to the same indices of `new`; returns `new`."""
     if old is not None and old.ndim == new.ndim:
         corner = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
         new[corner] = old[corner]

@@ -4,8 +4,8 @@ A variant overrides `ascent` (where the weights go for the second pass) or `desc
 number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
 moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state and says its
 `phase` as `Driver` does. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be
-flat is the same for all: which rows are climbed, which parameters are moved, from which task on. Weight decay acts in
-the base optimizer alone, at the unmoved weights.
+flat is the same for all: which rows are climbed, which parameters are perturbed, from which task on. Weight decay acts
+only in the base optimizer, at the unperturbed weights.
 """
 
 from dataclasses import dataclass
@@ -26,35 +26,37 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class SharpnessAware(Driver):
-    """SAM's skeleton: one clean pass, one pass at moved weights."""
+    """The structure of SAM: one clean pass, one pass at perturbed weights."""
 
     @dataclass(frozen=True)
     class Args(Driver.Args):
         rho: float = flag(0.05, "radius of the ball in which the worst point is sought", low=0)
         ascent_on: str = flag(
             "all",
-            "which loss is climbed: all of it, that of the stream's rows, or that of the memory's",
+            "which loss the perturbation increases: that of all rows, of the stream's rows (current), or of the "
+            "memory's rows",
             choices=("all", "current", "memory"),
         )
         perturb: str = flag(
             "all",
-            "which parameters are moved: all, all but biases and those of normalisation layers, or only the latter",
+            "which parameters are perturbed: all, all except biases and normalisation layers, or only normalisation "
+            "layers",
             choices=("all", "no_norm_bias", "norm_only"),
         )
-        sam_from_task: int = flag(0, "first task that is trained sharpness-aware, counted from 0", low=0)
+        sam_from_task: int = flag(0, "first task that is trained with perturbed weights, counted from 0", low=0)
         renormalize: bool = flag(False, "scale the update to the norm of the clean gradient (Stable SAM)")
 
     def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: Any = None):
         super().__init__(method, lr, weight_decay, args, rng)
-        self._unmoved = self._find_unmoved()
+        self._unperturbed = self._find_unperturbed()
 
     @classmethod
     def check(cls, config: Any, method: type) -> list[str]:
         problems = []
         if config.ascent_on != "all" and not method.has_memory:
             problems.append(
-                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory apart from the "
-                f"stream's, {method.name} has none. Use all."
+                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory, {method.name} has "
+                "none. Use all."
             )
         if 0 < config.sam_from_task <= config.start_from:
             problems.append(
@@ -76,33 +78,33 @@ class SharpnessAware(Driver):
         return problems
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
-        """The offset of the weights for the second pass, from the clean gradient of what is climbed: a new list."""
+        """The offset of the weights for the second pass, a new list, from the clean gradient that --ascent_on selects."""
         return torch._foreach_mul(g, self.args.rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
-        """The update, from the clean gradient of the whole loss and the one at the moved weights."""
+        """The update, from the clean gradient of the whole loss and the gradient at the perturbed weights."""
         return g_adv
 
     def direction(self, objective: Any) -> Grads:
         g, climbed = self.gradients(objective)
-        with self.at(self._moved(self.ascent(climbed, objective))):
+        with self.at(self._perturbed_part(self.ascent(climbed, objective))):
             g_adv = objective.gradient()
         return self.descent(g, g_adv)
 
     def gradients(self, objective: Any, wanted: Wanted = None) -> tuple[Grads, Grads]:
-        """(gradient of the whole loss, gradient of what is climbed with zeros where nothing is to be moved)."""
+        """(gradient of the whole loss, gradient that --ascent_on selects, with zeros for what --perturb excludes)."""
         g, climbed = objective.gradients(self.args.ascent_on, wanted)
-        return g, self._moved(climbed)
+        return g, self._perturbed_part(climbed)
 
     @property
     def fewest_rows(self) -> int:
-        """Of a forward that takes a part of a block: of a single one, BatchNorm may have no statistics."""
+        """The fewest rows of a pass over part of a block: BatchNorm may have no statistics of a single row."""
         return 2 if self._batchnorms else 1
 
     phase = Driver.phase  # --sam_from_task and --ascent_on: one answer for a task and its blocks
 
     def is_sharp(self, objective: Any) -> bool:
-        """Whether this step is one of the variant's, and not the base optimizer's."""
+        """Whether this step is sharpness-aware, and not a plain step of the base optimizer."""
         return self.clock["task"] >= self.args.sam_from_task and objective.has(self.args.ascent_on)
 
     def update(self, objective: Any) -> Grads:
@@ -116,23 +118,23 @@ class SharpnessAware(Driver):
     def follow(self) -> bool:
         has_changed = super().follow()
         if has_changed:
-            self._unmoved = self._find_unmoved()
+            self._unperturbed = self._find_unperturbed()
         return has_changed
 
-    def _moved(self, vector: Grads) -> Grads:
-        """The vector with zeros for what --perturb leaves alone."""
-        if not self._unmoved:
+    def _perturbed_part(self, vector: Grads) -> Grads:
+        """The vector with zeros for parameters that --perturb excludes."""
+        if not self._unperturbed:
             return vector
-        return [self._unmoved.get(i, part) for i, part in enumerate(vector)]
+        return [self._unperturbed.get(i, part) for i, part in enumerate(vector)]
 
-    def _find_unmoved(self) -> dict[int, torch.Tensor]:
-        """{position of a parameter that --perturb leaves alone: zeros}."""
+    def _find_unperturbed(self) -> dict[int, torch.Tensor]:
+        """{position of a parameter that --perturb excludes: zeros}."""
         if self.args.perturb == "all":
             return {}
         norms = {id(p) for m in self.method.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
         only = self.args.perturb == "norm_only"
-        moved = [id(p) in norms if only else p.ndim > 1 and id(p) not in norms for p in self.params]
-        return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, moved, strict=True)) if not m}
+        perturbed = [id(p) in norms if only else p.ndim > 1 and id(p) not in norms for p in self.params]
+        return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, perturbed, strict=True)) if not m}
 
 
 def _has_norms(config: Any) -> bool:

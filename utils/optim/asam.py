@@ -24,7 +24,7 @@ class ASAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         rho: float = flag(0.5, "radius of the scaled ball in which the worst point is sought", low=0)
-        asam_eta: float = flag(0.01, "added to |w|, so that a weight of zero still moves", low=0)
+        asam_eta: float = flag(0.01, "added to |w|, so that a weight of zero is perturbed too", low=0)
 
     phase = SharpnessAware.phase
 

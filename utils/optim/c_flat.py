@@ -1,4 +1,4 @@
-"""C-Flat (Bian et al., NeurIPS 2024): SAM and, beside it, flatness of the gradient's norm.
+"""C-Flat (Bian et al., NeurIPS 2024): SAM plus first-order flatness (small gradient norms around the weights).
 
     g1 = gradient at w + rho * g / |g|
     e1 = rho * (g1 - g) / |g1 - g|    g2 = gradient at w + e1

@@ -1,4 +1,4 @@
-"""CR-SAM (Wu, Luo & Wunsch, AAAI 2024): SAM with a penalty on curvature, by differences on both sides.
+"""CR-SAM (Wu, Luo & Wunsch, AAAI 2024): SAM with a penalty on curvature, by finite differences in both directions.
 
     g+, g- = gradients at w + e and w - e, e that of SAM
     u = g+ + cr_gamma * (g+ + g- - 2 g) + cr_beta * (g+ - g-)
@@ -26,8 +26,8 @@ class CRSAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         rho: float = flag(0.1, "radius of the ball in which the worst point is sought", low=0)
-        cr_gamma: float = flag(0.1, "weight of the curvature along the ascent", low=0)
-        cr_beta: float = flag(0.01, "weight of the slope along the ascent", low=0)
+        cr_gamma: float = flag(0.1, "weight of the curvature along the ascent direction", low=0)
+        cr_beta: float = flag(0.01, "weight of the slope along the ascent direction", low=0)
         cr_log: bool = flag(False, "the paper's logarithmic penalty instead of the code's")
 
     phase = SharpnessAware.phase

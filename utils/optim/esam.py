@@ -27,8 +27,8 @@ from flatcl.utils.registry import OPTIMIZERS
 class ESAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
-        esam_beta: float = flag(0.6, "share of the tensors that is moved", above=0, high=1)
-        esam_gamma: float = flag(0.5, "share of the rows that the update is taken from", above=0, high=1)
+        esam_beta: float = flag(0.6, "share of the parameter tensors that is perturbed", above=0, high=1)
+        esam_gamma: float = flag(0.5, "share of the rows that the update is computed from", above=0, high=1)
 
     @classmethod
     def check(cls, config, method) -> list[str]:
@@ -53,13 +53,13 @@ class ESAM(SharpnessAware):
         if not self.phase() or not self.is_sharp(objective):
             return {}
         draws = self.rng.random(len(self.params))
-        return {"moved": (draws < self.args.esam_beta) | (draws == draws.min())}
+        return {"perturbed": (draws < self.args.esam_beta) | (draws == draws.min())}
 
     def tick(self, objective) -> None:
         self.clock["started"] |= self.is_sharp(objective)
 
     def direction(self, objective) -> Grads:
-        _, climbed = self.gradients(objective, self.drawn.get("moved"))
+        _, climbed = self.gradients(objective, self.drawn.get("perturbed"))
         offset = torch._foreach_mul(climbed, self.args.rho / self.args.esam_beta / (norm(climbed) + 1e-7))
         with self.at(offset):
             if self.args.esam_gamma == 1:

@@ -1,4 +1,4 @@
-"""Friendly SAM, F-SAM (Li et al., CVPR 2024): climb against the batch's own noise, not the full gradient.
+"""Friendly SAM, F-SAM (Li et al., CVPR 2024): the ascent uses only the noise of the batch, not the full gradient.
 
     d = g - friendly_sigma * m    m = friendly_lambda * m + (1 - friendly_lambda) * g    e = rho * d / (|d| + 1e-12)
 
@@ -24,7 +24,9 @@ class FriendlySAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         rho: float = flag(0.2, "radius of the ball in which the worst point is sought", low=0)
-        friendly_sigma: float = flag(1.0, "how much of the averaged gradient is taken off the ascent", low=0)
+        friendly_sigma: float = flag(
+            1.0, "how much of the averaged gradient is subtracted from the ascent direction", low=0
+        )
         friendly_lambda: float = flag(0.6, "decay of the averaged gradient", low=0, high=1)
 
     phase = SharpnessAware.phase

@@ -24,8 +24,8 @@ from flatcl.utils.registry import OPTIMIZERS
 class GSAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
-        gsam_alpha: float = flag(0.4, "weight of the clean gradient's part across the perturbed one", low=0)
-        gsam_rho_min: float | None = flag(None, "rho where the learning rate is 0; default: rho, a constant", low=0)
+        gsam_alpha: float = flag(0.4, "weight of the part of the clean gradient orthogonal to the perturbed one", low=0)
+        gsam_rho_min: float | None = flag(None, "rho at a learning rate of 0; default: rho, a constant", low=0)
 
     def __init__(self, method, lr: float, *args, **kwargs):
         super().__init__(method, lr, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""LookSAM (Liu et al., CVPR 2022): SAM every k-th step; between, its part across the gradient is used again.
+"""LookSAM (Liu et al., CVPR 2022): SAM every k-th step; other steps reuse its part orthogonal to the gradient.
 
     t = 0, k, 2k, ...:  u = g_s, SAM's gradient    g_v = g_s - (<g, g_s> / |g|^2) g
     else:               u = g + looksam_alpha * |g| / (|g_v| + 1e-12) * g_v
@@ -27,8 +27,8 @@ class LookSAM(SharpnessAware):
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         rho: float = flag(0.1, "radius of the ball in which the worst point is sought", low=0)
-        looksam_every: int = flag(5, "k: every k-th step is SAM's", low=1)
-        looksam_alpha: float = flag(0.1, "length of the part that is used again, in norms of the gradient", low=0)
+        looksam_every: int = flag(5, "k: every k-th step is a SAM step", low=1)
+        looksam_alpha: float = flag(0.1, "length of the reused component, relative to the norm of the gradient", low=0)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""MESA (Du et al., NeurIPS 2022): no ascent; the outputs must not run away from those of the averaged weights.
+"""MESA (Du et al., NeurIPS 2022): no ascent; the loss keeps outputs close to those of averaged weights.
 
     loss + mesa_lambda * tau^2 * mean KL(softmax(z_v / tau) || softmax(z / tau))
     v = mesa_decay * v + (1 - mesa_decay) * w after each step, BatchNorm's statistics included; z_v in eval mode

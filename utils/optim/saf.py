@@ -1,4 +1,4 @@
-"""SAF (Du et al., NeurIPS 2022): no ascent; the outputs must not run away from those of some visits ago.
+"""SAF (Du et al., NeurIPS 2022): no ascent; the loss keeps outputs close to those of earlier visits.
 
     loss + saf_lambda * tau^2 * mean KL(softmax(z_past / tau) || softmax(z / tau))
     z_past: this row's logits, as they were saf_lag visits ago, in train mode, before the update
@@ -34,8 +34,8 @@ class SAF(Driver):
     class Args(Driver.Args):
         saf_lambda: float = flag(0.3, "weight of the distance to past outputs", low=0)
         saf_tau: float = flag(5.0, "temperature of both outputs", above=0)
-        saf_start: int = flag(5, "it begins once a row has had more visits than this", low=0)
-        saf_lag: int = flag(3, "how many visits ago the past is", low=1, high=1000)
+        saf_start: int = flag(5, "used for rows that have been visited more often than this", low=0)
+        saf_lag: int = flag(3, "the past outputs are those of this many visits ago", low=1, high=1000)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ class SAF(Driver):
         is_known = config.budget_rows is None and not method.has_memory and not method.revisits
         if is_known and visits <= max(config.saf_start + 1, config.saf_lag):
             warnings.warn(
-                f"saf adds nothing to this run: rows are seen {visits} time(s), and it begins after "
+                f"saf has no effect in this run: rows are visited {visits} time(s), and it begins after "
                 f"{max(config.saf_start + 1, config.saf_lag)} visits (--saf_start, --saf_lag).",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""SAM (Foret et al., ICLR 2021), eq. 2 and 3: descend with the gradient at the worst point of a ball.
+"""SAM (Foret et al., ICLR 2021), eq. 2 and 3: a step with the gradient at the worst point in a ball around the weights.
 
     e = rho * g / (|g| + 1e-12)    u = gradient at w + e
 

@@ -1,4 +1,4 @@
-"""SAMPa (Xie, Pethick & Cevher, NeurIPS 2024): the two gradients of SAM at points that are known beforehand.
+"""SAMPa (Xie, Pethick & Cevher, NeurIPS 2024): the two gradients of SAM at points known in advance, so in parallel.
 
     h  = gradient of B_(t-1) at y_t             from the step before
     a  = gradient of B_(t-1) at x_t + rho * h / (|h| + 1e-12)

@@ -1,4 +1,4 @@
-"""Sparse SAM (Mi et al., NeurIPS 2022; Systematic Investigation, 2023): SAM that moves only a part of the weights.
+"""Sparse SAM (Mi et al., NeurIPS 2022; Systematic Investigation, 2023): SAM that perturbs only some weights.
 
     e = rho * g / (|g| + 1e-7) * M    |g| over all weights, M binary, `sparsity` of it zero
 
@@ -48,12 +48,12 @@ class SparseSAM(SharpnessAware):
     class Args(SharpnessAware.Args):
         rho: float = flag(0.1, "radius of the ball in which the worst point is sought", low=0)
         sparse_mask: str = flag("fisher", "how the mask is made", choices=("fisher", "dynamic", "nm"))
-        sparsity: float = flag(0.5, "share of the weights that is not moved", low=0, below=1)
+        sparsity: float = flag(0.5, "share of the weights that is not perturbed", low=0, below=1)
         sparse_every: int = flag(1, "epochs from one mask to the next", low=1)
-        fisher_rows: int = flag(16, "rows of a step that the Fisher information is taken from", low=1)
+        fisher_rows: int = flag(16, "rows of a step that the Fisher information is computed from", low=1)
         drop_rate: float = flag(0.5, "share of a dynamic mask that is renewed when a task begins", low=0, high=1)
-        sparse_n: int = flag(2, "weights moved ...", low=1)
-        sparse_m: int = flag(4, "... of so many consecutive ones", low=2)
+        sparse_n: int = flag(2, "number of weights perturbed in each group", low=1)
+        sparse_m: int = flag(4, "size of a group: consecutive weights", low=2)
 
     @classmethod
     def check(cls, config, method) -> list[str]:
@@ -140,9 +140,9 @@ class SparseSAM(SharpnessAware):
         epoch, n_epochs = self.clock["epoch"], self.clock.get("n_epochs", 0)
         rate = self.args.drop_rate * (1 + math.cos(math.pi * epoch / n_epochs if n_epochs else 0.0)) / 2
         still = self.args.sparsity * self._size
-        moved, m = self._size - still, flat(mask)
-        new = min(moved * rate, still)
-        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(moved - new + 1e-9))
+        in_mask, m = self._size - still, flat(mask)
+        new = min(in_mask * rate, still)
+        kept = self._top((flat(g).abs() + 1e-7) * m, math.floor(in_mask - new + 1e-9))
         # where there is room; where a mask of parameters that have grown has less, what was dropped comes back
         grown = self._top((self._random() + 1e-7 + (1 - m)) * (1 - kept), math.floor(new + 1e-9))
         return self._unflatten(kept + grown)

@@ -1,8 +1,8 @@
 """What a memory keeps, a policy in each file: `--buffer_policy NAME`.
 
-A policy that looks at the stream says in `place` which slots its rows take; one that chooses when a task ends does it
-in `end_task`. It must decide in a resumed run as in the one that was stopped, and on a GPU as on the CPU: it draws from
-the buffer's generator alone, and `state_dict` has all that it keeps.
+A policy that chooses during the stream returns from `place` the slots of the rows; one that chooses at the end of a
+task does so in `end_task`. It must decide in a resumed run as in one that was not stopped, and on a GPU as on the CPU:
+it draws only from the buffer's generator, and `state_dict` has everything that it keeps.
 """
 
 from typing import Any
@@ -25,19 +25,19 @@ class Policy:
         return []
 
     def place(self, buffer: Any, n: int, labels: np.ndarray | None) -> np.ndarray:
-        """The slots (n,) int64 that n rows of the stream take; `buffer.capacity` or more: the row is not kept.
+        """The slots (n,) int64 of n rows of the stream; a row whose slot is `buffer.capacity` or more is not kept.
 
-        Of rows that take one slot, the last one stays. Empty slots are taken in order: the next one is `len(buffer)`.
-        `labels` (n,) int64 is given where `needs_labels` says so.
+        If several rows take the same slot, the last one stays. Empty slots are filled in order: the next one is
+        `len(buffer)`. `labels` (n,) int64 is given if `needs_labels` is True.
         """
         raise NotImplementedError
 
     def end_task(self, method: Any, task: Any) -> None:
-        """Called when a task ends, before the evaluation. Here nothing: the memory fills while the stream passes."""
+        """Called when a task ends, before the evaluation. By default does nothing: the memory is filled in `place`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed policy needs: tensors, numbers, strings, lists and dicts only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from such a state. That of a checkpoint which is older than policies is empty."""
+        """Continues from such a state. The state in a checkpoint that is older than policies is empty."""

@@ -1,4 +1,4 @@
-"""Class-balancing reservoir sampling, CBRS (Chrysakis & Moens, ICML 2020), algorithm 1: classes as even as can be.
+"""CBRS, class-balancing reservoir sampling (Chrysakis & Moens, ICML 2020), algorithm 1: classes in balance.
 
 While there is room, every row is stored. Then, with m of the n rows that its class c has shown in the memory:
 
@@ -6,7 +6,7 @@ While there is room, every row is stored. Then, with m of the n rows that its cl
     c is not full:  it replaces any one of the rows of the largest classes
 
 A class is full once it has been a largest one. Deviates: only in a memory without room, which is where the algorithm
-asks for it; the ties among the first few rows, of which the paper's words speak too, would keep classes small for good.
+needs it. The text of the paper also covers ties among the first rows, but these would keep classes small for ever.
 """
 
 import numpy as np

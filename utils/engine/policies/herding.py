@@ -1,8 +1,8 @@
-"""Herding (iCaRL, Rebuffi et al., CVPR 2017, algorithm 4): when a task ends, the rows nearest to its classes' means.
+"""Herding (iCaRL, Rebuffi et al., CVPR 2017, algorithm 4): when a task ends, the rows nearest to the class means.
 
 Each class has room for buffer_size // (classes seen) rows. Those of a new class are chosen from all its rows of the
-task, by features of the un-augmented images in eval mode, which are not normalised; old classes keep their first. Where
-classes come back (domain-il), those of each task count as classes of their own. Stored logits are of the un-augmented
+task, by features of the un-augmented images in eval mode, which are not normalised; old classes keep their first. If
+classes come back (domain-il), those of each task count as new classes. Stored logits are of the un-augmented
 images in eval mode, of the network as it is when the task ends, unlike those of streaming policies. The passes are
 counted. Until the first task ends, the memory is empty.
 """

@@ -1,4 +1,4 @@
-"""Reservoir sampling (Vitter, 1985): each presentation is as likely to be in the memory as any other."""
+"""Reservoir sampling (Vitter, 1985): each image of the stream is in the memory with the same probability."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ class Reservoir(Policy):
     """Needs no data, so that a rejected row is never copied."""
 
     def place(self, buffer, n, labels=None):
-        """A row that c presentations have preceded takes slot c while c < capacity, then the slot
+        """A row after c earlier ones takes slot c while c < capacity, then the slot
         r = floor(u * (c + 1)), u ~ U[0, 1), if r < capacity."""
         slots = np.arange(buffer.num_seen, buffer.num_seen + n)
         late = max(0, min(n, buffer.capacity - buffer.num_seen))  # the first row that needs a random slot

@@ -1,7 +1,7 @@
-"""A ring for each class (Chaudhry et al., 2019, "On tiny episodic memories"): the last rows of each, as many of all.
+"""A ring for each class (Chaudhry et al., 2019, "On tiny episodic memories"): the last rows, as many for each class.
 
-Each class has room for buffer_size // (classes of the benchmark) rows, seen or not: what does not divide, and the room
-of classes that have not come, stays empty.
+Each class has room for buffer_size // (classes of the benchmark) rows, seen or not: the remainder of the
+division, and the room of classes that have not appeared, stay empty.
 """
 
 import numpy as np
