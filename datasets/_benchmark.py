@@ -156,7 +156,7 @@ class Benchmark(Sequence[Task]):
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
-        """What `load` would have to download, and where to put it by hand; None if nothing is missing. Opens no file."""
+        """What `load` would have to download, and where to put it by hand; None if nothing. Opens no file."""
         return None
 
     @classmethod

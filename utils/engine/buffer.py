@@ -101,7 +101,7 @@ class Buffer:
         return {name: column.index_select(0, index) for name, column in self.columns.items()}
 
     def overwrite(self, slots: Tensor, wins: Tensor, **columns: Tensor) -> None:
-        """Writes row i of `columns` to slot `slots[i]` (n,) if `wins[i]` (n,) is True; if slots are equal, the last row.
+        """Writes row i of `columns` to slot `slots[i]` (n,) if `wins[i]` (n,) is True; of equal slots, the last row.
 
         `slots` and `wins` are on the device, and nothing waits for it.
         """
