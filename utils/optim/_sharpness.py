@@ -78,7 +78,7 @@ class SharpnessAware(Driver):
         return problems
 
     def ascent(self, g: Grads, objective: Any) -> Grads:
-        """The offset of the weights for the second pass, a new list; `g`: the clean gradient that --ascent_on selects."""
+        """The offset of the weights for the second pass (a new list); `g`: clean gradient of what --ascent_on says."""
         return torch._foreach_mul(g, self.args.rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:
