@@ -103,6 +103,10 @@ class Method(nn.Module):
     needs_task = False  # must be told the task at test time, so that class-il is not defined for it
     new_optimizer = False  # a new base optimizer with each task: momentum and other averages start from nothing
     rows_are_apart = True  # a row's cost depends on no other row (but in BatchNorm), so that processes can share them
+    learns_at_the_end = False  # takes no step before the last task's images have passed
+    loss_needs_task = False  # its loss is of the task that `begin_task` named last, and of no other batch
+    own_memory = False  # is filled in another way than as one reservoir of all images that have passed
+    replays_as_stored = False  # replayed images are not augmented
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
     ranks: Any = None  # `flatcl.utils.engine.ranks.Ranks`, where several processes train this run; set by the engine

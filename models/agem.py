@@ -23,6 +23,7 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("agem")
 class AGem(SharedMemory):
     settings = ("class-il", "domain-il")
+    own_memory = True
     has_memory = False  # the memory is a reference, no part of the loss
     published = published(
         DER,

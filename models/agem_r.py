@@ -15,6 +15,8 @@ class AGemR(AGem):
     settings = ReplayMethod.settings
     fixed_policy = None
     Args = ReplayMethod.Args
+    own_memory = False
+    replays_as_stored = True
     published = AGem.published | published(
         DER,
         {

@@ -22,6 +22,7 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("fdr")
 class FDR(SharedMemory):
     settings = ("class-il", "domain-il")
+    own_memory = True
 
     @dataclass(frozen=True)
     class Args(SharedMemory.Args):

@@ -33,6 +33,7 @@ from flatcl.utils.registry import METHODS
 class GDumb(Method):
     revisits = True
     fixed_policy = "greedy, or a reservoir: --gdumb_sampler"
+    learns_at_the_end = True
 
     @dataclass(frozen=True)
     class Args:

@@ -31,6 +31,7 @@ FIRST_SCORE = 0.1
 @METHODS.register("gss")
 class GSS(ER):
     fixed_policy = "diverse gradients"
+    own_memory = True
 
     @dataclass(frozen=True)
     class Args(MemoryArgs):

@@ -57,6 +57,8 @@ def places(y: Tensor) -> Tensor:
 class XDer(ReplayMethod):
     settings = ("class-il",)
     fixed_policy = "as many images of each class, chosen when a task ends"
+    loss_needs_task = True
+    own_memory = True
     rows_are_apart = False  # constraints are means over violators, views are compared with each other
     published = published(
         XDER,

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,37 +12,15 @@ if str(ROOT) not in sys.path:
 
 torch.set_num_threads(1)
 
-TINY_BN = '''"""A convolution with bias, BatchNorm and a linear layer."""
-
-from torch import nn
-from torch.nn.functional import relu
-
+TINY_BN = (
+    '"""The small network of the contracts."""\n'
+    + """
+from flatcl.utils.contracts._runs import TinyBn
 from flatcl.utils.registry import BACKBONES
 
-
-@BACKBONES.register("tiny-bn")
-class TinyBn(nn.Sequential):
-    def __init__(self, shape, num_classes, args=None):
-        channels, height, width = shape
-        super().__init__(
-            nn.Conv2d(channels, 4, 3, stride=2, padding=1),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(4 * ((height + 1) // 2) * ((width + 1) // 2), num_classes),
-        )
-        self.num_features = self[-1].in_features
-
-    @property
-    def stages(self):
-        conv, norm, _, flatten, classifier = self
-        return [(lambda x: norm(conv(x)), relu), (lambda x: classifier(flatten(x)), nn.Identity())]
-
-    def features(self, x):
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        return x
-'''
+BACKBONES.register("tiny-bn")(TinyBn)
+"""
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,21 +69,10 @@ def start(tiny_bn):
 def assert_same():
     """`assert_same(a, b)`: nested containers of tensors and plain values are equal bit for bit."""
 
-    def check(a, b, where="it"):
-        assert type(a) is type(b), where
-        if isinstance(a, dict):
-            assert a.keys() == b.keys(), where
-            for key in a:
-                check(a[key], b[key], f"{where}[{key!r}]")
-        elif isinstance(a, list | tuple):
-            assert len(a) == len(b), where
-            for position, (left, right) in enumerate(zip(a, b, strict=True)):
-                check(left, right, f"{where}[{position}]")
-        elif isinstance(a, torch.Tensor):
-            assert a.dtype == b.dtype and torch.equal(a, b), where
-        elif isinstance(a, np.ndarray):
-            assert np.array_equal(a, b), where
-        else:
-            assert a == b, where
+    from flatcl.utils.contracts._runs import difference
+
+    def check(a, b):
+        found = difference(a, b)
+        assert found is None, found
 
     return check

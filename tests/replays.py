@@ -5,10 +5,10 @@
     python tests/replays.py --summarize tests/records/replays          # the table of a record
 
 For each pair, small runs on seq-synth (two tasks of three epochs, augmented; a network with BatchNorm): one in the
-ordinary way, one with steps recorded by `tests/tape.py`, which does on the CPU what a CUDA graph does on a GPU, and one
-like the second that is stopped in its last task and resumed. At their ends the last checkpoints (weights, memory,
-optimizer, generators, progress), accuracies and logged curves are compared. CPU, one thread. A pair that FOLDER's
-record has already is skipped.
+ordinary way, one with steps recorded by `utils/contracts/_tape.py`, which does on the CPU what a CUDA graph does on a
+GPU, and one like the second that is stopped in its last task and resumed. At their ends the last checkpoints (weights,
+memory, optimizer, generators, progress), accuracies and logged curves are compared. CPU, one thread. A pair that
+FOLDER's record has already is skipped.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import kills  # noqa: E402
-from tape import Tape  # noqa: E402
 
 from flatcl.models._method import Method  # noqa: E402
 from flatcl.utils.commands.train import main as run_main  # noqa: E402
+from flatcl.utils.contracts._tape import Tape  # noqa: E402
 from flatcl.utils.engine import program, results  # noqa: E402
 from flatcl.utils.engine.logs import Logs  # noqa: E402
 from flatcl.utils.registry import METHODS, OPTIMIZERS, load_plugin  # noqa: E402

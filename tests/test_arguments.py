@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from made import declared, make_mnist
-from tape import Tape
 
+from flatcl.utils import arguments
 from flatcl.utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
+from flatcl.utils.contracts._tape import Tape
+from flatcl.utils.elsewhere import ELSEWHERE
 from flatcl.utils.engine import checkpoint, program
 from flatcl.utils.engine.build import _place, resolve_device
 from flatcl.utils.engine.build import build as build_trainer
@@ -395,6 +398,42 @@ def test_numbers_too_large_for_the_machine_give_no_traceback(name, capsys):
 def test_did_you_mean(argv, hint, fails):
     lines = fails(*argv)
     assert len(lines) == 1 and hint in lines[0]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_flags_of_other_programs_get_a_sentence(name, fails):
+    (line,) = fails(*FAST, f"--{name}", "1")
+    assert line == f"unknown flag: --{name}. {ELSEWHERE[name]}"
+    assert ELSEWHERE[name].endswith(".") and not list(arguments._owners(name))
+
+
+def test_sentences_about_flags_of_other_programs_name_flags_that_are_there():
+    named = {flag for sentence in ELSEWHERE.values() for flag in re.findall(r"--(\w+)", sentence)}
+    of_the_program = {field.name for field in dataclasses.fields(EngineArgs)} | {"from", "resume", "continue"}
+    of_parts = {name for name in named if list(arguments._owners(name))}
+    assert named - of_the_program - of_parts <= {"format", "nproc_per_node"}  # those of report and torchrun
+    assert {"buffer_size", "from", "n_tasks"} <= named
+
+
+def test_what_is_wrong_with_names_and_flags_is_said_before_anything_is_imported():
+    """torch takes seconds; most mistakes are typing mistakes."""
+    code = (
+        "import sys; from flatcl.utils.commands.train import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'kornia'} & {*sys.modules}; sys.exit(f'{code}: {heavy}')"
+    )
+    argv = ["--model", "derpp", "--dataset", "seq-mnist"]
+    for words, said in [
+        ([*argv, "--bufer_size", "3", "--rho", "1", "--lr", "x"], 3),
+        ([*argv[:2], "--dataset", "seq-minst", "--bufer_size", "3", "--alpha", "x"], 2),
+        ([*argv, "--loadcheck", "x"], 1),
+        ([*argv, "--backbone", "resnet81", "--optimizer", "adma"], 2),
+        ([], 2),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        *lines, end = done.stderr.splitlines()
+        assert end == "2: set()" and len(lines) == said, done.stderr
 
 
 def test_a_name_that_is_near_to_nothing_lists_all_names(fails):

@@ -22,6 +22,8 @@ from PIL import Image
 from flatcl.datasets import _files
 from flatcl.datasets._rotation import rotation_maps
 from flatcl.utils.arguments import resolve
+from flatcl.utils.contracts import benchmarks
+from flatcl.utils.contracts._runs import Skipped
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.registry import DATASETS
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*made set")
 NAMES = declared()
 SETTINGS = {name: DATASETS.load(name).setting for name in NAMES}
 CLASS_IL = [name for name in NAMES if SETTINGS[name] == "class-il"]
+NOT_AUGMENTED = {"mnist-360", "perm-mnist", "rot-mnist", "seq-digits", "seq-fmnist", "seq-mnist"}
 DOMAIN_IL = [name for name in NAMES if SETTINGS[name] == "domain-il"]
 KNOWN = {
     "mnist-360", "perm-mnist", "rot-mnist", "seq-cifar10", "seq-cifar100", "seq-digits", "seq-eurosat", "seq-fmnist",
@@ -101,28 +104,18 @@ def test_the_known_benchmarks_are_registered():
     assert set(NAMES) >= KNOWN
 
 
+@pytest.mark.parametrize("title", benchmarks.CONTRACTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_tasks_have_the_declared_shapes_and_classes(root, name):
-    benchmark = build(root, name)
-    assert len(benchmark) == len(list(benchmark)) == benchmark.config.n_tasks
-    assert benchmark.config.n_tasks == DATASETS.load(name).defaults["n_tasks"]
-    covered = []
-    for number, task in enumerate(benchmark):
-        assert task.index == number
-        covered += task.classes
-        for split in (task.train, task.test):
-            assert len(split) == len(split.labels) == len(split.images) == len(split.ids) > 0
-            assert split.images.dtype == torch.uint8 and tuple(split.images.shape[1:]) == benchmark.shape
-            assert split.labels.dtype == split.ids.dtype == torch.int64
-            assert split.labels.ndim == split.ids.ndim == 1
-            present = set(split.labels.tolist())
-            assert present <= set(task.classes)
-            if benchmark.setting != "general-continual":
-                assert present == set(task.classes) and split.batch_lengths is None
-    if benchmark.setting == "class-il":
-        assert covered == list(range(benchmark.num_classes)), "the tasks must part the classes, in order"
-    else:
-        assert covered == len(benchmark) * list(range(benchmark.num_classes))
+def test_keeps_the_contracts(root, name, title):
+    try:
+        benchmarks.CONTRACTS[title](build(root, name))
+    except Skipped as why:
+        assert name in NOT_AUGMENTED and str(why) == "it has no augmentations"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_has_the_tasks_of_its_defaults(root, name):
+    assert len(build(root, name)) == DATASETS.load(name).defaults["n_tasks"]
 
 
 def test_task_counts_of_the_published_protocols():
@@ -150,30 +143,6 @@ def test_ids_are_unique_and_name_the_row_of_the_data(root, name, part):
             assert torch.equal(labels[rows_of(split.ids)], split.labels)
     if benchmark.setting == "class-il":
         assert torch.equal(ids.sort().values, torch.arange(len(labels))), "every image belongs to one task"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_indexing_advances_nothing(root, name):
-    benchmark, twin = build(root, name), build(root, name)
-    last = len(benchmark) - 1
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
-    first, last_first = benchmark[0], twin[last]
-    assert_same(first.train, first.train)
-    assert_same(benchmark[last].train, last_first.train)
-    assert_same(benchmark[0].train, first.train)
-    assert_same(twin[0].train, first.train)
-    assert_same(benchmark[0].test, twin[0].test)
-    assert_same(benchmark[0].test, first.test)
-    assert torch.equal(torch_state, torch.get_rng_state())
-    assert np.array_equal(numpy_state[1], np.random.get_state()[1]) and numpy_state[2] == np.random.get_state()[2]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_index_outside_the_tasks_is_an_error(root, name):
-    benchmark = build(root, name)
-    for index in (-1, len(benchmark), len(benchmark) + 5):
-        with pytest.raises(IndexError):
-            benchmark[index]
 
 
 @pytest.mark.parametrize("name", CLASS_IL)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tape import Tape
 
 from flatcl.__main__ import main as command
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import gpu
+from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import program
 
 SMALL = {"dataset": "seq-synth", "buffer_size": 40}

@@ -1,4 +1,4 @@
-"""Imports point one way: commands -> engine -> (by name) methods, benchmarks, networks, optimizers -> utils."""
+"""Imports point one way: commands -> contracts -> engine -> (by name) methods, benchmarks, optimizers ... -> utils."""
 
 import ast
 import importlib.util
@@ -53,9 +53,12 @@ def test_imports_point_one_way(module):
     needed = imports(module)
     if not is_in(module, "flatcl.utils.commands", "flatcl.__main__"):
         assert not [name for name in needed if is_in(name, "flatcl.utils.commands")]
-    if is_in(module, "flatcl.utils") and not is_in(module, "flatcl.utils.commands", "flatcl.utils.engine", *CHOSEN):
+    if not is_in(module, "flatcl.utils.commands", "flatcl.utils.contracts"):
+        assert not [name for name in needed if is_in(name, "flatcl.utils.contracts")]
+    rooms = ("flatcl.utils.commands", "flatcl.utils.contracts", "flatcl.utils.engine")
+    if is_in(module, "flatcl.utils") and not is_in(module, *rooms, *CHOSEN):
         assert not [name for name in needed if is_in(name, "flatcl.utils.engine", *CHOSEN)]
-    if is_in(module, "flatcl.utils.engine", "flatcl.utils.commands"):
+    if is_in(module, *rooms):
         assert not [name for name in needed if is_in(name, *CHOSEN) and not machinery(name)]
     if is_in(module, *CHOSEN):
         drivers = {f"flatcl.utils.engine.{name}" for name in DRIVES_A_RUN}

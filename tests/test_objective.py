@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_optimizers import CLASSES, batches, conv_bn_linear
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flatcl.models._method import Block, Loss, Method, Objective
+from flatcl.utils.contracts._steps import CLASSES, batches, conv_bn_linear
 from flatcl.utils.registry import OPTIMIZERS
 
 

@@ -1,7 +1,6 @@
 """The optimizers against computations of our own over one flat vector, and what every optimizer must keep."""
 
 import gc
-import io
 import math
 import weakref
 from types import SimpleNamespace
@@ -11,73 +10,34 @@ import pytest
 import torch
 from torch import nn
 
-from flatcl.models._method import Batch, Block, Context, Loss, Method, Objective
+from flatcl.models._method import Batch, Block, Context, Loss, Objective
+from flatcl.utils.contracts import optimizers
+from flatcl.utils.contracts._steps import (
+    CLASSES,
+    DECAY,
+    LR,
+    SIZES,
+    TASK,
+    Noisy,
+    TwoHeads,
+    Watched,
+    batches,
+    conv_bn_linear,
+    copies,
+    flat,
+    make,
+    step,
+)
+from flatcl.utils.contracts.optimizers import Trip
 from flatcl.utils.engine.augment import Augment
 from flatcl.utils.optim._sharpness import dot, frozen_statistics
 from flatcl.utils.registry import BACKBONES, METHODS, OPTIMIZERS
 
-CLASSES, LR, MOMENTUM, DECAY, RHO, ETA = 3, 0.1, 0.9, 5e-4, 0.2, 0.01
-SIZES = (12, 12, 9, 12, 12, 5, 12)  # rows of the seven batches
-TASK = SimpleNamespace(index=0, classes=range(CLASSES), train=SimpleNamespace(ids=torch.arange(100)))
-
-
-def conv_bn_linear(momentum=0.1, dtype=torch.float64):
-    """(N, 2, 6, 6) -> (N, 3), from a fixed seed."""
-    torch.manual_seed(1)
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)
-    )
-    nn.init.uniform_(net[1].weight, 0.5, 1.5)
-    nn.init.uniform_(net[1].bias, -0.5, 0.5)
-    return net.to(dtype)
-
-
-def batches(dtype=torch.float64, sizes=SIZES):
-    generator = torch.Generator().manual_seed(2)
-    for n in sizes:
-        x = torch.randn(n, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
-        yield x, torch.randint(0, CLASSES, (n,), generator=generator)
-
-
-class Watched(Method):
-    """Cross entropy over a net; calls `watch` with the pass's number after each forward."""
-
-    watch = staticmethod(lambda number, logits: None)
-
-    def loss(self, stream):
-        logits = self.net(stream.x)
-        self.passes = getattr(self, "passes", 0) + 1
-        self.watch(self.passes, logits)
-        return Loss({"current": nn.functional.cross_entropy(logits, stream.y, reduction="none")}, logits)
-
-
-def make(name, net, lr=LR, weight_decay=DECAY, **flags):
-    """A method over `net` and an optimizer of the registry, at the start of a task."""
-    kind = OPTIMIZERS.load(name)
-    method = Watched(net, None, None).train()
-    optimizer = kind(method, lr, weight_decay, kind.Args(**flags))
-    optimizer.begin_task(TASK)
-    optimizer.begin_epoch(0)
-    return method, optimizer
-
-
-def step(method, optimizer, x, y, trace=False):
-    block = Block(x, y=y, ids=torch.arange(len(y)))
-    objective = Objective(method, (block,), optimizer.params, trace)
-    update = optimizer.step(objective)
-    return objective, update
-
-
-def flat(net):
-    return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
-
-
-def copies(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
+MOMENTUM, RHO, ETA = 0.9, 0.2, 0.01
 
 
 class Oracle:
-    """The net above as a function of one float64 vector w; BatchNorm, cross entropy and base SGD by hand."""
+    """`conv_bn_linear` as a function of one float64 vector w; BatchNorm, cross entropy and base SGD by hand."""
 
     SHAPES = ((4, 2, 3, 3), (4,), (4,), (4,), (CLASSES, 64), (CLASSES,))
     SCALED = (True, False, True, False, True, False)  # names that contain `weight`
@@ -361,57 +321,22 @@ def test_guide_zero_is_derpp_sam_bit_for_bit_and_the_guide_costs_nothing(start, 
     assert {(t.cost.forward_rows, t.cost.backward_rows) for t in runs} == {(896, 896)}
 
 
-class Trip(Exception):
-    pass
-
-
 @pytest.mark.parametrize("room", ("forward", "backward"))
 @pytest.mark.parametrize("momentum", (0.1, None))
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_an_exception_in_any_pass_leaves_weights_and_batchnorm_as_they_were(name, momentum, room, assert_same):
-    x, y = next(batches(torch.float32))
-    for fatal in range(1, 20):
-        net = conv_bn_linear(momentum, torch.float32)
-        method, optimizer = make(name, net)
-        statistics = []
-
-        def watch(number, logits, net=net, fatal=fatal, statistics=statistics):
-            statistics.append(copies(net[1]))
-            if number == fatal:
-                if room == "forward" or not logits.requires_grad:
-                    raise Trip
-                logits.register_hook(trip)
-
-        method.watch = watch
-        before, places = copies(net), [p.data_ptr() for p in net.parameters()]
-        try:
-            step(method, optimizer, x, y)
-        except Trip:
-            pass
-        else:
-            break  # it makes no such pass
-        assert torch.is_grad_enabled() and net[1].track_running_stats and net[1].momentum == momentum
-        assert places == [p.data_ptr() for p in net.parameters()]
-        assert_same({k: before[k] for k, _ in net.named_parameters()}, {k: v.data for k, v in net.named_parameters()})
-        # only a clean pass moves the statistics; after the accident they are as before, and move again
-        clean = [number for number in range(1, fatal) if not same(statistics[number - 1], statistics[number])]
-        assert clean == ([2, 4, 6] if name == "msam" else [])[: (fatal - 1) // 2]
-        assert same({key: before[f"1.{key}"] for key in statistics[0]}, copies(net[1]))
-        net(x)
-        assert net[1].num_batches_tracked == 1
-        method.watch = lambda number, logits: None
-        step(method, optimizer, x, y)  # and training goes on
-        assert not torch.equal(flat(net), torch.cat([before[k].flatten() for k, _ in net.named_parameters()]))
-    assert 1 < fatal < 19
+def test_an_exception_in_any_pass_leaves_weights_and_batchnorm_as_they_were(name, momentum, room):
+    optimizers.weights_come_back(name, room, momentum)
 
 
-def trip(gradient):
-    raise Trip
+@pytest.mark.parametrize("title", [title for title in optimizers.CONTRACTS if "exception" not in title])
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_keeps_the_contracts(name, title):
+    optimizers.CONTRACTS[title](optimizers.subject(name))
 
 
-def same(a, b):
-    """Whether two layers had the same running statistics."""
-    return all(torch.equal(a[key], b[key]) for key in ("running_mean", "running_var", "num_batches_tracked"))
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_dropout_by_a_function_is_the_same_in_all_passes_too(name):
+    optimizers.keeps_dropout(name, "function")
 
 
 @pytest.mark.parametrize("name", ("sam", "asam"))
@@ -464,45 +389,6 @@ def test_frozen_statistics_nest_and_thaw(momentum, assert_same):
     assert net[1].num_batches_tracked == 1 and not torch.equal(net[1].running_mean, before["1.running_mean"])
 
 
-class TwoHeads(nn.Module):
-    """Two linear heads of which one is in use, and a scale that the loss never depends on."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(4)
-        self.heads = nn.ModuleList(nn.Linear(72, CLASSES) for _ in range(2))
-        self.spare_weight = nn.Parameter(torch.tensor([1.0, -0.0]))
-        self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
-        self.head, self.seen = 0, []
-
-    def forward(self, x):
-        self.seen.append({name: value.clone() for name, value in self.state_dict().items()})
-        return self.heads[self.head](x.flatten(1))
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_parameters_without_gradient_are_neither_moved_nor_stepped(name):
-    net = TwoHeads()
-    kind = OPTIMIZERS.load(name)
-    momentum = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
-    method, optimizer = make(name, net, weight_decay=0.1, **momentum)
-    spare = net.spare_weight.detach().clone()
-    for number, (x, y) in enumerate(batches(torch.float32, (6,) * 4)):
-        net.head, net.seen = number // 2, []
-        if number == 2:
-            optimizer.begin_task(TASK)
-        before = {key: value.clone() for key, value in net.state_dict().items()}
-        step(method, optimizer, x, y)
-        idle = [key for key in before if not key.startswith(f"heads.{net.head}.")]
-        assert len(idle) == 4
-        for key in idle:  # the idle head has momentum from before, and weight decay is on
-            assert all(torch.equal(seen[key], before[key]) for seen in net.seen), key
-            assert torch.equal(net.state_dict()[key], before[key]), key
-        busy = f"heads.{net.head}.weight"
-        assert not torch.equal(net.state_dict()[busy], before[busy])
-    assert torch.equal(net.spare_weight, spare) and net.spare_weight.grad is None
-
-
 @pytest.mark.parametrize(
     "name, flags, reference",
     [
@@ -524,50 +410,6 @@ def test_a_parameter_that_pauses_keeps_its_state_as_in_torch(name, flags, refere
         nn.functional.cross_entropy(other(x), y).backward()
         torch_optimizer.step()
         assert torch.equal(flat(net), flat(other))
-
-
-class Noisy(nn.Module):
-    """Dropout as a module or as a function; keeps the inputs and masks of its forwards."""
-
-    def __init__(self, kind):
-        super().__init__()
-        torch.manual_seed(6)
-        self.linear, self.passes = nn.Linear(72, CLASSES), []
-        if kind == "module":
-            self.dropout = nn.Dropout(0.5)
-        else:
-            self.dropout = None
-
-    def forward(self, x):
-        ones = torch.ones_like(x)
-        mask = self.dropout(ones) if self.dropout else nn.functional.dropout(ones, 0.5, self.training)
-        if self.training:  # not what an optimizer looks at without noise
-            self.passes.append((x.clone(), mask))
-        return self.linear((x * mask).flatten(1))
-
-
-@pytest.mark.parametrize("kind", ("module", "function"))
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_dropout_is_the_same_in_all_passes_over_the_same_rows_and_new_in_the_next_step(name, kind):
-    net = Noisy(kind)
-    method, optimizer = make(name, net)
-    stream = list(batches(torch.float32, (12,) * 3))
-    torch.manual_seed(7)
-    for x, _ in stream:
-        nn.functional.dropout(torch.ones_like(x))
-    after_one_forward_a_step = torch.get_rng_state()
-    torch.manual_seed(7)
-    for x, y in stream:
-        step(method, optimizer, x, y)
-    if name != "msam":  # whose shards draw one after the other
-        assert torch.equal(torch.get_rng_state(), after_one_forward_a_step)
-    masks = {}
-    for x, mask in net.passes:
-        masks.setdefault(tuple(x.flatten().tolist()), []).append(mask)
-    assert all(torch.equal(mask, those[0]) for those in masks.values() for mask in those)
-    whole = [those[0] for those in masks.values() if len(those[0]) == (3 if name == "msam" else 12)]
-    assert len(whole) == len(stream) * (4 if name == "msam" else 1)
-    assert all(not torch.equal(a, b) for i, a in enumerate(whole) for b in whole[:i])
 
 
 class Referring(Watched):
@@ -649,34 +491,6 @@ def test_a_method_may_want_a_new_optimizer_with_each_task(name, wanted, assert_s
         assert_same(optimizer.state_dict(), fresh.state_dict())
     else:
         assert not torch.equal(flat(method.net), flat(other.net))
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS.names())
-def test_saved_and_loaded_in_mid_run_goes_on_bit_for_bit(name, assert_same):
-    kind = OPTIMIZERS.load(name)
-    flags = {"optim_mom": 0.9} if hasattr(kind.Args(), "optim_mom") else {}
-    stream = list(batches(torch.float32))
-    method, optimizer = make(name, conv_bn_linear(dtype=torch.float32), **flags)
-    for x, y in stream[:3]:
-        step(method, optimizer, x, y)
-    file = io.BytesIO()
-    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    noise = torch.get_rng_state()
-    for x, y in stream[3:]:
-        step(method, optimizer, x, y)
-
-    other = conv_bn_linear(dtype=torch.float32)
-    nn.init.zeros_(other[4].weight)
-    method2, optimizer2 = make(name, other, **flags)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    method2.load_state_dict(state["method"])
-    optimizer2.load_state_dict(state["optimizer"])
-    torch.set_rng_state(noise)
-    for x, y in stream[3:]:
-        step(method2, optimizer2, x, y)
-    assert_same(method.state_dict(), method2.state_dict())
-    assert_same(optimizer.state_dict(), optimizer2.state_dict())
 
 
 def test_momentum_is_what_a_resumed_run_would_miss():

@@ -240,6 +240,18 @@ def test_the_wheel_has_the_names_of_an_installed_plugin(installed, tmp_path):
     assert '"small_plugin": ' in config.read_text()  # its code is a part of the run's identity
 
 
+def test_the_wheel_checks_a_plugin(installed, homonyms, tmp_path):
+    """Without the tests, and without pytest."""
+    done([installed / "python", "-c", "import flatcl, importlib.util as u; assert u.find_spec('flatcl.tests') is None"])
+    (tmp_path / "mine.py").write_text(
+        "from flatcl.models.er import ER\nfrom flatcl.utils.registry import METHODS\n"
+        "@METHODS.register('mine')\nclass Mine(ER):\n    pass\n"
+    )
+    lines = done([installed / "flatcl", "check", "mine.py"], cwd=tmp_path).splitlines()
+    assert lines[0] == "model mine" and lines[-1] == f"{len(lines) - 2} ok, 0 failed, 0 skipped"
+    assert "skip  it can be loaded: data missing" in done([installed / "flatcl", "check", "seq-mnist"], cwd=tmp_path)
+
+
 def test_a_plugin_finds_packages_with_the_names_of_our_folders(installed, homonyms, tmp_path):
     """With the wheel, with main.py, and with the module in a clone."""
     beside = {**os.environ, "PYTHONPATH": str(homonyms / "site")}

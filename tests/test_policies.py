@@ -17,6 +17,7 @@ from flatcl.models._method import Batch
 from flatcl.models._replay import ReplayMethod
 from flatcl.utils.arguments import args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
+from flatcl.utils.contracts import policies
 from flatcl.utils.engine.buffer import Buffer
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import METHODS, POLICIES, load_plugin
@@ -535,3 +536,9 @@ def test_a_run_cannot_be_continued_with_another_policy(tmp_path, capsys):
 def test_replay_methods_share_one_way_to_remember():
     """A method that only keeps rows has no `remember` of its own."""
     assert all(METHODS.load(name).remember is ReplayMethod.remember for name in ("er", "der", "mgser_sam", "agem_r"))
+
+
+@pytest.mark.parametrize("title", policies.CONTRACTS)
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_each_policy_keeps_the_contracts(name, title):
+    policies.CONTRACTS[title](name)

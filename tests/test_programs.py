@@ -4,7 +4,6 @@ import kills
 import pytest
 import replays
 import torch
-from tape import Tape
 from torch import nn
 
 from flatcl.models._method import Block, Method
@@ -12,6 +11,7 @@ from flatcl.models.derpp import DerPP
 from flatcl.models.er import ER
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands.train import main
+from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import program
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.program import Programs

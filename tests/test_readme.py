@@ -1,12 +1,15 @@
 """The commands in README and pages resolve, and the example files run as they are printed."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from flatcl.utils.commands.train import main
 from flatcl.utils.registry import ROOT
@@ -17,8 +20,14 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "tests/records").glob("*/README.md")),
 ]
-REGISTERS = re.compile(r'@(METHODS|DATASETS|BACKBONES|OPTIMIZERS)\.register\("([^"]+)"\)')
-SELECTOR = {"METHODS": "model", "DATASETS": "dataset", "BACKBONES": "backbone", "OPTIMIZERS": "optimizer"}
+REGISTERS = re.compile(r'@(METHODS|DATASETS|BACKBONES|OPTIMIZERS|POLICIES)\.register\("([^"]+)"\)')
+SELECTOR = {
+    "METHODS": "model",
+    "DATASETS": "dataset",
+    "BACKBONES": "backbone",
+    "OPTIMIZERS": "optimizer",
+    "POLICIES": "buffer_policy",
+}
 SAMPLE = """
 Some text with `python main.py --list` in a line, and `python main.py` alone, which is no command.
 
@@ -125,7 +134,23 @@ def elsewhere(tmp_path, monkeypatch):
             file = tmp_path / f"{name.replace('-', '_')}.py"
             file.write_text(code)
             words += ["--plugin", str(file)]
+    draw_images(tmp_path)
     return words
+
+
+def draw_images(folder):
+    """The files of a user's own that the pages speak of."""
+    image = Image.new("RGB", (9, 7))
+    trees = [f"birds/class {number}" for number in range(10)]
+    trees += [f"office/{domain}/class {number}" for domain in ("art", "photo", "sketch") for number in range(2)]
+    for tree in trees:
+        (folder / tree).mkdir(parents=True)
+        for number in range(2):
+            image.save(folder / tree / f"{number}.png")
+    x, y = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 10
+    np.savez(folder / "data.npz", train_x=x, train_y=y, test_x=x, test_y=y)
+    for name in ("vit.safetensors", "r50.safetensors"):
+        (folder / name).write_bytes(b"weights")
 
 
 @pytest.mark.parametrize("words", collected(lambda text: commands(text, "main.py")))
@@ -191,8 +216,9 @@ def test_example_trains_two_tasks(example, tmp_path, capsys):
     argv += ["--plugin", str(file), "--debug_mode", "--stop_after", "2", "--results_path", str(tmp_path / "out")]
     assert main(argv) == 0, capsys.readouterr().err
     assert "Accuracy for 2 task(s)" in capsys.readouterr().out
-    summary = next((tmp_path / "out").rglob("summary.json")).read_text()
-    assert f'"{selector}": "{name}"' in summary and '"status": "finished"' in summary
+    folder = next((tmp_path / "out").rglob("summary.json")).parent
+    assert json.loads((folder / "config.json").read_text())["flags"][selector]["value"] == name
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("example", collected(examples))

@@ -1,15 +1,19 @@
 """Names and files; plugins, installed packages, and what is said when something is wrong with them."""
 
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flatcl.utils.arguments import SELECTORS, resolve, schema
+from flatcl.utils import declared
+from flatcl.utils.arguments import SELECTORS, args_of, resolve, schema
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.build import build
 from flatcl.utils.errors import UsageError
@@ -78,6 +82,45 @@ def test_each_file_registers_its_own_name(kind, name):
     for spelling in (stem, stem.replace("_", "-"), name.upper(), f" {name} "):
         assert registry.load(spelling) is obj
         assert registry.summary(spelling) == registry.summary(name) != ""
+
+
+@pytest.mark.parametrize("kind, name", EVERY_NAME)
+def test_what_a_file_declares_is_what_its_class_has(kind, name, monkeypatch):
+    registry = REGISTRIES[kind]
+    cls = registry.load(name)
+    names = {field.name for field in dataclasses.fields(cls.Args)} if args_of(cls) else set()
+    monkeypatch.setattr(registry, "load", lambda name: pytest.fail("its file is not understood"))
+    assert declared.flags(registry, name) == names
+    for constant in ("default_backbone", "default_optimizer", "setting", "shape", "needs_features", "rows_are_apart"):
+        assert declared.attribute(registry, name, constant) == getattr(cls, constant, None), constant
+
+
+@pytest.mark.parametrize(
+    "text, ours",
+    [
+        ("from x import Base\n@METHODS.register('made')\nclass Made(Base):\n    pass", False),  # of elsewhere
+        ("@METHODS.register('made')\nclass Made:\n    Args = make_dataclass('Args', FLAGS)", False),
+        ("@METHODS.register('made')\nclass Made:\n    for name in FLAGS:\n        pass", False),
+        ("class Made:\n    pass\nMETHODS.register('made')(Made)", False),
+        ("@METHODS.register('made')\nclass Made(", False),
+        ("@METHODS.register('made')\nclass Made:\n    class Args:\n        size: int = flag(1, '')", True),
+        (
+            "import torch.nn as nn\nfrom flatcl.models import ReplayMethod as R\nclass A(nn.Module):\n    pass\n"
+            "@METHODS.register('made')\nclass Made(R, A):\n    class Args(R.Args):\n        beta: float = flag(1, '')",
+            True,
+        ),
+    ],
+)
+def test_a_file_that_is_not_understood_is_loaded(text, ours, tmp_path):
+    (tmp_path / "made.py").write_text(text)
+    loaded = SimpleNamespace(Args=make_dataclass("Args", [("loaded", int, 1)]))
+    registry = SimpleNamespace(file=lambda name: tmp_path / "made.py", load=lambda name: loaded)
+    found = declared.flags(registry, "made")
+    assert (
+        found == {"loaded"}
+        if not ours
+        else found in ({"size"}, {"buffer_size", "minibatch_size", "buffer_policy", "beta"})
+    )
 
 
 def test_importing_a_name_imports_no_other_file():

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_optimizers import CLASSES, DECAY, LR, MOMENTUM, RHO, SIZES, Oracle, Watched, batches, conv_bn_linear, flat
+from test_optimizers import MOMENTUM, RHO, Oracle
 from torch import nn
 
 from flatcl.models._method import Block, Loss, Objective
+from flatcl.utils.contracts._steps import CLASSES, DECAY, LR, SIZES, Watched, batches, conv_bn_linear, flat
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import OPTIMIZERS
 

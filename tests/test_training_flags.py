@@ -8,10 +8,10 @@ import pytest
 import torch
 from made import make_mnist
 from PIL import Image
-from tape import Tape
 
 import flatcl
 from flatcl.utils.arguments import resolve
+from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import predictions, seeding
 from flatcl.utils.engine.early_stop import EarlyStop
 from flatcl.utils.engine.logs import entries

@@ -17,12 +17,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flatcl.utils import declared
 from flatcl.utils.console import complain
+from flatcl.utils.elsewhere import ELSEWHERE
 from flatcl.utils.errors import UsageError, mistake
 from flatcl.utils.files import is_writable
 from flatcl.utils.identity import PROTOCOL, check_weights, code_of, differences, named, weights_of
@@ -498,11 +500,13 @@ def resolve_request(request: Request) -> Config:
     saved = None if request.source is None else read_saved(request.source)
     file_values, file = (saved.values, str(saved.file)) if saved else ({}, "")
     plugins = _load_plugins(request, saved)
-    chosen, problems = _choose(request, file_values)
-    if problems:
-        raise UsageError(*(problems + _unknown_words(request, chosen)))
+    names, problems = _names(request, file_values)
+    problems += _unknown_flags(request, names)
+    if problems:  # said before anything is imported, which takes seconds
+        raise UsageError(*problems, *_given(request, flags_of(EngineArgs, "engine"))[1])
+    chosen = _load(names)
     flags = schema(chosen)
-    given, problems = _given(request, flags, chosen["model"])
+    given, problems = _given(request, flags)
 
     layers = _Layers(flags)
     problems += _put_defaults(layers, chosen, known={**file_values, **given})
@@ -586,8 +590,8 @@ def _load_plugins(request: Request, saved: Saved | None) -> tuple[Plugin, ...]:
 
 def known_flags(argv: list[str]) -> set[str]:
     """The names of the flags that a run with these selectors has. Unknown selectors bring none."""
-    chosen, _ = _choose(Request.parse(argv), {})
-    return set(schema(chosen))
+    names, _ = _names(Request.parse(argv), {})
+    return set().union(*_flags_by_part(names).values())
 
 
 class _Layers:
@@ -678,19 +682,20 @@ def _check_each(config: Config, reported: set[str]) -> list[str]:
         value = config.values[name]
         wrong = None if f"--{name}" in reported else flag_.check(value)
         if wrong:
-            is_name = flag_.choices and isinstance(value, str)
-            problems.append(f"--{name} {wrong}. {nearest(value, list(flag_.choices)) if is_name else _remedy(flag_)}")
+            problems.append(f"--{name} {wrong}. {_remedy(flag_, value)}")
     return problems
 
 
-def _choose(request: Request, file_values: dict) -> tuple[dict[str, type], list[str]]:
-    """The four classes. Model and dataset must be named; the other two have defaults."""
-    chosen: dict[str, Any] = dict.fromkeys(SELECTORS)
+def _names(request: Request, file_values: dict) -> tuple[dict[str, str | None], list[str]]:
+    """({selector: the name that is chosen, None where it is wrong}, what is wrong). Model and dataset must be named;
+    the other two have defaults."""
+    names: dict[str, str | None] = dict.fromkeys(SELECTORS)
     problems = []
 
-    def load(selector: str, name: str | None) -> None:
+    def choose(selector: str, name: str) -> None:
         try:
-            chosen[selector] = SELECTORS[selector].load(name)
+            SELECTORS[selector].check(name)
+            names[selector] = name
         except UsageError as error:
             problems.extend(error.problems)
 
@@ -699,51 +704,81 @@ def _choose(request: Request, file_values: dict) -> tuple[dict[str, type], list[
         if words is not None and len(words) != 1:
             problems.append(f"--{selector} expects one name, got {len(words)}. See --list.")
         elif words is not None:
-            load(selector, words[0])
+            choose(selector, words[0])
         elif selector in file_values:
-            load(selector, str(file_values[selector]))
+            choose(selector, str(file_values[selector]))
         elif selector in ("model", "dataset"):
             problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.choices())}.")
-    if chosen["dataset"] and chosen["backbone"] is None and "backbone" not in request.words:
-        load("backbone", chosen["dataset"].default_backbone)
-    if chosen["model"] and chosen["optimizer"] is None and "optimizer" not in request.words:
-        load("optimizer", chosen["model"].default_optimizer)
-    return chosen, problems
+    for selector, owner in (("backbone", "dataset"), ("optimizer", "model")):
+        if names[owner] and names[selector] is None and selector not in request.words and selector not in file_values:
+            choose(selector, declared.attribute(SELECTORS[owner], names[owner], f"default_{selector}"))
+    return names, problems
 
 
-def _unknown_words(request: Request, chosen: dict[str, type | None]) -> list[str]:
-    """When a selector is wrong, still say what is wrong with the engine's own flags."""
-    flags = schema(chosen)
-    complete = all(chosen.values())
-    return _given(request, flags, chosen["model"], only_known=not complete)[1]
+def _load(names: dict[str, str]) -> dict[str, type]:
+    """The four classes. Raises `UsageError` with all that cannot be imported."""
+    chosen, problems = {}, []
+    for selector, name in names.items():
+        try:
+            chosen[selector] = SELECTORS[selector].load(name)
+        except UsageError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UsageError(*problems)
+    return chosen
 
 
-def _given(
-    request: Request, flags: dict[str, Flag], model: type | None, only_known: bool = False
-) -> tuple[dict[str, Any], list[str]]:
+def _unknown_flags(request: Request, names: dict[str, str | None]) -> list[str]:
+    """Where a selector is wrong, only flags that no part has: the others may be right once it is mended."""
+    parts = _flags_by_part(names)
+    known, problems = set().union(*parts.values()), []
+    for name in request.words:
+        fixed = (
+            names["model"] and name == "buffer_policy" and declared.attribute(METHODS, names["model"], "fixed_policy")
+        )
+        if fixed:
+            problems.append(
+                f"--buffer_policy has no effect on --model {names['model']}, whose paper fixes its memory ({fixed}). "
+                "Drop it."
+            )
+            continue
+        owners = [] if name in known else list(_owners(name))
+        if name not in known and (all(names.values()) or not owners):
+            problems.append(f"unknown flag: --{name}. {_about(name, owners, known)}")
+    return problems
+
+
+def _flags_by_part(names: dict[str, str | None]) -> dict[str, set[str]]:
+    """The flags of the engine and of the parts that are chosen."""
+    own = {kind: declared.flags(SELECTORS[kind], name) for kind, name in names.items() if name}
+    return {"engine": {field.name for field in dataclasses.fields(EngineArgs)}, **own}
+
+
+def _given(request: Request, flags: dict[str, Flag]) -> tuple[dict[str, Any], list[str]]:
+    """(the values of the command line, what is wrong with them); of flags that are not among these, nothing."""
     given, problems = {}, []
     for name, words in request.words.items():
         if name not in flags:
-            if name == "buffer_policy" and model is not None and model.fixed_policy:
-                problems.append(
-                    f"--buffer_policy has no effect on --model {model.name}, whose paper fixes its memory "
-                    f"({model.fixed_policy}). Drop it."
-                )
-            elif not only_known:
-                problems.append(f"unknown flag: --{name}. {_near_flag(name, flags)}")
             continue
         try:
-            given[name] = flags[name].parse(words)
+            value = flags[name].parse(words)
+            wrong = flags[name].check(value)
         except ValueError as error:
-            problems.append(f"--{name} {error}. {_remedy(flags[name])}")
+            wrong = error
+        if wrong:
+            problems.append(f"--{name} {wrong}. {_remedy(flags[name], *words[:1])}")
+        else:
+            given[name] = value
     return given, problems
 
 
-def _near_flag(name: str, flags: dict[str, Flag]) -> str:
-    owners = list(_owners(name))
+def _about(name: str, owners: list[str], flags: Iterable[str]) -> str:
+    """What a user who has written this flag needs to know, where the run does not have it."""
     if owners:
         shown = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if owners[3:] else "")
         return f"It belongs to {shown}, which this run does not use."
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
     hint = nearest(name, sorted(flags))
     if hint.startswith("Did"):
         return hint
@@ -752,18 +787,16 @@ def _near_flag(name: str, flags: dict[str, Flag]) -> str:
 
 def _owners(name: str) -> Iterator[str]:
     """The parts, chosen or not, that have this flag."""
-    for kind, registry in reversed(SELECTORS.items()):  # the models, which take longest to import, last
+    for kind, registry in reversed(SELECTORS.items()):
         for other in registry.names():
-            if name in _own_flags(registry.load(other)):
+            if name in declared.flags(registry, other):
                 yield f"{kind} {other}"
 
 
-def _own_flags(cls: type) -> set[str]:
-    args_type = args_of(cls)
-    return {field.name for field in dataclasses.fields(args_type)} if args_type else set()
-
-
-def _remedy(flag_: Flag) -> str:
+def _remedy(flag_: Flag, value: Any = None) -> str:
+    """What to give in place of a value."""
+    if flag_.choices and isinstance(value, str):
+        return nearest(value, list(flag_.choices))
     if flag_.choices:
         return f"Choose from: {', '.join(flag_.choices)}."
     return f"It is: {flag_.help.replace('%%', '%')}."

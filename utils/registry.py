@@ -84,18 +84,29 @@ class Registry:
         families = (f"{self.written(key)}:NAME" for key in self._keys() if self._is_family(key))
         return sorted([*self.names(), *families])
 
+    def file(self, name: str) -> Path | None:
+        """The file of ours that has this name, or the name of its family."""
+        return self._files().get(_split(name)[0])
+
+    def check(self, name: str) -> None:
+        """Raises `UsageError` with the nearest names where there is neither such a name nor such a family; imports
+        nothing."""
+        key, colon, _ = _split(name)
+        if key not in self._keys():
+            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
+
     def load(self, name: str):
         """The object behind `name`, for `family:variant` the family's; raises `UsageError` with the nearest names when
         there is none."""
         key, colon, variant = _split(name)
+        if key not in self._objects:
+            self.check(name)
         if key not in self._objects and key in self._files():
             importlib.import_module(self._module(key))
             if key not in self._objects:
                 raise UsageError(f"{self.folder}/{key}.py does not register the {self.kind} '{key}'.")
         if key not in self._objects and key in self._entry_points():
             self._load_entry_point(key)
-        if key not in self._objects:
-            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
         found: Any = self._objects[key]
         if not self._is_family(key):
             if colon:
@@ -126,8 +137,7 @@ class Registry:
         return self.note(key, "Variants") != ""
 
     def _docstring(self, name: str) -> str:
-        key, _, _ = _split(name)
-        path = self._files().get(key)
+        key, path = _split(name)[0], self.file(name)
         doc = _docstring_of(path) if path else None
         if doc is None and key in self._objects:
             known = self._objects[key]

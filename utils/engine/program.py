@@ -11,7 +11,7 @@ appears and checks are made; those that are logged; those of a network that draw
 or an optimizer says so. A new task drops all programs.
 
 The recorder is a function: operations -> a function that repeats them. On a GPU it is `CudaGraphs`. That a replay is
-the step is tested without a GPU, by a recorder for the CPU (tests/tape.py).
+the step is tested without a GPU, by a recorder for the CPU (`utils/contracts/_tape.py`).
 """
 
 from collections import Counter, OrderedDict

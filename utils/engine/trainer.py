@@ -223,13 +223,17 @@ class Trainer:
         }
 
     def save_checkpoint(self) -> None:
-        """Everything that the rest of the run depends on. Raises `OSError`, or `Busy` where another process has taken
-        the run over."""
+        """Raises `OSError`, or `Busy` where another process has taken the run over."""
         if self.folder is None:
             return
         self.folder.lock.check()
+        checkpoint.save(self.folder.path / "checkpoint", self.state_dict())
+        self._saved = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
         self.cost.wall_s = time.monotonic() - self._started
-        state = {
+        return {
             "config_hash": self.config.hash,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -242,10 +246,8 @@ class Trainer:
             "stream": self.stream.state_dict() if self._mid_epoch else None,
             "early_stop": None if self.early is None else self.early.state_dict(),
             "random": seeding.global_state(),
-            "metrics_size": self.folder.metrics_size(),
+            "metrics_size": 0 if self.folder is None else self.folder.metrics_size(),
         }
-        checkpoint.save(self.folder.path / "checkpoint", state)
-        self._saved = time.monotonic()
 
     def load_checkpoint(self, state: dict[str, Any]) -> None:
         """Puts the run where its last checkpoint left it."""

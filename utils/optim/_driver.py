@@ -113,6 +113,7 @@ class Driver:
     name: str
     defaults: dict[str, Any] = {}  # values that a published SGD setting cannot speak for
     fill: dict[str, float] = {}
+    in_shards = False  # its passes are over shards of the rows, each with a clean pass of its own
 
     @dataclass(frozen=True)
     class Args:

@@ -25,6 +25,8 @@ from flatcl.utils.registry import OPTIMIZERS
 
 @OPTIMIZERS.register("msam")
 class MSAM(SharpnessAware):
+    in_shards = True
+
     @dataclass(frozen=True)
     class Args(SharpnessAware.Args):
         msam_shards: int = flag(4, "m: shards of the batch", low=1, high=10**6)
