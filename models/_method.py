@@ -24,6 +24,7 @@ from flatcl.utils.engine.layout import rows_of_forward
 from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
+from flatcl.utils.protocols import Benchmark, Config, Ranks, Split, Task
 from flatcl.utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
@@ -75,11 +76,11 @@ class Context:
     `config` has every flag of the run.
     """
 
-    benchmark: Any
+    benchmark: Benchmark
     augment: Any
     device: torch.device
     rng: np.random.Generator
-    config: Any = None
+    config: Any = None  # `Config`; None in tests of a method alone
 
 
 class Method(nn.Module):
@@ -109,7 +110,7 @@ class Method(nn.Module):
     replays_as_stored = False  # replayed images are not augmented
     references_first = False  # pass before the loss does, so that BatchNorm's averages end with the loss's rows
     lr: float  # the present learning rate, set by the engine
-    ranks: Any = None  # `flatcl.utils.engine.ranks.Ranks`, where several processes train this run; set by the engine
+    ranks: Ranks | None = None  # where several processes train this run; set by the engine
     channels_last = False  # the memory layout of its convolutions (`utils/engine/layout.py`); set by the engine
     amp: torch.dtype | None = None  # the passes of a step are autocast to it; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> the loss terms whose clean gradient `combine` gets
@@ -135,7 +136,7 @@ class Method(nn.Module):
             raise mistake(cls, f"settings must be a tuple of some of {', '.join(SETTINGS)}, got {cls.settings!r}.")
 
     @classmethod
-    def check(cls, config: Any, benchmark: type) -> list[str]:
+    def check(cls, config: Config, benchmark: type[Benchmark]) -> list[str]:
         """Problems of this method with a configuration, one line each; called before any data is loaded."""
         problems = []
         if benchmark.setting not in cls.settings:
@@ -156,21 +157,21 @@ class Method(nn.Module):
         """
         return ()
 
-    def begin_task(self, task: Any) -> None:
+    def begin_task(self, task: Task) -> None:
         """Called before a task's first batch. On a general-continual stream: once, at its start."""
 
-    def num_epochs(self, task: Any, n_epochs: int) -> int:
+    def num_epochs(self, task: Task, n_epochs: int) -> int:
         """How many epochs this task gets, where --n_epochs are asked for."""
         return n_epochs
 
-    def begin_epoch(self, task: Any, epoch: int) -> None:
+    def begin_epoch(self, task: Task, epoch: int) -> None:
         """Called before the first batch of an epoch, counted from 0 in each task."""
 
-    def train_split(self, task: Any, epoch: int) -> Any:
+    def train_split(self, task: Task, epoch: int) -> Split:
         """The rows (`Split`) that this epoch passes over."""
         return task.train
 
-    def learning_rate(self, task: Any, epoch: int, lr: float) -> float:
+    def learning_rate(self, task: Task, epoch: int, lr: float) -> float:
         """The rate of this epoch, where the run's flags ask for `lr`."""
         return lr
 
@@ -209,7 +210,7 @@ class Method(nn.Module):
         not called where no step was taken because none was finite; elsewhere the host does not know, and NaN in the
         loss's logits is 0."""
 
-    def end_task(self, task: Any) -> None:
+    def end_task(self, task: Task) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
 
     def remembered_ids(self) -> Tensor | None:
@@ -251,7 +252,9 @@ class Method(nn.Module):
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
         """Everything that is learned from one batch: an objective and its update for each optimizer step."""
-        done, loss, steps = [], None, self.steps(batch)
+        done: list[tuple[Objective, Grads]] = []
+        loss: Any = None  # of the first step, if there is one
+        steps = self.steps(batch)
         if not hasattr(steps, "__next__"):
             raise mistake(self, not_steps(steps))
         for blocks in steps:
@@ -272,7 +275,7 @@ class Method(nn.Module):
             self.remember(batch, loss)
         return done
 
-    def _check(self, blocks: Any, params: list[nn.Parameter]) -> None:
+    def _check(self, blocks: Any, params: list[Tensor]) -> None:
         """Refuses blocks that are none, once for each make of a step."""
         make = None
         if isinstance(blocks, tuple | list) and all(isinstance(block, Block) for block in blocks):
@@ -284,6 +287,7 @@ class Method(nn.Module):
         problem = problem or of_call(self.loss, sum(not block.apart for block in blocks))
         if problem:
             raise mistake(self, problem)
+        assert make is not None
         self.checked_blocks.add(make)
 
     def doubts(self) -> list[str]:

@@ -54,13 +54,13 @@ class Objective:
     """
 
     def __init__(
-        self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False,
+        self, method: Any, blocks: tuple[Block, ...], params: list[Tensor], trace: bool = False,
         recorded: bool = False, split: bool = True,
     ):  # fmt: skip
         self.method, self.params, self.trace, self.recorded = method, params, trace, recorded
         self.whole = tuple(block for block in blocks if not block.apart)
         self.apart = tuple(block for block in blocks if block.apart)
-        self.loss: Loss | None = None
+        self.loss: Any = None  # `Loss`, after the first pass with gradients
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
         self.handed: list[tuple[Callable, int]] | None = None  # see `watch`
@@ -104,6 +104,7 @@ class Objective:
 
     def __call__(self) -> Loss:
         """The loss at the present weights, with its graph."""
+        watch: AbstractContextManager[dict[int, Tensor]]
         watch = nullcontext({}) if self.added is None else self.added.watch(self.blocks)
         with self._same_noise(), self._precision(), watch as seen:
             loss = self.method.loss(*self.blocks)
@@ -132,7 +133,7 @@ class Objective:
         weighted = loss if self.part is None else self.part.weighted(loss)
         known = None if isinstance(wanted, Tensor) else wanted
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), known)
-        if known is not wanted:
+        if isinstance(wanted, Tensor):
             gradient, climbed = (
                 [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
                 for part in (gradient, climbed)
@@ -143,7 +144,7 @@ class Objective:
         if self.method.ranks is not None:
             refuse_drawn(self.method, self.noise)
         if self.shared is not None:
-            loss, gradient, climbed = self._share(loss, gradient, climbed, clean)
+            loss, gradient, climbed = self._share(self.shared, loss, gradient, climbed, clean)
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
         if clean:
@@ -201,6 +202,7 @@ class Objective:
         self.handed = []
 
     def _hand_out(self, *gradients: Grads) -> None:
+        assert self.handed is not None
         self.handed += [(ref(part), part._version) for gradient in gradients for part in gradient]
 
     def check_update(self, optimizer: Any, update: Any) -> None:
@@ -224,7 +226,7 @@ class Objective:
         return combined
 
     def _refuse_changes(self, part: Any, what: str, is_changed: bool = False) -> None:
-        kept = ((gradient(), version) for gradient, version in self.handed)
+        kept = ((gradient(), version) for gradient, version in self.handed or ())
         if is_changed or any(tensor is not None and tensor._version != version for tensor, version in kept):
             raise mistake(part, f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does.")
 
@@ -290,7 +292,7 @@ class Objective:
         """Which of so many shards are this rank's."""
         return range(number) if self.shared is None else self.shared.own_shards(number)
 
-    def of_all_shards(self, parts: list[Tensor], number: int) -> list[Tensor]:
+    def of_all_shards(self, parts: Grads, number: int) -> Grads:
         """The sums over all of `number` shards, from those over this rank's."""
         return parts if self.shared is None else self.shared.of_all_shards(parts, number)
 
@@ -311,7 +313,8 @@ class Objective:
         for name, cost in after.costs.items():
             index = place_of(after.rows[name], self.whole)
             rise = cost.detach() - before.costs[name].detach()
-            growth[index] = rise if growth[index] is None else growth[index] + rise
+            so_far = growth[index]
+            growth[index] = rise if so_far is None else so_far + rise
         worst = tuple(worst_of(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
         return self._on(worst, self.noise)
 
@@ -343,7 +346,7 @@ class Objective:
         finally:
             seeding.set_global_state(present)
 
-    def _precision(self) -> AbstractContextManager:
+    def _precision(self) -> AbstractContextManager[Any]:
         """Autocast of one pass. Casts of weights are not kept: weights move between passes, gradients of several blocks
         add up in float32, and a recorder cannot know what was cast before."""
         if self.method.amp is None:
@@ -390,7 +393,8 @@ class Objective:
         self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: np.ndarray | None
     ) -> tuple[Grads, Grads]:
         """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
-        gradient = climbed_gradient = None
+        gradient: Grads | None = None
+        climbed_gradient: Grads | None = None
         parts = {key: (part, rows) for key, (part, rows) in parts.items() if part.requires_grad}  # or it has none
         for position, ((guide, climbed), (part, rows)) in enumerate(parts.items(), start=1):
             own = self._backward(part, None if guide else wanted, keep_graph=position < len(parts))
@@ -402,38 +406,39 @@ class Objective:
             gradient = _sum(gradient, own)
             if climbed:
                 climbed_gradient = _sum(climbed_gradient, own)
-        zeros = [torch.zeros_like(p) for p in self.params] if gradient is None or climbed_gradient is None else None
-        return gradient or zeros, climbed_gradient or zeros
+        if gradient is None or climbed_gradient is None:
+            zeros = [torch.zeros_like(p) for p in self.params]
+            return gradient or zeros, climbed_gradient or zeros
+        return gradient, climbed_gradient
 
     def _backward(self, part: Tensor, wanted: np.ndarray | None, keep_graph: bool) -> Grads:
-        rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
         grads: list[Tensor | None] = [None] * len(self.params)
-        if not part.requires_grad:  # a reference that no weight has a say in
-            rows, found = (), ()
-        else:
+        if part.requires_grad:  # else a reference that no weight has a say in
+            rows = [i for i in range(len(self.params)) if wanted is None or wanted[i]]
             inputs = [self.params[i] for i in rows]
             found = torch.autograd.grad(part, inputs, retain_graph=keep_graph, allow_unused=True)
-        for i, grad in zip(rows, found, strict=True):
-            grads[i] = grad
-            self.tally.used[i] |= grad is not None
+            for i, grad in zip(rows, found, strict=True):
+                grads[i] = grad
+                self.tally.used[i] |= grad is not None
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
-    def _share(self, loss: Loss, gradient: Grads, climbed: Grads, clean: bool) -> tuple[Loss | None, Grads, Grads]:
+    def _share(
+        self, shared: SharedRows, loss: Loss, gradient: Grads, climbed: Grads, clean: bool
+    ) -> tuple[Loss, Grads, Grads]:
         """The loss of all rows and its gradients, guides too, from those of the ranks' rows. The loss only of the clean
         pass and for `passes`."""
         if clean:
-            self.shared.refuse_mixed_rows(self.form)
+            shared.refuse_mixed_rows(self.form)
         names = [name for name in self.guides if name in self.method.guides] if clean else []
         gradients = [gradient, climbed, *(self.guides[name] for name in names)]
         if climbed is gradient:
             del gradients[1]
-        kept, total, gradients = self.shared.of_pass(
-            loss if clean or self.trace else None, self.tally.totals.pop(), gradients, clean
-        )
+        is_read = clean or self.trace
+        found, total, gradients = shared.of_pass(loss if is_read else None, self.tally.totals.pop(), gradients, clean)
         self.tally.totals.append(total)
         guides = gradients[len(gradients) - len(names) :]
         self.guides |= dict(zip(names, guides, strict=True))
-        return kept, gradients[0], gradients[0] if climbed is gradient else gradients[1]
+        return found or loss, gradients[0], gradients[0] if climbed is gradient else gradients[1]
 
     def _join(self, done: list[tuple[Part, "Objective"]], number: int, before: list[int]) -> None:
         """Clean loss and guides of all rows, from those of the shards done here, of `number`; rows counted `before`."""
@@ -446,7 +451,7 @@ class Objective:
             tally = self.tally
             rows = [tally.forward_rows - before[0], tally.backward_rows - before[1]]
             loss, total, rows, gradients = self.shared.of_shards(
-                loss, sum(tally.totals), rows, [*guides.values()], is_complete=len(done) == number
+                loss, reduce(operator.add, tally.totals), rows, [*guides.values()], is_complete=len(done) == number
             )
             tally.totals[:] = [total]
             tally.forward_rows, tally.backward_rows = before[0] + rows[0], before[1] + rows[1]

@@ -1,6 +1,7 @@
 """Parts of a step's rows, and what they give together: the shards of mSAM, and the rows of one of several processes."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,11 +60,12 @@ class Part:
 
     def weighted(self, loss: Loss) -> Loss:
         """The loss of these rows with each term weighted."""
-        if self.weights is None:
+        weights = self.weights
+        if weights is None:
             return loss
 
         def weighted(of: Of) -> Of:
-            weight = self.weights[place_of(of, self.blocks)]
+            weight = weights[place_of(of, self.blocks)]
             return changed(of, lambda cost: weight * cost)
 
         rows = {name: weighted(of) for name, of in loss.rows.items()}
@@ -74,30 +76,31 @@ def joined(parts: list[tuple[Part, Loss]]) -> Loss:
     """The loss of all rows, from the losses of parts of them: zeros for rows that are in none."""
     part, first = parts[0]
 
-    def joined_column(column: Callable[[Loss], Of]) -> Of:
-        of = column(first)
-        index = place_of(of, part.blocks)
-        block = part.whole[index]
-        found = _placed([(one.pieces[index], tensor_of(column(loss))) for one, loss in parts], len(block))
-        return (block, found) if isinstance(of, tuple) else found
+    def joined_columns(columns: list[Mapping[str, Of]]) -> dict[str, Of]:
+        found: dict[str, Of] = {}
+        for name, of in columns[0].items():
+            index = place_of(of, part.blocks)
+            block, pieces = part.whole[index], [one.pieces[index] for one, _ in parts]
+            values = _placed(pieces, [tensor_of(column[name]) for column in columns], len(block))
+            found[name] = (block, values) if isinstance(of, tuple) else values
+        return found
 
-    rows = {name: joined_column(lambda loss, name=name: loss.rows[name]) for name in first.rows}
-    outputs = {name: joined_column(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
+    rows = joined_columns([loss.rows for _, loss in parts])
+    outputs = joined_columns([loss.outputs for _, loss in parts])
     logits = None
     if first.logits is not None:  # of the stream's block, of its rows of the stream or of all
         index = place_of_stream(part.whole)
         sources = part.whole[index].sources[: 1 if len(first.logits) < len(part.blocks[index]) else None]
-        pieces = [(one.pieces[index][: len(sources)], loss.logits) for one, loss in parts]
-        logits = _placed(pieces, sum(map(len, sources)))
+        pieces = [one.pieces[index][: len(sources)] for one, _ in parts]
+        logits = _placed(pieces, [loss.logits for _, loss in parts], sum(map(len, sources)))
     return Loss(rows, logits, first.penalties, outputs)
 
 
-def _placed(parts: list[tuple[list[range], Tensor]], number: int) -> Tensor:
-    """Rows (number, ...), from tensors that have these pieces of them."""
-    first = parts[0][1]
-    found = first.new_zeros(number, *first.shape[1:])
-    for pieces, values in parts:
-        for rows, piece in zip(pieces, values.split([*map(len, pieces)]), strict=True):
+def _placed(pieces: list[list[range]], tensors: list[Any], number: int) -> Tensor:
+    """Rows (number, ...), from tensors that each have some pieces of them."""
+    found = tensors[0].new_zeros(number, *tensors[0].shape[1:])
+    for own, values in zip(pieces, tensors, strict=True):
+        for rows, piece in zip(own, values.split([*map(len, own)]), strict=True):
             found[rows.start : rows.stop] = piece
     return found
 

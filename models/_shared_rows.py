@@ -9,10 +9,11 @@ from flatcl.models._blocks import Block, Loss, changed, place_of, tensor_of
 from flatcl.models._shards import Part, joined, place_of_stream
 from flatcl.utils.engine import seeding
 from flatcl.utils.engine.passes import eval_mode
-from flatcl.utils.engine.ranks import Ranks, refuse_draws
+from flatcl.utils.engine.ranks import refuse_draws
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
 from flatcl.utils.optim._driver import batchnorms
+from flatcl.utils.protocols import Ranks
 
 
 class SharedRows:
@@ -28,11 +29,11 @@ class SharedRows:
             return range(number)
         return range(self.ranks.number, number, self.ranks.size)
 
-    def of_all_shards(self, parts: list[Tensor], number: int) -> list[Tensor]:
+    def of_all_shards(self, parts: Grads, number: int) -> list[Tensor]:
         """The sums over all of `number` shards, from those over this rank's."""
         if len(self.own_shards(number)) == number:  # each rank has done all of them
             parts = torch._foreach_mul(parts, 1 / self.ranks.size)
-        return self.ranks.sum(parts)
+        return self.ranks.sum([*parts])
 
     def mean(self, tensors: list[Tensor]) -> list[Tensor]:
         """The mean over the ranks of what all of them have computed, which may round otherwise on another GPU."""
@@ -49,8 +50,8 @@ class SharedRows:
         """Loss, total and gradients of all rows, from those of the ranks' rows, in one exchange. `loss` is None where
         nobody reads it."""
         averages = _averages(self.method) if clean else []
-        sums = [total, *(grad for grads in gradients for grad in grads), *averages]
-        sums = torch._foreach_mul(sums, 1 / self.ranks.size)
+        given = [total, *(grad for grads in gradients for grad in grads), *averages]
+        sums = [*torch._foreach_mul(given, 1 / self.ranks.size)]
         if loss is None:
             sums = self.ranks.sum(sums)
         else:
@@ -67,8 +68,8 @@ class SharedRows:
         """The same, and the numbers of rows, from the shards of all ranks. `is_complete`: each of them has done all."""
         part, averages = 1 / self.ranks.size if is_complete else 1.0, _averages(self.method)
         numbers = torch.tensor(rows, dtype=torch.float64).to(total.device)
-        sums = torch._foreach_mul([total, numbers, *(grad for grads in gradients for grad in grads)], part)
-        sums = [*sums, *(average / self.ranks.size for average in averages)]
+        own = torch._foreach_mul([total, numbers, *(grad for grads in gradients for grad in grads)], part)
+        sums = [*own, *(average / self.ranks.size for average in averages)]
         is_own = not is_complete or self.ranks.number == 0
         loss, (total, numbers, *sums) = self._exchanged(loss, [is_own] * len(self.part.whole), sums)
         found = _like(gradients, sums)
@@ -106,16 +107,16 @@ class SharedRows:
         given = [*loss.rows.values(), *loss.outputs.values(), *([] if loss.logits is None else [loss.logits])]
         tensors = []
         for of in given:
-            index = place_of(of, whole) if of is not loss.logits else place_of_stream(whole)
+            index = place_of_stream(whole) if of is loss.logits else place_of(of, whole)
             values = tensor_of(of)
             tensors.append(values if is_own[index] else torch.zeros_like(values))
         found = self.ranks.sum([*tensors, *sums])
-        loss = loss.mapped(lambda values: values)
-        for column in (loss.rows, loss.outputs):
-            column.update({name: changed(of, lambda _: found.pop(0)) for name, of in column.items()})
-        if loss.logits is not None:
-            loss.logits = found.pop(0)
-        return loss, found
+        rows, outputs = (
+            {name: changed(of, lambda _: found.pop(0)) for name, of in column.items()}
+            for column in (loss.rows, loss.outputs)
+        )
+        logits = None if loss.logits is None else found.pop(0)
+        return Loss(rows, logits, loss.penalties, outputs), found
 
 
 def refuse_drawn(method: Any, noise: dict) -> None:
@@ -129,7 +130,8 @@ def refuse_drawn(method: Any, noise: dict) -> None:
 def _averages(method: nn.Module) -> list[Tensor]:
     """BatchNorm's running averages, where a pass has moved them."""
     layers = [layer for layer in batchnorms(method) if layer.training and layer.track_running_stats]
-    return [average for layer in layers for average in (layer.running_mean, layer.running_var)]
+    found = [average for layer in layers for average in (layer.running_mean, layer.running_var)]
+    return [average for average in found if average is not None]
 
 
 def _keep(averages: list[Tensor], found: list[Tensor]) -> None:
