@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint docs bench gpu clean
+.PHONY: run test test-fast lint docs bench gpu clean
 
 run: .venv/.run
 	$(BIN)/python main.py --model mgser_sam --dataset seq-digits
@@ -10,9 +10,16 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: .venv/.test
+lint: .venv/.test .types/flatcl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# mypy does not know how a clone finds its parts. For it they lie in the package, as they do when it is installed.
+.types/flatcl: $(wildcard flatcl/*.py)
+	rm -rf $@
+	mkdir -p $@
+	ln -s $(addprefix ../../,$^ backbone datasets models utils) $@
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

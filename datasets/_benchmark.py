@@ -18,6 +18,7 @@ from flatcl.datasets._checks import Arrays, check_declared, check_pixel_map, che
 from flatcl.utils.engine import seeding
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.files import user_path
+from flatcl.utils.protocols import Config
 
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
 
@@ -39,6 +40,12 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({len(self):,} images {'x'.join(map(str, self.images.shape[1:]))}, uint8)"
+
+
+def joined(parts: list[Split]) -> Split:
+    """The rows of these splits, one after the other."""
+    images, labels, ids = ([getattr(part, name) for part in parts] for name in ("images", "labels", "ids"))
+    return Split(torch.cat(images), torch.cat(labels), torch.cat(ids))
 
 
 class Task:
@@ -77,8 +84,7 @@ class JointTask(Task):
     @cached_property
     def monitor(self) -> Split:
         parts = [task.monitor for task in self.benchmark] if self.benchmark.setting != "class-il" else []
-        columns = [[getattr(part, name) for part in parts] for name in ("images", "labels", "ids")]
-        return Split(*map(torch.cat, columns)) if parts else self.benchmark._monitor
+        return joined(parts) if parts else self.benchmark._held_out
 
 
 class Benchmark(Sequence[Task]):
@@ -113,8 +119,9 @@ class Benchmark(Sequence[Task]):
         if cls.task_sizes:
             cls.defaults = {**cls.defaults, "n_tasks": len(cls.task_sizes)}
 
-    def __init__(self, config: Any, device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, device: torch.device | str = "cpu"):
         self.config = config
+        assert config.n_tasks is not None  # `check` has seen to it
         self.num_tasks: int = config.n_tasks
         if config.classes_per_task:
             self.task_sizes = config.classes_per_task
@@ -145,6 +152,11 @@ class Benchmark(Sequence[Task]):
             if split is not None:
                 setattr(self, name, Split(split.images.to(device), split.labels.to(device), split.ids.to(device)))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its images in memory."""
+        return self._train.images.nbytes + self._test.images.nbytes
+
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         """(train, test), each images (N, C, H, W) uint8 in 0..255 and labels (N,) int64 in 0..num_classes - 1, with at
         least one row, and one training image of each class that is not in `empty_classes`. Raises `DataError`.
@@ -160,7 +172,7 @@ class Benchmark(Sequence[Task]):
         return None
 
     @classmethod
-    def declared(cls, config: Any) -> type["Benchmark"]:
+    def declared(cls, config: Config) -> type["Benchmark"]:
         """This class, or a subclass (`with_declared`) with the attributes that depend on the data of this
         configuration: num_classes and shape, and n_tasks in `defaults` if the data decides it.
 
@@ -175,7 +187,7 @@ class Benchmark(Sequence[Task]):
         return type(cls.__name__, (cls,), {"__module__": cls.__module__, **attributes})
 
     @classmethod
-    def sources(cls, config: Any) -> dict[str, str]:
+    def sources(cls, config: Config) -> dict[str, str]:
         """{name: digest} of files of the user that change the numbers of a run: part of its identity, like code."""
         return {}
 
@@ -187,7 +199,7 @@ class Benchmark(Sequence[Task]):
         return []
 
     @classmethod
-    def check(cls, config: Any) -> list[str]:
+    def check(cls, config: Config) -> list[str]:
         """Problems of this benchmark with a configuration, one line each; called before any data is loaded."""
         undeclared = [name for name in ("num_classes", "shape") if not hasattr(cls, name)]
         if undeclared:
@@ -222,7 +234,7 @@ class Benchmark(Sequence[Task]):
         return cls.setting == "class-il" and not cls.task_sizes and cls.classes_of is Benchmark.classes_of
 
     @classmethod
-    def check_classes(cls, config: Any) -> list[str]:
+    def check_classes(cls, config: Config) -> list[str]:
         problems, sizes = [], config.classes_per_task
         if sizes:
             if sum(sizes) != cls.num_classes:
@@ -236,7 +248,7 @@ class Benchmark(Sequence[Task]):
                     f"--n_tasks must be {len(cls.task_sizes)} on {cls.name}, whose tasks have "
                     f"{', '.join(map(str, cls.task_sizes))} classes, got {config.n_tasks}. Drop it."
                 )
-        elif cls.classes_of is Benchmark.classes_of and cls.num_classes % config.n_tasks:
+        elif config.n_tasks and cls.classes_of is Benchmark.classes_of and cls.num_classes % config.n_tasks:
             problems.append(
                 f"--n_tasks must divide the {cls.num_classes} classes of {cls.name}, got {config.n_tasks}. "
                 f"Choose from: {', '.join(str(n) for n in range(1, cls.num_classes + 1) if cls.num_classes % n == 0)}; "
@@ -293,7 +305,8 @@ class Benchmark(Sequence[Task]):
         mine, cls = Benchmark, type(self)
         if (cls.train_split, cls.test_split, cls.make_test) == (mine.train_split, mine.test_split, mine.make_test):
             classes = slice(self.classes_of(index).start, self.classes_of(index).stop)
-            return tuple(int(counts[classes].sum()) for counts in self._rows_of_classes)
+            train, test = (int(counts[classes].sum()) for counts in self._rows_of_classes)
+            return train, test
         if self.setting != "class-il":
             return None
         return len(self.train_split(index)), len(self.test_split(index))
@@ -306,7 +319,7 @@ class Benchmark(Sequence[Task]):
     def __len__(self) -> int:
         return self.num_tasks
 
-    def __getitem__(self, index: int) -> Task:
+    def __getitem__(self, index: int) -> Task:  # type: ignore[override]  # there are no slices
         if not 0 <= index < self.num_tasks:
             raise IndexError(index)
         return Task(self, index, self.classes_of(index))
@@ -359,7 +372,12 @@ class Benchmark(Sequence[Task]):
 
     def monitor_split(self, index: int) -> Split:
         """With --early_stop, the images of a task that are not trained on and decide when to stop."""
-        return self._of_classes(self._monitor, self.classes_of(index))
+        return self._of_classes(self._held_out, self.classes_of(index))
+
+    @property
+    def _held_out(self) -> Split:
+        assert self._monitor is not None, "it is there with --early_stop only"
+        return self._monitor
 
     def test_split(self, index: int) -> Split:
         if index in self._tests:
@@ -409,7 +427,7 @@ class DomainBenchmark(Benchmark):
     setting = "domain-il"
 
     @classmethod
-    def check_classes(cls, config: Any) -> list[str]:
+    def check_classes(cls, config: Config) -> list[str]:
         return [
             f"--{name} has no effect on {cls.name}: each of its tasks has all classes. Drop it."
             for name in ("permute_classes", "custom_class_order")
@@ -437,15 +455,14 @@ class DomainBenchmark(Benchmark):
         return self._transformed(self._train, index)
 
     def monitor_split(self, index: int) -> Split:
-        return self._transformed(self._monitor, index)
+        return self._transformed(self._held_out, index)
 
     def make_test(self, index: int) -> Split:
         return self._transformed(self._test, index)
 
     def joint_split(self) -> Split:
         parts = [self.train_split(index) for index in range(self.num_tasks)]
-        columns = ([getattr(part, name) for part in parts] for name in ("images", "labels", "ids"))
-        return Split(*(torch.cat(column) for column in columns))
+        return joined(parts)
 
     def _transformed(self, split: Split, index: int) -> Split:
         pixel_map = self.pixel_map(index)

@@ -9,10 +9,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The content of summary.json: status, metrics, accuracy, cost, ... Fractions are in 0..1."""
         if self.folder is None:
-            return self._trainer.summary(self._trainer.status)
+            return self._built.summary(self._built.status)
         try:
             return read_json(self.folder / "summary.json")
         except (OSError, ValueError) as error:
@@ -196,7 +196,7 @@ class Run:
     @property
     def benchmark(self) -> Benchmark:
         """The benchmark with its data: a sequence of tasks, each with `classes`, `train` and `test`."""
-        return self._built.benchmark
+        return cast(Benchmark, self._built.benchmark)
 
     @property
     def model(self) -> Method:
@@ -235,7 +235,7 @@ class Run:
 
     def features(self, images: Any) -> Tensor:
         """Images (N, C, H, W) uint8 -> features (N, F) float32, the input of the last layer, on the CPU."""
-        net = self.model.net
+        net: Any = self.model.net
         if not hasattr(net, "features"):
             raise UsageError(f"the network {self.config.backbone} has no `features`. Use a network that has.")
         images, augment = self._images(images), self._built.augment
@@ -257,7 +257,7 @@ class Run:
         try:
             status = self.status
             scores = (f"{setting} {100 * values['final_average_accuracy']:.2f} %" for setting, values in
-                      self.metrics.items())  # fmt: skip
+                      self.summary["metrics"].items())  # fmt: skip
             end = f"{status}, {', '.join(scores)}"
         except UsageError:
             end = "no task finished"
@@ -268,16 +268,18 @@ class Run:
         """The parts of the run: those that it was trained with, or built anew and put where the run has left them."""
         if self._trainer is not None:
             return self._trainer
-        device, weights = resolve_device(self.config.device), self.folder / "model.pt"
+        folder = self.folder
+        assert folder is not None  # a run without one has its trainer
+        device, weights = resolve_device(self.config.device), folder / "model.pt"
         with seeding.untouched(), computing(self.config, device):
-            if checkpoint.exists(self.folder / "checkpoint") or not weights.is_file():
-                state = checkpoint.load(self.folder / "checkpoint", self.config.hash)
+            if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
+                state = checkpoint.load(folder / "checkpoint", self.config.hash)
                 trainer = build_parts(self.config, device, None, is_new=False)
-                with run.fitting(self.folder):
+                with run.fitting(folder):
                     trainer.load_checkpoint(state)
             else:
                 trainer = build_parts(self.config, device, None, is_new=False)
-                with run.fitting(self.folder):
+                with run.fitting(folder):
                     _load_weights(trainer.method, weights)
         return trainer
 
@@ -297,10 +299,10 @@ class Run:
     @cached_property
     def _class_order(self) -> list[int]:
         """From the run folder, so that a confusion matrix that is there needs no data; else from the benchmark."""
-        try:
-            return read_json(self.folder / "benchmark.json")["class_order"]
-        except (TypeError, OSError, ValueError, KeyError):
-            return self.benchmark.class_order()
+        if self.folder is not None:
+            with suppress(TypeError, OSError, ValueError, KeyError):
+                return read_json(self.folder / "benchmark.json")["class_order"]
+        return self.benchmark.class_order()
 
     def _images(self, images: Any) -> Tensor:
         """Checked, as a tensor (N, C, H, W) uint8."""
@@ -362,7 +364,7 @@ def _name(kind: str, value: Any) -> str:
     return _registered(SELECTORS[kind], value)
 
 
-def _registered(registry: Registry, cls: type) -> str:
+def _registered(registry: Registry[Any], cls: type[Any]) -> str:
     own = vars(cls).get("name")
     if own is None or not registry.has(own, cls):
         registry.register(own or re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__))(cls)
@@ -381,11 +383,12 @@ def _copies_of(net: nn.Module) -> type[nn.Module]:
 class _Given(nn.Module):
     """What stands for a network that was given as an object: called like a backbone's class, it returns a copy."""
 
+    name: str
     net: nn.Module
     digest: str
     given: type[nn.Module]
 
-    def __new__(cls, shape: tuple[int, int, int], num_classes: int, args: None = None) -> nn.Module:
+    def __new__(cls, shape: tuple[int, int, int], num_classes: int, args: None = None) -> nn.Module:  # type: ignore[misc]
         net = copy.deepcopy(cls.net)
         problem = _misfit(net, shape, num_classes)
         if problem is not None:
@@ -417,7 +420,7 @@ def _digest_of(net: nn.Module) -> str:
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, Tensor):
             found.update(name.encode())
-            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:12]
 
 

@@ -61,6 +61,10 @@ class Block:
 Of = tuple[Block, Tensor] | Tensor  # (block, tensor (n, ...) of its rows); the block may be left out if there is one
 
 
+def tensor_of(of: Of) -> Tensor:
+    return of[1] if isinstance(of, tuple) else of
+
+
 def changed(of: Of, change: Callable[[Tensor], Tensor]) -> Of:
     return (of[0], change(of[1])) if isinstance(of, tuple) else change(of)
 
@@ -96,7 +100,7 @@ class Loss:
     @cached_property
     def costs(self) -> dict[str, Tensor]:
         """{name: (n,)} of the terms in `rows`."""
-        return {name: cost[1] if isinstance(cost, tuple) else cost for name, cost in self.rows.items()}
+        return {name: tensor_of(cost) for name, cost in self.rows.items()}
 
     @cached_property
     def terms(self) -> dict[str, Tensor]:
@@ -139,21 +143,6 @@ class Loss:
         loss.terms = {name: term.detach() for name, term in self.terms.items()}
         loss.total = self.total.detach()
         return loss
-
-
-def piece_of(rows: range, index: int, number: int) -> range:
-    """The index-th of `number` even pieces; the first ones are larger by one where it does not divide."""
-    size, rest = divmod(len(rows), number)
-    start = index * size + min(index, rest)
-    return rows[start : start + size + (index < rest)]
-
-
-def take_pieces(block: Block, pieces: list[range]) -> Block:
-    slices = [slice(piece.start, piece.stop) for piece in pieces]
-    memory = sum(len(piece) for piece in pieces if piece.start >= len(block) - block.memory)
-    if len(slices) == 1:
-        return block.take(lambda column: column[slices[0]], memory)
-    return block.take(lambda column: torch.cat([column[rows] for rows in slices]), memory)
 
 
 def worst_of(block: Block, growth: Tensor | None, fraction: float, least: int) -> Block:

@@ -5,7 +5,7 @@ Types, shapes and numbers of rows only, so that no check waits for the device. E
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -71,7 +71,7 @@ def of_guides(guides: Any) -> str | None:
     return None
 
 
-def of_update(what: str, update: Any, params: list[Tensor]) -> str | None:
+def of_update(what: str, update: Any, params: Sequence[Tensor]) -> str | None:
     """`update` is what an optimizer or `combine` makes of gradients."""
     if not isinstance(update, list | tuple) or len(update) != len(params):
         got = f"{len(update)} entries" if isinstance(update, list | tuple) else shown(update)

@@ -4,18 +4,20 @@ Exemplars are chosen when a task ends, and join the training rows of the next on
 rows, so that an optimizer cannot tell them apart: to it, such a method has no memory.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flatcl.datasets._benchmark import Split as Rows
 from flatcl.models._herding import herded
 from flatcl.models._method import Context, Method
 from flatcl.models._passes import WithTeacher
 from flatcl.utils.arguments import flag
 from flatcl.utils.engine.buffer import Buffer
 from flatcl.utils.optim._driver import trainable
+from flatcl.utils.protocols import Benchmark, Config, Split, Task
 
 
 class Incremental(Method):
@@ -27,10 +29,10 @@ class Incremental(Method):
         super().__init__(net, args, context)
         self.past, self.seen = 0, context.benchmark.num_classes  # until a task begins
 
-    def begin_task(self, task: Any) -> None:
+    def begin_task(self, task: Task) -> None:
         self.past, self.seen = task.classes.start, task.classes.stop
 
-    def is_first(self, task: Any) -> bool:
+    def is_first(self, task: Task) -> bool:
         """Whether nothing has been learned before this task."""
         return task.index == self.context.config.start_from
 
@@ -54,10 +56,10 @@ class WithExemplars(WithTeacher, Incremental):
     def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__(net, args, context)
         self.buffer = Buffer(args.buffer_size, context.device, context.rng)
-        self._rows: Any = None  # of the task under way, with the exemplars
+        self._rows: Split | None = None  # of the task under way, with the exemplars
 
     @classmethod
-    def check(cls, config: Any, benchmark: type) -> list[str]:
+    def check(cls, config: Config, benchmark: type[Benchmark]) -> list[str]:
         problems = super().check(config, benchmark)
         if config.buffer_size < benchmark.num_classes:
             problems.append(
@@ -66,24 +68,21 @@ class WithExemplars(WithTeacher, Incremental):
             )
         return problems
 
-    def train_split(self, task: Any, epoch: int) -> Any:
+    def train_split(self, task: Task, epoch: int) -> Split:
         if self._rows is None:
             self._rows = self.with_exemplars(task.train)
         return self._rows
 
-    def with_exemplars(self, split: Any) -> Any:
+    def with_exemplars(self, split: Split) -> Split:
         """The rows of a split (`Split`), then the exemplars."""
         if len(self.buffer) == 0:
             return split
         old = {name: column.to(split.labels.device) for name, column in self.buffer.all().items()}
-        return replace(
-            split,
-            images=torch.cat((split.images, old["x"])),
-            labels=torch.cat((split.labels, old["y"])),
-            ids=torch.cat((split.ids, old["ids"])),
-        )
+        columns = ((split.images, old["x"]), (split.labels, old["y"]), (split.ids, old["ids"]))
+        images, labels, ids = map(torch.cat, columns)
+        return Rows(images, labels, ids, split.batch_lengths)
 
-    def herd_exemplars(self, task: Any) -> None:
+    def herd_exemplars(self, task: Task) -> None:
         """buffer_size // seen exemplars of each class: an old one keeps its first, a new one's are chosen by herding
         from all its rows, by features that are not normalised."""
         number, new = self.buffer.capacity // self.seen, task.train
@@ -115,8 +114,9 @@ class WithExemplars(WithTeacher, Incremental):
 
 def classifier_of(net: nn.Module) -> tuple[str, nn.Linear]:
     """(name, layer) that makes the logits of a backbone's `features`: its `classifier`, else its last linear layer."""
-    if isinstance(getattr(net, "classifier", None), nn.Linear):
-        return "classifier", net.classifier
+    classifier = getattr(net, "classifier", None)
+    if isinstance(classifier, nn.Linear):
+        return "classifier", classifier
     return [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
 
 
@@ -124,4 +124,5 @@ def decay(net: nn.Module, weight: float) -> dict[str, Tensor]:
     """The penalty weight * |theta|^2 over what is trained; its gradient is 2 * weight * theta. None for weight 0."""
     if not weight:
         return {}
-    return {"decay": weight * sum(p.square().sum() for p in trainable(net))}
+    squares: Any = sum(p.square().sum() for p in trainable(net))
+    return {"decay": weight * squares}

@@ -23,6 +23,7 @@ from flatcl.utils.engine.layout import rows_of_forward
 from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
+from flatcl.utils.protocols import Benchmark, Config, Ranks, Split, Task
 from flatcl.utils.registry import BACKBONES
 
 # (dataset, buffer size or None) -> {flag: (value, where it comes from)}
@@ -74,11 +75,11 @@ class Context:
     and of its buffer; `config` has every flag of the run.
     """
 
-    benchmark: Any
+    benchmark: Benchmark
     augment: Any
     device: torch.device
     rng: np.random.Generator
-    config: Any = None
+    config: Any = None  # `Config`; None in tests of a method alone
 
 
 class Method(nn.Module):
@@ -108,7 +109,7 @@ class Method(nn.Module):
     replays_as_stored = False  # replayed images are not augmented
     references_first = False  # computed before the loss, so that the loss updates BatchNorm's averages last
     lr: float  # the current learning rate, set by the engine
-    ranks: Any = None  # `flatcl.utils.engine.ranks.Ranks`, where several processes train this run; set by the engine
+    ranks: Ranks | None = None  # where several processes train this run; set by the engine
     channels_last = False  # the memory layout of its convolutions (`utils/engine/layout.py`); set by the engine
     amp: torch.dtype | None = None  # dtype of autocast in the passes of a step; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> terms of the loss; `combine` gets their clean gradient
@@ -134,7 +135,7 @@ class Method(nn.Module):
             raise mistake(cls, f"settings must be a tuple of some of {', '.join(SETTINGS)}, got {cls.settings!r}.")
 
     @classmethod
-    def check(cls, config: Any, benchmark: type) -> list[str]:
+    def check(cls, config: Config, benchmark: type[Benchmark]) -> list[str]:
         """Problems of this method with a configuration, one line each; called before any data is loaded."""
         problems = []
         if benchmark.setting not in cls.settings:
@@ -156,21 +157,21 @@ class Method(nn.Module):
         """
         return ()
 
-    def begin_task(self, task: Any) -> None:
+    def begin_task(self, task: Task) -> None:
         """Called before a task's first batch. On a general-continual stream: once, at its start."""
 
-    def num_epochs(self, task: Any, n_epochs: int) -> int:
+    def num_epochs(self, task: Task, n_epochs: int) -> int:
         """Number of epochs of this task, if the run asks for `n_epochs` (--n_epochs)."""
         return n_epochs
 
-    def begin_epoch(self, task: Any, epoch: int) -> None:
+    def begin_epoch(self, task: Task, epoch: int) -> None:
         """Called before the first batch of an epoch, counted from 0 in each task."""
 
-    def train_split(self, task: Any, epoch: int) -> Any:
+    def train_split(self, task: Task, epoch: int) -> Split:
         """The rows (`Split`) that this epoch trains on."""
         return task.train
 
-    def learning_rate(self, task: Any, epoch: int, lr: float) -> float:
+    def learning_rate(self, task: Task, epoch: int, lr: float) -> float:
         """The learning rate of this epoch, if the flags of the run ask for `lr`."""
         return lr
 
@@ -216,7 +217,7 @@ class Method(nn.Module):
         detached. On the CPU it is not called if no step was taken, because no loss or update was finite. On other
         devices the host does not know this; there, NaN in the logits of the loss is replaced by 0."""
 
-    def end_task(self, task: Any) -> None:
+    def end_task(self, task: Task) -> None:
         """Called after a task's last batch, before the evaluation. Not called on a general-continual stream."""
 
     def remembered_ids(self) -> Tensor | None:
@@ -259,7 +260,9 @@ class Method(nn.Module):
     @final
     def observe(self, batch: Batch, optimizer: Any, trace: bool = False) -> list[tuple[Objective, Grads]]:
         """Trains on one batch. Returns the objective and the update of each optimizer step."""
-        done, loss, steps = [], None, self.steps(batch)
+        done: list[tuple[Objective, Grads]] = []
+        loss: Any = None  # of the first step, if there is one
+        steps = self.steps(batch)
         if not hasattr(steps, "__next__"):
             raise mistake(self, not_steps(steps))
         for blocks in steps:
@@ -282,7 +285,7 @@ class Method(nn.Module):
             self.remember(batch, loss)
         return done
 
-    def _check(self, blocks: Any, params: list[nn.Parameter]) -> None:
+    def _check(self, blocks: Any, params: list[Tensor]) -> None:
         """Refuses blocks that are none, once for each form of a step."""
         form = None
         if isinstance(blocks, tuple | list) and all(isinstance(block, Block) for block in blocks):
@@ -294,6 +297,7 @@ class Method(nn.Module):
         problem = problem or of_call(self.loss, sum(not block.reference for block in blocks))
         if problem:
             raise mistake(self, problem)
+        assert form is not None
         self.checked_blocks.add(form)
 
     def likely_mistakes(self) -> list[str]:

@@ -2,12 +2,14 @@
 
 A method gives `Block`s and a `Loss`; an optimizer sees an `Objective`: images, targets and dropout noise are fixed for
 a step, and only the weights move. It can be asked for the whole loss, for its rows that come from the stream or from
-the memory, for shards of its rows, or for those that have become worst.
+the memory, for shards of its rows, or for those that have become worst. How rows are cut into parts and put together
+again is in `_shards.py`, what several processes exchange in `_shared_rows.py`, and terms of the optimizer's own in
+`_added_terms.py`.
 """
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -17,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flatcl.models._blocks import Block, Loss, Of, changed, piece_of, place_of, take_pieces, worst_of
+from flatcl.models._added_terms import AddedTerm, Costs
+from flatcl.models._blocks import Block, Loss, place_of, tensor_of, worst_of
 from flatcl.models._checks import not_a_loss, of_loss, of_update, shown
-from flatcl.models._shared_rows import SharedRows
+from flatcl.models._shards import Part, joined
+from flatcl.models._shared_rows import SharedRows, refuse_drawn
 from flatcl.utils.engine import seeding
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
-from flatcl.utils.optim._driver import Wanted, frozen_statistics
+from flatcl.utils.optim._driver import Wanted
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Tally:
     totals: list[Tensor] = field(default_factory=list)  # the loss of each pass with gradients
 
 
-class Objective(SharedRows):
+class Objective:
     """One step's loss as a function of the weights alone: blocks, targets and dropout noise are fixed.
 
     The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
@@ -46,29 +50,27 @@ class Objective(SharedRows):
     replayed, is of a network that draws nothing.
 
     Where several processes train a run (`utils/engine/ranks.py`), `blocks` are this one's rows of the `whole` blocks.
-    What an objective gives, gradients and the clean loss, is of all rows.
+    What an objective gives, gradients and the clean loss, is of all rows. One that is not `split` is a shard.
     """
 
     def __init__(
-        self, method: Any, blocks: tuple[Block, ...], params: list[nn.Parameter], trace: bool = False,
+        self, method: Any, blocks: tuple[Block, ...], params: list[Tensor], trace: bool = False,
         recorded: bool = False, split: bool = True,
     ):  # fmt: skip
         self.method, self.params, self.trace, self.recorded = method, params, trace, recorded
         self.whole = tuple(block for block in blocks if not block.reference)
         self.reference_blocks = tuple(block for block in blocks if block.reference)
-        self.loss: Loss | None = None
+        self.loss: Any = None  # `Loss`, after the first pass with gradients
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
         self.handed: list[tuple[Callable, int]] | None = None  # see `watch`
         self.passes: list[tuple[Loss, Grads]] = []
         self.tally = Tally([False] * len(params))
         self.skipped = False  # set by an optimizer that did not take the step
-        self.extra: tuple[str, Callable[[list[Tensor]], list[Tensor]]] | None = None  # see `add`
-        self.weights: list[float] | None = None  # of each block's terms, in a part whose blocks are cut unevenly
-        self.ranks = method.ranks if split else None
-        self.blocks, self.pieces = self.whole, [block.sources for block in self.whole]
-        if self.ranks is not None:
-            self._take_own_rows()
+        self.added: AddedTerm | None = None  # see `add`
+        self.shared = SharedRows(method, method.ranks, self.whole) if split and method.ranks is not None else None
+        self.part: Part | None = None if self.shared is None else self.shared.part  # which rows are here, of how many
+        self.blocks = self.whole if self.part is None else self.part.blocks
         self.noise = self._generators()  # a network may draw (dropout): every pass draws the same
         self._has_drawn, self._is_clean = False, True
 
@@ -102,12 +104,15 @@ class Objective(SharedRows):
 
     def __call__(self) -> Loss:
         """The loss at the present weights, with its graph."""
-        with self._same_noise(), self._precision(), self._logits() as logits:
+        watch: AbstractContextManager[dict[int, Tensor]]
+        watch = nullcontext({}) if self.added is None else self.added.watch(self.blocks)
+        with self._same_noise(), self._precision(), watch as seen:
             loss = self.method.loss(*self.blocks)
             self._check(loss)
             self.tally.forward_rows += self.num_rows
-            if self.extra is not None:
-                loss = self._with_extra(loss, logits)
+            if self.added is not None:
+                self.tally.forward_rows += sum(len(block) for i, block in enumerate(self.whole) if i not in seen)
+                loss = self.added.add_to(loss, self.blocks, seen)
         return loss if self.method.amp is None else loss.mapped(Tensor.float)
 
     def gradient(self) -> Grads:
@@ -125,23 +130,21 @@ class Objective(SharedRows):
         if clean and self.method.references_first:
             self._refer()
         loss = self()
-        weighted = loss if self.weights is None else self._weighted(loss)
+        weighted = loss if self.part is None else self.part.weighted(loss)
         known = None if isinstance(wanted, Tensor) else wanted
         gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), known)
-        if known is not wanted:
+        if isinstance(wanted, Tensor):
             gradient, climbed = (
                 [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
                 for part in (gradient, climbed)
             )
         self.tally.totals.append(weighted.total.detach())
-        if clean or self.trace or self.ranks is not None:
+        if clean or self.trace or self.shared is not None:
             loss = loss.detach()
         if self.method.ranks is not None:
-            self._refuse_draws()
-        if self.ranks is not None:
-            if clean:
-                self._refuse_mixed_rows()
-            loss, gradient, climbed = self._meet(loss, gradient, climbed, clean)
+            refuse_drawn(self.method, self.noise)
+        if self.shared is not None:
+            loss, gradient, climbed = self._share(self.shared, loss, gradient, climbed, clean)
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
         if clean:
@@ -157,7 +160,7 @@ class Objective(SharedRows):
         """The loss of all rows at the present weights, without its graph."""
         with torch.no_grad():
             loss = self()
-            return loss if self.ranks is None else self._exchanged(self._placed([(self, loss)]), self.is_own, [])[0]
+            return loss if self.shared is None else self.shared.of_rows(loss)
 
     def _refer(self) -> None:
         """The gradients of the references, at the present weights."""
@@ -176,11 +179,10 @@ class Objective(SharedRows):
             self.guides[name] = self._backward(reference.float() if self.method.amp else reference, None, False)
         self.tally.forward_rows += rows
         self.tally.backward_rows += rows
-        if self.ranks is not None:  # each has passed all of them; what rounds otherwise on another GPU must not stay
+        if self.shared is not None:  # each has passed all of them
             names = [name for name in self.guides if name not in self.method.guides]
-            mine = [grad for name in names for grad in self.guides[name]]
-            found = self.ranks.sum([grad / self.ranks.size for grad in mine])
-            self.guides |= {name: [found.pop(0) for _ in self.params] for name in names}
+            means = self.shared.mean([grad for name in names for grad in self.guides[name]])
+            self.guides |= {name: [means.pop(0) for _ in self.params] for name in names}
         if not self._has_drawn:
             self.noise = self._generators()  # what the clean pass draws
 
@@ -200,6 +202,7 @@ class Objective(SharedRows):
         self.handed = []
 
     def _hand_out(self, *gradients: Grads) -> None:
+        assert self.handed is not None
         self.handed += [(ref(part), part._version) for gradient in gradients for part in gradient]
 
     def check_update(self, optimizer: Any, update: Any) -> None:
@@ -223,7 +226,7 @@ class Objective(SharedRows):
         return combined
 
     def _refuse_changes(self, part: Any, what: str, is_changed: bool = False) -> None:
-        kept = ((gradient(), version) for gradient, version in self.handed)
+        kept = ((gradient(), version) for gradient, version in self.handed or ())
         if is_changed or any(tensor is not None and tensor._version != version for tensor, version in kept):
             raise mistake(part, f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does.")
 
@@ -232,9 +235,9 @@ class Objective(SharedRows):
         memory = sum(block.memory for block in self.whole)
         return {"all": True, "current": memory < self.num_rows, "memory": memory > 0}[climb]
 
-    def add(self, name: str, term: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    def add(self, name: str, term: Costs) -> None:
         """Adds a term of the optimizer's own: the logits (n, K) of each block -> costs (n,) of each block's rows."""
-        self.extra = (name, term)
+        self.added = AddedTerm(self.method, name, term)
 
     def outputs_of(self, net: nn.Module) -> list[Tensor]:
         """Another network's logits (n, K) for each block, without gradient."""
@@ -275,17 +278,30 @@ class Objective(SharedRows):
         """
         if self.method.references_first:
             self._refer()
-        done, before = [], (self.tally.forward_rows, self.tally.backward_rows)
+        done: list[tuple[Part, Objective]] = []
+        before = [self.tally.forward_rows, self.tally.backward_rows]
         for index in self.own_shards(number):
-            pieces = [[piece_of(rows, index, number) for rows in block.sources] for block in self.whole]
-            shard = self._on(tuple(map(take_pieces, self.whole, pieces)), split=False)
-            share = shard.num_rows / self.num_rows
-            weights = [len(part) / len(whole) / share for part, whole in zip(shard.blocks, self.whole, strict=True)]
-            shard.weights = weights if any(weight != 1 for weight in weights) else None
-            shard.pieces = pieces
-            yield share, shard
-            done.append((share, shard))
+            part = Part.shard(self.whole, index, number)
+            shard = self._on(part.blocks, split=False)
+            shard.part = part
+            yield part.share, shard
+            done.append((part, shard))
         self._join(done, number, before)
+
+    def own_shards(self, number: int) -> range:
+        """Which of so many shards are this rank's."""
+        return range(number) if self.shared is None else self.shared.own_shards(number)
+
+    def of_all_shards(self, parts: Grads, number: int) -> Grads:
+        """The sums over all of `number` shards, from those over this rank's."""
+        return parts if self.shared is None else self.shared.of_all_shards(parts, number)
+
+    def of_all_rows(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+        """{block: (n, ...) of its rows}, from what `blocks` have."""
+        if self.shared is None:
+            return parts
+        loss = self.shared.of_rows(Loss({str(index): (self.blocks[index], part) for index, part in parts.items()}))
+        return {int(name): tensor_of(of) for name, of in loss.rows.items()}
 
     def hardest(self, fraction: float, before: Loss, after: Loss, least: int = 1) -> "Objective":
         """The same loss on the rows whose cost has grown most from `before` to `after`: of each block's rows of the
@@ -297,7 +313,8 @@ class Objective(SharedRows):
         for name, cost in after.costs.items():
             index = place_of(after.rows[name], self.whole)
             rise = cost.detach() - before.costs[name].detach()
-            growth[index] = rise if growth[index] is None else growth[index] + rise
+            so_far = growth[index]
+            growth[index] = rise if so_far is None else so_far + rise
         worst = tuple(worst_of(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
         return self._on(worst, self.noise)
 
@@ -329,55 +346,12 @@ class Objective(SharedRows):
         finally:
             seeding.set_global_state(present)
 
-    def _precision(self):
+    def _precision(self) -> AbstractContextManager[Any]:
         """Autocast of one pass. Casts of weights are not kept: weights move between passes, gradients of several blocks
         add up in float32, and a recorder cannot know what was cast before."""
         if self.method.amp is None:
             return nullcontext()
         return torch.autocast(self.params[0].device.type, self.method.amp, cache_enabled=False)
-
-    @contextmanager
-    def _logits(self) -> Iterator[dict[int, Tensor]]:
-        """Inside, the network's output for each block that passes through it as a whole is kept, for `extra`."""
-        seen: dict[int, Tensor] = {}
-        if self.extra is None:
-            yield seen
-            return
-
-        def keep(net: nn.Module, inputs: tuple, output: Tensor) -> None:
-            for index, block in enumerate(self.blocks):
-                if inputs and inputs[0] is block.x:
-                    seen[index] = output
-
-        handle = self.method.net.register_forward_hook(keep)
-        try:
-            yield seen
-        finally:
-            handle.remove()
-
-    def _with_extra(self, loss: Loss, seen: dict[int, Tensor]) -> Loss:
-        """The loss with the optimizer's own terms, one for each block."""
-        logits = []
-        for index, block in enumerate(self.blocks):
-            if index not in seen:  # the method reaches its logits in another way: an extra forward
-                self.tally.forward_rows += len(self.whole[index])
-                with frozen_statistics(self.method):
-                    seen[index] = self.method.net(block.x)
-            logits.append(seen[index].float() if self.method.amp else seen[index])
-        name, term = self.extra
-        names = [name] if len(self.blocks) == 1 else [f"{name}_{index}" for index in range(len(self.blocks))]
-        own = dict(zip(names, zip(self.blocks, term(logits), strict=True), strict=True))
-        for name in own.keys() & {*loss.rows, *loss.penalties}:
-            raise mistake(self.method, f"'{name}' is a term of the optimizer's. Rename the method's.")
-        return Loss({**loss.rows, **own}, loss.logits, loss.penalties, loss.outputs)
-
-    def _weighted(self, loss: Loss) -> Loss:
-        def weighted(of: Of) -> Of:
-            weight = self.weights[place_of(of, self.blocks)]
-            return changed(of, lambda cost: weight * cost)
-
-        rows = {name: weighted(of) for name, of in loss.rows.items()}
-        return Loss(rows, loss.logits, loss.penalties, loss.outputs)
 
     def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[tuple[str | None, bool], tuple[Tensor, int]]:
         """{(guide, climbed): (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
@@ -419,7 +393,8 @@ class Objective(SharedRows):
         self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: np.ndarray | None
     ) -> tuple[Grads, Grads]:
         """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
-        gradient = climbed_gradient = None
+        gradient: Grads | None = None
+        climbed_gradient: Grads | None = None
         parts = {key: (part, rows) for key, (part, rows) in parts.items() if part.requires_grad}  # or it has none
         for position, ((guide, climbed), (part, rows)) in enumerate(parts.items(), start=1):
             own = self._backward(part, None if guide else wanted, keep_graph=position < len(parts))
@@ -431,63 +406,60 @@ class Objective(SharedRows):
             gradient = _sum(gradient, own)
             if climbed:
                 climbed_gradient = _sum(climbed_gradient, own)
-        zeros = [torch.zeros_like(p) for p in self.params] if gradient is None or climbed_gradient is None else None
-        return gradient or zeros, climbed_gradient or zeros
+        if gradient is None or climbed_gradient is None:
+            zeros = [torch.zeros_like(p) for p in self.params]
+            return gradient or zeros, climbed_gradient or zeros
+        return gradient, climbed_gradient
 
     def _backward(self, part: Tensor, wanted: np.ndarray | None, keep_graph: bool) -> Grads:
-        rows = range(len(self.params)) if wanted is None else [i for i, is_wanted in enumerate(wanted) if is_wanted]
         grads: list[Tensor | None] = [None] * len(self.params)
-        if not part.requires_grad:  # a reference that no weight has a say in
-            rows, found = (), ()
-        else:
+        if part.requires_grad:  # else a reference that no weight has a say in
+            rows = [i for i in range(len(self.params)) if wanted is None or wanted[i]]
             inputs = [self.params[i] for i in rows]
             found = torch.autograd.grad(part, inputs, retain_graph=keep_graph, allow_unused=True)
-        for i, grad in zip(rows, found, strict=True):
-            grads[i] = grad
-            self.tally.used[i] |= grad is not None
+            for i, grad in zip(rows, found, strict=True):
+                grads[i] = grad
+                self.tally.used[i] |= grad is not None
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
-    def _join(self, done: list[tuple[float, "Objective"]], number: int, before: tuple[int, int]) -> None:
+    def _share(
+        self, shared: SharedRows, loss: Loss, gradient: Grads, climbed: Grads, clean: bool
+    ) -> tuple[Loss, Grads, Grads]:
+        """The loss of all rows and its gradients, guides too, from those of the ranks' rows. The loss only of the clean
+        pass and for `passes`."""
+        if clean:
+            shared.refuse_mixed_rows(self.form)
+        names = [name for name in self.guides if name in self.method.guides] if clean else []
+        gradients = [gradient, climbed, *(self.guides[name] for name in names)]
+        if climbed is gradient:
+            del gradients[1]
+        is_read = clean or self.trace
+        found, total, gradients = shared.of_pass(loss if is_read else None, self.tally.totals.pop(), gradients, clean)
+        self.tally.totals.append(total)
+        guides = gradients[len(gradients) - len(names) :]
+        self.guides |= dict(zip(names, guides, strict=True))
+        return found or loss, gradients[0], gradients[0] if climbed is gradient else gradients[1]
+
+    def _join(self, done: list[tuple[Part, "Objective"]], number: int, before: list[int]) -> None:
         """Clean loss and guides of all rows, from those of the shards done here, of `number`; rows counted `before`."""
-        self.loss = self._placed([(shard, shard.loss) for _, shard in done])
+        loss = joined([(part, shard.loss) for part, shard in done])
         guides: dict[str, Grads] = {}
-        for share, shard in done:
+        for part, shard in done:
             for guide, grads in shard.guides.items():
-                guides[guide] = _sum(guides.get(guide), torch._foreach_mul(grads, share))
-        if self.ranks is not None:
-            guides = self._join_ranks(guides, before, is_complete=len(done) == number)
+                guides[guide] = _sum(guides.get(guide), torch._foreach_mul(grads, part.share))
+        if self.shared is not None:
+            tally = self.tally
+            rows = [tally.forward_rows - before[0], tally.backward_rows - before[1]]
+            loss, total, rows, gradients = self.shared.of_shards(
+                loss, reduce(operator.add, tally.totals), rows, [*guides.values()], is_complete=len(done) == number
+            )
+            tally.totals[:] = [total]
+            tally.forward_rows, tally.backward_rows = before[0] + rows[0], before[1] + rows[1]
+            guides = dict(zip(guides, gradients, strict=True))
+        self.loss = loss
         self.guides |= guides
         if not self.method.references_first:
             self._refer()
-
-    def _placed(self, parts: list[tuple["Objective", Loss]]) -> Loss:
-        """The loss of all rows, from those of parts of them: zeros for rows that are in none."""
-        first = parts[0][1]
-
-        def placed(column: Callable[[Loss], Of]) -> Of:
-            """Each part's rows where they belong in their block."""
-            index, found = place_of(column(first), parts[0][0].blocks), None
-            for part, loss in parts:
-                of = column(loss)
-                values = of[1] if isinstance(of, tuple) else of
-                if found is None:
-                    found = values.new_zeros(len(self.whole[index]), *values.shape[1:])
-                for rows, piece in zip(part.pieces[index], values.split([*map(len, part.pieces[index])]), strict=True):
-                    found[rows.start : rows.stop] = piece
-            return (self.whole[index], found) if isinstance(column(first), tuple) else found
-
-        rows = {name: placed(lambda loss, name=name: loss.rows[name]) for name in first.rows}
-        outputs = {name: placed(lambda loss, name=name: loss.outputs[name]) for name in first.outputs}
-        logits = None
-        if first.logits is not None:  # of the stream's block, of its rows of the stream or of all
-            index = self._of_stream
-            sources = self.whole[index].sources[: 1 if len(first.logits) < len(parts[0][0].blocks[index]) else None]
-            logits = first.logits.new_zeros(sum(map(len, sources)), *first.logits.shape[1:])
-            for part, loss in parts:
-                pieces = part.pieces[index][: len(sources)]
-                for rows_of, piece in zip(pieces, loss.logits.split([*map(len, pieces)]), strict=True):
-                    logits[rows_of.start : rows_of.stop] = piece
-        return Loss(rows, logits, first.penalties, outputs)
 
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:

@@ -1,14 +1,15 @@
 """What replay methods share: the buffer, how it is filled, and draws from it, augmented in each step."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatcl.models._method import Batch, Block, Context, Loss, Method
 from flatcl.utils.arguments import flag
 from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.protocols import Benchmark, Config, Task
 from flatcl.utils.registry import POLICIES
 
 
@@ -37,12 +38,12 @@ class ReplayMethod(Method):
         buffer_policy: str = flag("reservoir", "what the memory keeps", choices=POLICIES, fixed=True)
 
     @classmethod
-    def check(cls, config: Any, benchmark: type) -> list[str]:
+    def check(cls, config: Config, benchmark: type[Benchmark]) -> list[str]:
         problems = super().check(config, benchmark)
         policy = getattr(config, "buffer_policy", None)  # the flag may be missing: `fixed_policy`
         return problems + (POLICIES.load(policy).check(config, benchmark) if policy else [])
 
-    def __init__(self, net, args, context: Context):
+    def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__(net, args, context)
         policy = POLICIES.load(getattr(args, "buffer_policy", "reservoir"))(context.benchmark.num_classes)
         self.buffer = Buffer(args.buffer_size, context.device, context.rng, policy)
@@ -55,7 +56,7 @@ class ReplayMethod(Method):
         `keeps_logits`.
         """
         kept = {"x": x, "y": y, "ids": ids}
-        return {**kept, "logits": logits} if self.keeps_logits else kept
+        return {**kept, "logits": cast(Tensor, logits)} if self.keeps_logits else kept
 
     def remember(self, batch: Batch, loss: Loss | None) -> None:
         """Gives the batch to the policy. `loss` is None if `steps` made no step for this batch."""
@@ -63,7 +64,7 @@ class ReplayMethod(Method):
         logits = None if loss is None else loss.logits
         self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
 
-    def end_task(self, task: Any) -> None:
+    def end_task(self, task: Task) -> None:
         """Lets the policy choose rows. A subclass that overrides this calls it first."""
         self.buffer.policy.end_task(self, task)
 
@@ -75,7 +76,7 @@ class ReplayMethod(Method):
         """
         if len(self.buffer) == 0:
             return ()
-        columns = self.buffer.draw(self.args.minibatch_size, draws)
+        columns: dict[str, Any] = self.buffer.draw(self.args.minibatch_size, draws)
         inputs = self.context.augment(columns.pop("x"))
         size = len(inputs) // draws
         parts = [slice(i * size, (i + 1) * size) for i in range(draws)]
@@ -98,7 +99,7 @@ class ReplayMethod(Method):
             inputs = torch.cat((batch.inputs, augment(rows["x"])))
         else:  # bytes are cheaper to move than floats
             inputs = augment(torch.cat((batch.x, rows["x"])))
-        columns = {name: torch.cat((getattr(batch, name), rows[name])) for name in ("y", "ids") if name in rows}
+        columns: Any = {name: torch.cat((getattr(batch, name), rows[name])) for name in ("y", "ids") if name in rows}
         return Block(inputs, memory=len(rows["y"]), **columns)
 
     def remembered_ids(self) -> Tensor | None:

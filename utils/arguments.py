@@ -28,6 +28,7 @@ from flatcl.utils.elsewhere import ELSEWHERE
 from flatcl.utils.errors import UsageError, mistake
 from flatcl.utils.files import is_writable
 from flatcl.utils.identity import PROTOCOL, check_weights, code_of, differences, named, weights_of
+from flatcl.utils.protocols import Benchmark, Method
 from flatcl.utils.registry import (
     BACKBONES,
     DATASETS,
@@ -35,6 +36,7 @@ from flatcl.utils.registry import (
     OPTIMIZERS,
     POLICIES,
     Plugin,
+    Registry,
     canonical,
     load_plugin,
     nearest,
@@ -43,10 +45,18 @@ from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_save
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
 MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
-SELECTORS = {"model": METHODS, "dataset": DATASETS, "backbone": BACKBONES, "optimizer": OPTIMIZERS}
+SELECTORS: dict[str, Registry[Any]] = {
+    "model": METHODS,
+    "dataset": DATASETS,
+    "backbone": BACKBONES,
+    "optimizer": OPTIMIZERS,
+}
 
 
-def flag(default, help, *, low=None, high=None, above=None, below=None, choices=None, result=True, fixed=False):
+def flag(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
+    below: float | None = None, choices: Iterable[str] | None = None, result: bool = True, fixed: bool = False,
+) -> Any:  # fmt: skip
     """A dataclass field that is a flag.
 
     `low`, `high` are inclusive bounds, `above`, `below` exclusive ones; `result=False` marks a flag that cannot change
@@ -196,8 +206,8 @@ class Flag:
     many: bool
     owner: str
     help: str
-    bounds: dict
-    choices: tuple | None
+    bounds: dict[str, float | None]
+    choices: Iterable[str] | None
     result: bool
     fixed: bool
 
@@ -400,11 +410,11 @@ class Config:
         return "all" if self.n_tasks <= MANY_TASKS else "seen"
 
     @property
-    def learner(self) -> type:
+    def learner(self) -> type[Method]:
         return METHODS.load(self.model)
 
     @cached_property
-    def benchmark(self) -> type:
+    def benchmark(self) -> type[Benchmark]:
         """The benchmark's class, with what its data alone says. Raises `UsageError` where that data is not there."""
         return DATASETS.load(self.dataset).declared(self)
 
@@ -425,7 +435,7 @@ class Request:
     @classmethod
     def parse(cls, argv: list[str]) -> "Request":
         words: dict[str, list[str]] = {}
-        plugins: list[str] = []
+        plugins: list[list[str]] = []
         current: list[str] | None = None
         problems = []
         for token in argv:
@@ -433,12 +443,12 @@ class Request:
                 words["help"] = current = []
             elif token.startswith("--") and len(token) > 2:
                 name, _, value = token[2:].partition("=")
-                current = [value] if "=" in token else []
+                current = given = [value] if "=" in token else []
                 name = canonical(name)
                 if name == "plugin":
-                    plugins.append(current)
+                    plugins.append(given)
                 else:
-                    words[name] = current
+                    words[name] = given
             elif current is None:
                 problems.append(f"'{token}' is not a flag. Flags look like --name value.")
             else:
@@ -447,8 +457,9 @@ class Request:
             raise UsageError(*problems)
         single = {name: words.pop(name, None) for name in ("help", "list", "from", "resume")}
         for name in ("from", "resume"):
-            if single[name] is not None and len(single[name]) != 1:
-                problems.append(f"--{name} expects one path, got {len(single[name])}. Give a run's folder.")
+            paths = single[name]
+            if paths is not None and len(paths) != 1:
+                problems.append(f"--{name} expects one path, got {len(paths)}. Give a run's folder.")
         continues = _switch("continue", words.pop("continue", None), problems)
         if continues and single["from"] is None:
             problems.append("--continue starts from the end of another run. Name that run by --from.")
@@ -481,12 +492,12 @@ def _switch(name: str, words: list[str] | None, problems: list[str]) -> bool:
     return words != ["0"]
 
 
-def schema(engine: dict[str, type | None]) -> dict[str, Flag]:
+def schema(engine: Mapping[str, type[Any] | None]) -> dict[str, Flag]:
     """All flags of a run. `engine` maps 'model', 'dataset', 'backbone', 'optimizer' to classes (or None)."""
     flags = flags_of(EngineArgs, "engine")
     for selector, cls in engine.items():
         args_type = args_of(cls) if cls is not None else None
-        if args_type is None:
+        if cls is None or args_type is None:
             continue
         owner = f"{selector} {cls.name}"
         for name, new in flags_of(args_type, owner).items():
@@ -525,14 +536,14 @@ def resolve_request(request: Request) -> Config:
         elif name in file_values:
             layers.origins[name] = f"from {file}"
 
-    parent = parent_of(saved) if request.continues else saved.continues if saved else None
+    parent = (parent_of(saved) if request.continues else saved.continues) if saved else None
     begun_by = saved.code if saved and request.resume else parent.code if parent else None
     config = Config(layers.values, layers.origins, plugins, parent, flags, begun_by)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
     config = config if problems else _with_number_of_tasks(config)
     problems = problems or _check_together(config)
     if parent is not None:
-        problems = problems or _check_continued(config, saved if request.continues else None)
+        problems = problems or _check_continued(config, parent, saved if request.continues else None)
     problems = problems or [
         *config.benchmark.check(config),
         *chosen["model"].check(config, config.benchmark),
@@ -540,8 +551,8 @@ def resolve_request(request: Request) -> Config:
     ]
     if problems:
         raise UsageError(*problems)
-    changed = differences(parent.code, config.code) if request.continues and parent.code is not None else []
-    if changed:
+    changed = differences(parent.code, config.code) if request.continues and parent and parent.code is not None else []
+    if parent is not None and changed:
         complain(f"note: {parent.run} was made by other code: {', '.join(changed)} changed since")
     return config
 
@@ -555,7 +566,7 @@ def _with_number_of_tasks(config: Config) -> Config:
     return dataclasses.replace(config, values={**config.values, "n_tasks": number}, origins=origins)
 
 
-def _check_continued(config: Config, saved: Saved | None) -> list[str]:
+def _check_continued(config: Config, parent: Parent, saved: Saved | None) -> list[str]:
     """What a run that continues another (`saved`, where it is not read from the files of such a run) cannot have."""
     problems = []
     for name, flag_ in config.flags.items():
@@ -573,20 +584,21 @@ def _check_continued(config: Config, saved: Saved | None) -> list[str]:
         )
     if config.joint or config.learner.trains_jointly:
         problems.append("--continue: a joint run has trained all tasks, none is left. Drop it.")
-    done, stop = config.start_from + config.continues.tasks, config.stop_after or config.n_tasks
+    done, stop = config.start_from + parent.tasks, config.stop_after or config.n_tasks
     if stop <= done and not problems:
         remedy = "Give a larger --stop_after" if done < config.n_tasks else "There are no more"
-        problems.append(f"--continue: {done} task(s) of {config.continues.run} are trained already. {remedy}.")
+        problems.append(f"--continue: {done} task(s) of {parent.run} are trained already. {remedy}.")
     return problems
 
 
 def _load_plugins(request: Request, saved: Saved | None) -> tuple[Plugin, ...]:
     """Those of the saved run, wherever they are now, and those of the command line, each once."""
     given = dict.fromkeys(request.plugins)
-    loaded = {}
-    for entry in saved.plugins if saved else ():
-        plugin = check_plugin(entry, saved, list(given), request.keep_changed)
-        loaded.setdefault(plugin.source, load_plugin(plugin))
+    loaded: dict[Any, Plugin] = {}
+    if saved is not None:
+        for entry in saved.plugins:
+            plugin = check_plugin(entry, saved, list(given), request.keep_changed)
+            loaded.setdefault(plugin.source, load_plugin(plugin))
     for path in given:
         plugin = load_plugin(path)
         loaded.setdefault(plugin.source, plugin)
@@ -622,7 +634,7 @@ class _Layers:
             self.values["classes_per_task"], self.origins["classes_per_task"] = (), "--n_tasks"
 
 
-def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any]) -> list[str]:
+def _put_defaults(layers: _Layers, chosen: dict[str, type[Any]], known: dict[str, Any]) -> list[str]:
     """Everything below the command line; returns problems with it. `known`: the values that the user has given."""
     dataset, model, optimizer = chosen["dataset"], chosen["model"], chosen["optimizer"]
     problems = _check_layer(dataset, "defaults", dataset.defaults, layers.flags)
@@ -645,7 +657,7 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type], known: dict[str, Any
     return problems
 
 
-def _check_layer(owner: type, what: str, layer: Mapping[str, Any], flags: dict[str, Flag]) -> list[str]:
+def _check_layer(owner: type[Any], what: str, layer: Mapping[str, Any], flags: dict[str, Flag]) -> list[str]:
     """Values that a class gives to flags: of the right types, and to flags that this run has or another one could."""
     problems = []
     for name, value in layer.items():
@@ -656,9 +668,10 @@ def _check_layer(owner: type, what: str, layer: Mapping[str, Any], flags: dict[s
     return [line for problem in problems for line in mistake(owner, problem).problems]
 
 
-def _put_file(layers: _Layers, chosen: dict[str, type], values: dict[str, Any], file: str) -> list[str]:
+def _put_file(layers: _Layers, chosen: dict[str, type[Any]], values: Mapping[str, Any], file: str) -> list[str]:
     """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped."""
-    problems, good = [], {}
+    problems: list[str] = []
+    good: dict[str, Any] = {}
     fits = {name: canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items()}
     same = all(fits.values())
     for name in sorted(values.keys() - SELECTORS.keys()):
@@ -691,11 +704,11 @@ def _check_each(config: Config, reported: set[str]) -> list[str]:
     return problems
 
 
-def _names(request: Request, file_values: dict) -> tuple[dict[str, str | None], list[str]]:
+def _names(request: Request, file_values: Mapping[str, Any]) -> tuple[dict[str, str | None], list[str]]:
     """({selector: the name that is chosen, None where it is wrong}, what is wrong). Model and dataset must be named;
     the other two have defaults."""
     names: dict[str, str | None] = dict.fromkeys(SELECTORS)
-    problems = []
+    problems: list[str] = []
 
     def choose(selector: str, name: str) -> None:
         try:
@@ -715,15 +728,18 @@ def _names(request: Request, file_values: dict) -> tuple[dict[str, str | None], 
         elif selector in ("model", "dataset"):
             problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.choices())}.")
     for selector, owner in (("backbone", "dataset"), ("optimizer", "model")):
-        if names[owner] and names[selector] is None and selector not in request.words and selector not in file_values:
-            choose(selector, declared.attribute(SELECTORS[owner], names[owner], f"default_{selector}"))
+        known = names[owner]
+        if known and names[selector] is None and selector not in request.words and selector not in file_values:
+            choose(selector, declared.attribute(SELECTORS[owner], known, f"default_{selector}"))
     return names, problems
 
 
-def _load(names: dict[str, str]) -> dict[str, type]:
+def _load(names: Mapping[str, str | None]) -> dict[str, type[Any]]:
     """The four classes. Raises `UsageError` with all that cannot be imported."""
-    chosen, problems = {}, []
+    chosen: dict[str, type[Any]] = {}
+    problems: list[str] = []
     for selector, name in names.items():
+        assert name is not None  # or `_names` has found a problem
         try:
             chosen[selector] = SELECTORS[selector].load(name)
         except UsageError as error:
@@ -761,7 +777,8 @@ def _flags_by_part(names: dict[str, str | None]) -> dict[str, set[str]]:
 
 def _given(request: Request, flags: dict[str, Flag]) -> tuple[dict[str, Any], list[str]]:
     """(the values of the command line, what is wrong with them); of flags that are not among these, nothing."""
-    given, problems = {}, []
+    given: dict[str, Any] = {}
+    problems: list[str] = []
     for name, words in request.words.items():
         if name not in flags:
             continue
@@ -769,7 +786,7 @@ def _given(request: Request, flags: dict[str, Flag]) -> tuple[dict[str, Any], li
             value = flags[name].parse(words)
             wrong = flags[name].check(value)
         except ValueError as error:
-            wrong = error
+            wrong = str(error)
         if wrong:
             problems.append(f"--{name} {wrong}. {_remedy(flags[name], *words[:1])}")
         else:
@@ -808,7 +825,7 @@ def _remedy(flag_: Flag, value: Any = None) -> str:
 
 
 def _published(
-    chosen: dict[str, type], buffer_size: int | None, flags: dict[str, Flag]
+    chosen: dict[str, type[Any]], buffer_size: int | None, flags: dict[str, Flag]
 ) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """({flag: (value, origin)} published for exactly this method, dataset and buffer size, problems with it).
 

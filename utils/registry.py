@@ -16,16 +16,17 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flatcl._clone import PARTS
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
+from flatcl.utils.protocols import Benchmark, Method, Optimizer
 
 ROOT = Path(__file__).resolve().parent.parent  # of the folders that the registries look into
 IS_CLONE = (ROOT / "flatcl").is_dir()  # or else an installed package
@@ -37,7 +38,11 @@ def canonical(name: str) -> str:
     return name.strip().lower().replace("-", "_")
 
 
-class Registry:
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[T]):
     """The names of one kind (method, dataset, ...) and the objects behind them.
 
     `folder` is the package's path below `flatcl`; `separator` is how names are written for people.
@@ -45,12 +50,12 @@ class Registry:
 
     def __init__(self, kind: str, folder: str, group: str, separator: str = "_"):
         self.kind, self.folder, self.group, self.separator = kind, folder, group, separator
-        self._objects: dict[str, object] = {}
+        self._objects: dict[str, Any] = {}
 
-    def register(self, name: str):
+    def register(self, name: str) -> Callable[[C], C]:
         """Class decorator that enters an object under `name`. A name can be taken only once."""
 
-        def enter(obj):
+        def enter(obj: Any) -> Any:
             key = canonical(name)
             known = self._objects.get(key)
             owner = known.__module__ if known is not None else self._module(key) if key in self._files() else None
@@ -95,7 +100,7 @@ class Registry:
         if key not in self._keys():
             raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
 
-    def load(self, name: str):
+    def load(self, name: str) -> type[T]:
         """The object behind `name`, for `family:variant` the family's; raises `UsageError` with the nearest names when
         there is none."""
         key, colon, variant = _split(name)
@@ -263,8 +268,10 @@ def _plugin_modules() -> list[ModuleType]:
 
 def _execute(plugin: Plugin) -> None:
     name = f"{PLUGIN}{Path(plugin.path).stem}_{hashlib.sha256(plugin.path.encode()).hexdigest()[:8]}"
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, plugin.path))
-    module.__plugin__ = plugin
+    spec = importlib.util.spec_from_file_location(name, plugin.path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    vars(module)["__plugin__"] = plugin
     sys.modules[name] = module
     beside = Path(plugin.path).parent
     if str(beside) not in sys.path:  # it finds what lies beside it, and before that what is installed
@@ -315,9 +322,9 @@ def _unload(module: str) -> None:
         registry.forget(module)
 
 
-METHODS = Registry("model", "models", "flatcl.models")
-DATASETS = Registry("dataset", "datasets", "flatcl.datasets", separator="-")
-BACKBONES = Registry("backbone", "backbone", "flatcl.backbones", separator="-")
-OPTIMIZERS = Registry("optimizer", "utils/optim", "flatcl.optimizers")
-POLICIES = Registry("buffer policy", "utils/engine/policies", "flatcl.policies")
-REGISTRIES = (METHODS, DATASETS, BACKBONES, OPTIMIZERS, POLICIES)
+METHODS: Registry[Method] = Registry("model", "models", "flatcl.models")
+DATASETS: Registry[Benchmark] = Registry("dataset", "datasets", "flatcl.datasets", separator="-")
+BACKBONES: Registry[Any] = Registry("backbone", "backbone", "flatcl.backbones", separator="-")
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "utils/optim", "flatcl.optimizers")
+POLICIES: Registry[Any] = Registry("buffer policy", "utils/engine/policies", "flatcl.policies")
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, DATASETS, BACKBONES, OPTIMIZERS, POLICIES)

@@ -2,27 +2,33 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 
-from flatcl.models._method import Context
+from flatcl.datasets._benchmark import Benchmark
+from flatcl.models._method import Context, Method
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import say
 from flatcl.utils.engine import program, ranks, seeding, weights
 from flatcl.utils.engine.augment import Augment
 from flatcl.utils.engine.augment_check import look_at, pipeline
 from flatcl.utils.engine.layout import lay_out, wants_channels_last
+from flatcl.utils.engine.ranks import Ranks
+from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import UsageError
-from flatcl.utils.optim._driver import batchnorms
+from flatcl.utils.optim._driver import Driver, batchnorms
 from flatcl.utils.registry import BACKBONES, OPTIMIZERS
 
 
-def build(config: Config, device, folder, group=None, is_new: bool = True):
+def build(
+    config: Config, device: torch.device, folder: RunFolder | None, group: Ranks | None = None, is_new: bool = True
+) -> Trainer:
     """Benchmark, network, method, optimizer: each built once. Returns the trainer. `group`: the processes that train
     this run, if there are several. `is_new`: nothing is going to be loaded from a checkpoint."""
     given = weights.read(config.pretrained_weights) if is_new and config.pretrained_weights else None
-    benchmark = config.benchmark(config, "cpu")
+    benchmark = cast(type[Benchmark], config.benchmark)(config, "cpu")
     benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
     seeding.seed_everything(config.seed)
@@ -38,14 +44,15 @@ def build(config: Config, device, folder, group=None, is_new: bool = True):
         weights.freeze(net)
     channels_last = wants_channels_last(config.channels_last, net, benchmark.shape, device)
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
-    method = config.learner(net, config.view(config.learner), context).to(device)
+    learner = cast(type[Method], config.learner)
+    method = learner(net, config.view(learner), context).to(device)
     method.amp = torch.bfloat16 if config.amp == "bf16" else None
     method.channels_last = channels_last
     lay_out(method, channels_last)
     if group is not None:
         method.ranks = group
         ranks.check_network(method)
-    optimizer_type = OPTIMIZERS.load(config.optimizer)
+    optimizer_type = cast(type[Driver], OPTIMIZERS.load(config.optimizer))
     optimizer = optimizer_type(
         method, config.lr, config.optim_wd, config.view(optimizer_type), seeding.generator(config.seed, "optimizer")
     )
@@ -70,7 +77,7 @@ def _synced(net: torch.nn.Module, name: str) -> torch.nn.Module:
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
-def _record_steps(wish: str, method, optimizer, device) -> None:
+def _record_steps(wish: str, method: Method, optimizer: Driver, device: torch.device) -> None:
     """From now on the optimizer's steps are recorded and replayed, if that is wished for and possible."""
     recorder = program.recorder(device) if wish != "0" else None
     if wish == "1" and recorder is None:
@@ -81,19 +88,19 @@ def _record_steps(wish: str, method, optimizer, device) -> None:
             optimizer.programs.check()
 
 
-def _place(benchmark, where: str, device) -> None:
+def _place(benchmark: Benchmark, where: str, device: torch.device) -> None:
     """Moves the images to the device unless they would fill it; then they stay in host memory."""
     if device.type == "cpu" or where == "cpu":
         return
     if where == "auto" and device.type == "cuda":
-        needed = sum(split.images.nbytes for split in (benchmark._train, benchmark._test))
-        if 3 * needed > torch.cuda.mem_get_info(device)[0]:  # the set, a task's copy, and room for the network
+        needed = 3 * benchmark.num_bytes  # the set, a task's copy, and room for the network
+        if needed > torch.cuda.mem_get_info(device)[0]:
             return
     benchmark.to(device)
 
 
 @contextmanager
-def computing(config: Config, device) -> Iterator[None]:
+def computing(config: Config, device: torch.device) -> Iterator[None]:
     """Inside, torch computes as this run wants it to: with its number of threads, and, where steps are recorded on a
     GPU, with convolutions whose kernels are chosen by measurement. Other runs of the process are not touched."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
@@ -108,8 +115,8 @@ def computing(config: Config, device) -> Iterator[None]:
         cudnn.benchmark = is_chosen
 
 
-def resolve_device(name: str):
-    """torch.device of --device, with its index, as tensors name it; raises `UsageError` if it is not there."""
+def resolve_device(name: str) -> torch.device:
+    """The device of --device, with its index, as tensors name it; raises `UsageError` if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

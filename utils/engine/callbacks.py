@@ -5,12 +5,16 @@ A callback is any object with some of the methods of `Callback`. Each gets the r
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from flatcl.models._method import Method
 from flatcl.utils.engine import seeding
 from flatcl.utils.errors import UsageError
+from flatcl.utils.optim._driver import Driver
+from flatcl.utils.protocols import Benchmark, Config
 
 EVENTS = ("after_step", "after_epoch", "after_task", "after_evaluation")
 
@@ -43,9 +47,11 @@ class State:
 
     def __init__(self, trainer: Any, task: int, epoch: int):
         self._trainer = trainer
-        self.model, self.optimizer, self.benchmark = trainer.method, trainer.optimizer, trainer.benchmark
-        self.config = trainer.config
-        self.folder = None if trainer.folder is None else trainer.folder.path
+        self.model: Method = trainer.method
+        self.optimizer: Driver = trainer.optimizer
+        self.benchmark: Benchmark = trainer.benchmark
+        self.config: Config = trainer.config
+        self.folder: Path | None = None if trainer.folder is None else trainer.folder.path
         self.task, self.epoch, self.step = task, epoch, trainer.cost.steps
         self.loss: Tensor | None = None
         self.terms: dict[str, Tensor] = {}

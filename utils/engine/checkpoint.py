@@ -10,7 +10,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -28,10 +28,11 @@ ZIP_END = b"PK\5\6"  # the last 22 bytes of a zip file without a comment
 class _Sealing:
     """A file for `torch.save`, which cannot bear a failed write: the error is kept, and raised by `seal`."""
 
-    def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
-    def write(self, content) -> int:
+    def write(self, content: bytes) -> int:
         try:
             if self.error is None:
                 self.file.write(content)
@@ -83,7 +84,7 @@ def save_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
 def _write(fresh: Path, content: dict[str, Any]) -> None:
     with open(fresh, "wb") as file:
         sealing = _Sealing(file)
-        torch.save(content, sealing)
+        torch.save(content, cast(BinaryIO, sealing))
         sealing.seal()
 
 

@@ -1,15 +1,15 @@
 """Accuracy on the tasks, in batches that suit the device; class-il and task-il from one forward, waited for once."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatcl.utils.engine.augment import Augment
 from flatcl.utils.engine.layout import rows_of_forward
 from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import DataError
+from flatcl.utils.protocols import Benchmark, Ranks, Split, Task
 
 CPU_BYTES, DEVICE_BYTES = 4 * 2**20, 64 * 2**20  # of a batch of inputs: what stays in a CPU's cache, what fills a GPU
 
@@ -24,8 +24,9 @@ class Evaluator:
     """Measures a method on the tasks of a benchmark. `sizes`: the number of test images of each task."""
 
     def __init__(
-        self, benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False, ranks: Any = None
-    ):
+        self, benchmark: Benchmark, augment: Augment, class_il_argmax: str = "all", needs_task: bool = False,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
         """`needs_task`: the method is told the task of each image; then only task-il is defined. `ranks`: the processes
         that share the images, if there are several."""
         self.ranks = ranks
@@ -42,7 +43,9 @@ class Evaluator:
             )
 
     @torch.inference_mode()
-    def __call__(self, method, classes_seen: int, num_tasks: int | None = None) -> dict[str, list[float | None]]:
+    def __call__(
+        self, method: nn.Module, classes_seen: int, num_tasks: int | None = None
+    ) -> dict[str, list[float | None]]:
         """{setting: accuracy of each task, a fraction}. The method is in eval mode meanwhile.
 
         `classes_seen` outputs compete in class-il if the evaluator was built with class_il_argmax 'seen'. The first
@@ -52,7 +55,7 @@ class Evaluator:
         with eval_mode(method):
             counts = torch.cat([self._count(method, tasks, classes_seen) for tasks in self._passes(num_tasks)])
         correct = counts.tolist()  # (num_tasks, settings); the one wait for the device
-        rest = [None] * (len(self.benchmark) - num_tasks)
+        rest: list[float | None] = [None] * (len(self.benchmark) - num_tasks)
         return {
             setting: [row[column] / size for row, size in zip(correct, self.sizes, strict=False)] + rest
             for column, setting in enumerate(self.settings)
@@ -70,7 +73,7 @@ class Evaluator:
         yield range(first, num_tasks)
 
     @torch.inference_mode()
-    def held_out(self, method, task, split, classes_seen: int) -> float:
+    def held_out(self, method: nn.Module, task: Task, split: Split, classes_seen: int) -> float:
         """Accuracy, a fraction, on other images of one task, in the first of the settings."""
         owners = torch.zeros(len(split), dtype=torch.int64, device=self.augment.device)
         with eval_mode(method):
@@ -78,13 +81,13 @@ class Evaluator:
         return counts[0, 0].item() / len(split)
 
     @torch.inference_mode()
-    def logits(self, method, images: Tensor, task: int | None = None) -> Tensor:
+    def logits(self, method: nn.Module, images: Tensor, task: int | None = None) -> Tensor:
         """Stored images (N, C, H, W) uint8, on any device -> logits (N, K) on the method's, in eval mode. `task` is for
         methods that must be told it, and for nothing else."""
         with eval_mode(method):
             return torch.cat([self._forward(method, rows, task) for rows in images.split(self._step(method, images))])
 
-    def predictions(self, method) -> dict[str, Tensor]:
+    def predictions(self, method: nn.Module) -> dict[str, Tensor]:
         """Of all test images, in the order of their tasks, on the CPU: `logits` (N, K) float32, `labels` (N,) int64
         (the output that stands for the class) and `tasks` (N,) int64."""
         parts: dict[str, list[Tensor]] = {"logits": [], "labels": [], "tasks": []}
@@ -94,22 +97,22 @@ class Evaluator:
             parts["tasks"].append(torch.full((len(task.test),), task.index))
         return {name: torch.cat(columns) for name, columns in parts.items()}
 
-    def _step(self, method, images: Tensor) -> int:
+    def _step(self, method: nn.Module, images: Tensor) -> int:
         """Images of one forward."""
         shape, device = images.shape[1:], self.augment.device
         return rows_of_forward(method, shape, device, rows_per_pass(shape, device))
 
-    def _forward(self, method, images: Tensor, task: int | None) -> Tensor:
+    def _forward(self, method: nn.Module, images: Tensor, task: int | None) -> Tensor:
         inputs = self.augment.plain(images)
         return method(inputs, task) if self.needs_task else method(inputs)
 
-    def _count(self, method, indices: range, classes_seen: int) -> Tensor:
+    def _count(self, method: nn.Module, indices: range, classes_seen: int) -> Tensor:
         """(tasks, settings) int64: images that are classified correctly."""
         tasks = [self.benchmark[index] for index in indices]
         return self._correct(method, tasks, self._images(tasks), classes_seen)
 
     def _correct(
-        self, method, tasks: Sequence, rows_of_tasks: tuple[Tensor, Tensor, Tensor], classes_seen: int
+        self, method: nn.Module, tasks: Sequence[Task], rows_of_tasks: tuple[Tensor, Tensor, Tensor], classes_seen: int
     ) -> Tensor:
         """(tasks, settings) int64: of these images, labels, and positions in `tasks`, those classified correctly."""
         images, labels, owners = rows_of_tasks
@@ -134,7 +137,7 @@ class Evaluator:
             correct.index_add_(0, owner, torch.stack(right, 1).long())
         return correct if self.ranks is None else self.ranks.sum([correct])[0]
 
-    def _images(self, tasks: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    def _images(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor]:
         """The tasks' test images, their labels, and the position in `tasks` that each belongs to."""
         splits = [task.test for task in tasks]
         for task, split in zip(tasks, splits, strict=True):

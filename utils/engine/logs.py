@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 from flatcl.utils import launch
-from flatcl.utils.arguments import MANY_TASKS, Config
+from flatcl.utils.arguments import MANY_TASKS
 from flatcl.utils.console import complain, reason, say
 from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.protocols import Config
 
 HPARAMS = "_hparams_/session_end_info"  # the last of TensorBoard's entries
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -100,7 +101,7 @@ class Board:
 class Logs:
     """Console, metrics.jsonl and TensorBoard of one run."""
 
-    def __init__(self, config: Config, folder: RunFolder | None, device: torch.device):
+    def __init__(self, config: Config, folder: RunFolder | None, device: torch.device | None):
         self.config, self.folder, self.device = config, folder, device
         self.bar: tqdm | None = None
         self.board = None if folder is None else Board(folder.path)
@@ -117,7 +118,7 @@ class Logs:
             complain(f"warning: {what} {text}")
         self._said.add(what)
 
-    def open_bar(self, task: int, num_tasks: int, steps: int, done: int) -> None:
+    def open_bar(self, task: int, num_tasks: int, steps: int | None, done: int) -> None:
         self._images, self._since = 0, time.monotonic()
         is_silent = self.config.non_verbose or sys.stderr is None or launch.number() > 0
         hidden = True if is_silent else None  # None: unless a person is looking

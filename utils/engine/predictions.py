@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +17,11 @@ COLUMNS = {"logits": 2, "labels": 1, "tasks": 1}  # and their dimensions
 def save(folder: Path, predictions: Mapping[str, np.ndarray]) -> None:
     """`logits` (N, K) float32, `labels` and `tasks` (N,) int64 of all test images; labels and columns are outputs, in
     the order in which the classes were learned. Atomic. Raises `OSError`."""
+    columns: dict[str, Any] = {**predictions}
     fresh = folder / f"{FILE}.{os.getpid()}.tmp"
     try:
         with open(fresh, "wb") as file:
-            np.savez(file, **predictions)
+            np.savez(file, **columns)
         os.replace(fresh, folder / FILE)
     except BaseException:
         with contextlib.suppress(OSError):

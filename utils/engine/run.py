@@ -1,7 +1,7 @@
 """A whole run, new or gone on with: open its folder, build, train, write how it ended. Knows no command line."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from flatcl.utils.engine.callbacks import Callbacks
 from flatcl.utils.engine.layout import has_convolutions
 from flatcl.utils.engine.lock import Busy
 from flatcl.utils.engine.logs import Logs, entries
+from flatcl.utils.engine.ranks import Ranks
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
 from flatcl.utils.errors import Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
+from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
 
 
@@ -50,14 +52,14 @@ def resume(
     ranks.check(config, is_new=False)
     is_finished, is_first = is_done(path), launch.number() == 0
     folder = RunFolder(path) if is_first else None
-    holding = folder.held() if is_first else nullcontext()
+    holding = nullcontext() if folder is None else folder.held()
     with computing(config, device), ranks.joined(device, config) as group, holding:
-        if is_finished and is_first:
+        if is_finished and folder is not None:
             checkpoint.keep_last(path / "checkpoint")
             _complete(config, folder)
         if is_finished:
             return None
-        if not is_first:
+        if group is not None and not is_first:
             group.wait()  # until what rank 0 mends is mended
         state = None if has_nothing(path) else checkpoint.load(path / "checkpoint", config.hash, repair=is_first)
         if is_first and group is not None:
@@ -72,7 +74,7 @@ def resume(
                 trainer.load_checkpoint(state)
         if group is not None:
             group.wait()  # until all have read what rank 0 will write anew
-        if changed_files and is_first:
+        if changed_files and folder is not None:
             folder.note_changed_code(trainer.cost.steps, config.code)
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
@@ -102,7 +104,7 @@ def has_nothing(path: Path) -> bool:
     return not checkpoint.exists(path / "checkpoint") and not (path / "accuracy.json").exists()
 
 
-def _hint_at_threads(trainer) -> None:
+def _hint_at_threads(trainer: Trainer) -> None:
     """One is the default, so that a run's numbers do not depend on the machine's cores; large networks are slow so."""
     config, cores = trainer.config, os.cpu_count() or 1
     is_default = config.origins["threads"] == "default" and cores > config.threads
@@ -113,7 +115,7 @@ def _hint_at_threads(trainer) -> None:
         )
 
 
-def _take_over(trainer, state: dict | None) -> None:
+def _take_over(trainer: Trainer, state: dict | None) -> None:
     """What the run that this one continues has left, if it continues one."""
     if state is not None:
         parent = trainer.config.continues
@@ -139,7 +141,7 @@ def _state_of(parent: Parent | None) -> dict | None:
 
 
 @contextmanager
-def fitting(folder) -> Iterator[None]:
+def fitting(folder: Path | str) -> Iterator[None]:
     """Inside, what a run folder has is loaded; what another version has saved can fail to in many ways."""
     try:
         yield
@@ -151,7 +153,7 @@ def fitting(folder) -> Iterator[None]:
 
 
 @contextmanager
-def _new_folder(config: Config, group) -> Iterator:
+def _new_folder(config: Config, group: Ranks | None) -> Iterator[RunFolder | None]:
     """A run folder whose lock says, inside, that the run is alive; None for a run that writes nothing, and for all
     processes of a run but the first."""
     is_silent = config.disable_log or (group is not None and group.number > 0)
@@ -163,7 +165,7 @@ def _new_folder(config: Config, group) -> Iterator:
             folder.lock.release()
 
 
-def _begin(trainer, is_new: bool = True) -> None:
+def _begin(trainer: Trainer, is_new: bool = True) -> None:
     """The first files of a run, its first checkpoint among them, so that it can be resumed whenever it is stopped.
     Refuses to train where they cannot be written: the results could not be either."""
     folder = trainer.folder
@@ -178,7 +180,7 @@ def _begin(trainer, is_new: bool = True) -> None:
         raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
 
 
-def _write_decided(benchmark, folder) -> None:
+def _write_decided(benchmark: Benchmark, folder: RunFolder) -> None:
     """benchmark.json. Raises `OSError`, and `UsageError` for a benchmark that hands over something else."""
     decided = benchmark.decided()
     try:
@@ -192,7 +194,8 @@ def _write_decided(benchmark, folder) -> None:
 
 def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
     """Runs a trainer to its end and writes how it ended, whatever that is."""
-    folder, status, trainer.callbacks = trainer.folder, "crashed", callbacks
+    folder, trainer.callbacks = trainer.folder, callbacks
+    status: str | None = "crashed"
     callbacks.trainer = trainer
     with SignalWatch(trainer):
         try:
@@ -221,18 +224,18 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             raise
         finally:
             trainer.status = status or "running"
-            if folder is not None and status not in ("finished", None) and folder.path.is_dir():
-                _write_status(trainer, status)
+            if folder is not None and status is not None and status != "finished" and folder.path.is_dir():
+                _write_status(trainer, folder, status)
             trainer.logs.close()
 
 
-def _write_status(trainer, status: str) -> None:
+def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
     """How a run ended that did not finish."""
     try:
         if trainer.progress.tasks:
             trainer.write_results(status)
         else:
-            trainer.folder.write("summary.json", trainer.summary(status), durable=True)
+            folder.write("summary.json", trainer.summary(status), durable=True)
     except OSError as error:
         complain(f"warning: the status of the run ({status}) cannot be written into its folder ({reason(error)})")
 
@@ -247,35 +250,35 @@ def _finish(trainer: Trainer, summary: dict) -> None:
         except OSError as error:
             unwritten = error
         else:
-            _settle_checkpoint(trainer)
+            _settle_checkpoint(trainer, folder.path)
             if trainer.config.save_predictions:
-                _save_predictions(trainer)
+                _save_predictions(trainer, folder.path)
             _draw(lambda: logs.finish(summary, tasks, trainer.joint))
     say(closing_table(summary, tasks, folder))
     if trainer.optimizer.programs is not None:
         say(str(trainer.optimizer.programs))
-    if unwritten is not None:
+    if folder is not None and unwritten is not None:
         raise RunFailed(
             f"the results cannot be written to {folder.path} ({reason(unwritten)}): they are only on the console. "
             f"Correct this, then: {again(folder.path)}"
         )
 
 
-def _save_predictions(trainer: Trainer) -> None:
+def _save_predictions(trainer: Trainer, path: Path) -> None:
     """predictions.npz, and the confusion matrix as a picture."""
     found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
     try:
-        predictions.save(trainer.folder.path, found)
+        predictions.save(path, found)
     except OSError as error:
         complain(f"warning: {predictions.FILE} cannot be written ({reason(error)})")
     counts = predictions.confusion_matrix(found, trainer.benchmark.class_order())
     _draw(lambda: trainer.logs.confusion(counts))
 
 
-def _draw(draw):
+def _draw(draw: Callable[[], object]) -> None:
     """A picture is not worth a result."""
     try:
-        return draw()
+        draw()
     except Exception as error:
         complain(
             f"warning: the pictures could not be drawn ({type(error).__name__}: {reason(error)}); the results are "
@@ -283,9 +286,8 @@ def _draw(draw):
         )
 
 
-def _settle_checkpoint(trainer) -> None:
+def _settle_checkpoint(trainer: Trainer, path: Path) -> None:
     """What stays of the checkpoints of a run that is finished: the last one, or the weights alone."""
-    path = trainer.folder.path
     try:
         if trainer.config.keep_checkpoint:
             checkpoint.keep_last(path / "checkpoint")

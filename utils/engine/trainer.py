@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from math import cos, pi
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flatcl.models._method import Batch, Method
+from flatcl.models._method import Batch, Method, Objective
 from flatcl.utils import metrics
-from flatcl.utils.arguments import DEBUG_BATCHES, MANY_TASKS, Config
+from flatcl.utils.arguments import DEBUG_BATCHES, MANY_TASKS
 from flatcl.utils.console import reason
 from flatcl.utils.engine import checkpoint, seeding
 from flatcl.utils.engine.augment import Augment
@@ -26,10 +26,14 @@ from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.errors import Interrupted, RunFailed
+from flatcl.utils.optim._driver import Driver, Grads
+from flatcl.utils.protocols import Benchmark, Config, Split, Task
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 AGREED_EVERY = 20  # steps, after which several processes on GPUs agree whether they go on
 WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writing its matrix anew
+
+Steps = Sequence[tuple[Objective, Grads]]  # on one batch
 
 
 class Stream:
@@ -40,7 +44,7 @@ class Stream:
         self._resume: dict[str, Any] | None = None
         self._position: dict[str, Any] = {}
 
-    def epoch(self, split) -> Iterator[Batch]:
+    def epoch(self, split: Split) -> Iterator[Batch]:
         """One pass over a split. An ordinary split is shuffled and its last, smaller batch kept."""
         first = self.batches_to_skip
         resume, self._resume = self._resume, None
@@ -51,7 +55,7 @@ class Stream:
         order = torch.from_numpy(shuffled).to(split.labels.device)
         labels = cache(lambda: split.labels.cpu().numpy()[shuffled])  # a copy for an epoch, where one is asked for
         chunks = [chunk for chunk in self._chunks(ends, split.images.shape[1:]) if chunk[-1] >= first]
-        raw = self._fetch(split, order, ends, chunks[0]) if chunks else None
+        raw: Any = self._fetch(split, order, ends, chunks[0]) if chunks else None
         if resume:  # a chunk that was under way is augmented again as it was, then the generators go on from where
             under_way = chunks and chunks[0].start < first  # they stood
             seeding.set_global_state(resume["chunk_random" if under_way else "random"])
@@ -60,7 +64,7 @@ class Stream:
             chunk_random = seeding.global_state()
             # without augmentation a batch is converted when it is due, while it is in the cache
             inputs = self.augment(x) if self.augment.transforms else None
-            if chunk.start < first:
+            if resume and chunk.start < first:
                 seeding.set_global_state(resume["random"])
             raw = self._fetch(split, order, ends, chunks[position + 1]) if position + 1 < len(chunks) else None
             for batch in range(max(chunk.start, first), chunk.stop):
@@ -75,7 +79,7 @@ class Stream:
         """Batches of the next epoch that were done before a restored position."""
         return self._resume["batches"] if self._resume else 0
 
-    def num_batches(self, split) -> int:
+    def num_batches(self, split: Split) -> int:
         return len(self._lengths(split))
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume = state
 
-    def _lengths(self, split) -> list[int]:
+    def _lengths(self, split: Split) -> list[int]:
         if split.batch_lengths is not None:
             lengths = list(split.batch_lengths)
         else:
@@ -93,7 +97,7 @@ class Stream:
             lengths = [self.batch_size] * full + ([rest] if rest else [])
         return lengths[: self.max_batches]
 
-    def _plan(self, split) -> tuple[np.ndarray, list[int]]:
+    def _plan(self, split: Split) -> tuple[np.ndarray, list[int]]:
         """(order of the rows; where each batch starts and the last one ends)."""
         shuffled = self.rng.permutation(len(split)) if split.batch_lengths is None else np.arange(len(split))
         ends = [0, *np.cumsum(self._lengths(split)).tolist()]
@@ -111,7 +115,7 @@ class Stream:
             chunks.append(range(first, len(ends) - 1))
         return chunks
 
-    def _fetch(self, split, order: Tensor, ends: list[int], chunk: range) -> tuple[Tensor, Tensor, Tensor]:
+    def _fetch(self, split: Split, order: Tensor, ends: list[int], chunk: range) -> tuple[Tensor, Tensor, Tensor]:
         """Raw rows on the training device; from host memory they are copied while the device still works."""
         rows = order[ends[chunk.start] : ends[chunk.stop]]
         columns = (split.images.index_select(0, rows), split.labels[rows], split.ids[rows])
@@ -119,7 +123,8 @@ class Stream:
         if split.labels.device == device:
             return columns
         pinned = (column.pin_memory() if device.type == "cuda" else column for column in columns)
-        return tuple(column.to(device, non_blocking=True) for column in pinned)
+        x, y, ids = (column.to(device, non_blocking=True) for column in pinned)
+        return x, y, ids
 
 
 def _part_of(array: Callable[[], np.ndarray], start: int, end: int) -> np.ndarray:
@@ -140,7 +145,7 @@ class Cost:
     eval_s: float = 0.0
     wall_s: float = 0.0
 
-    def to_json(self, device: torch.device) -> dict[str, float]:
+    def to_json(self, device: torch.device) -> dict[str, float | None]:
         rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in vars(self).items()}
         peak = peak_memory_mib(device)
         return {**rounded, "peak_memory_mib": None if peak is None else round(peak, 1)}
@@ -153,15 +158,16 @@ class Progress:
     tasks: list[int] = field(default_factory=list)
     epoch: int = 0
     accuracy: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    untrained: dict[str, list[float]] = field(default_factory=dict)
+    untrained: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains a method on a benchmark. `folder` is None if nothing is to be written."""
 
     def __init__(
-        self, config: Config, benchmark, method: Method, optimizer, augment: Augment, folder: RunFolder | None
-    ):
+        self, config: Config, benchmark: Benchmark, method: Method, optimizer: Driver, augment: Augment,
+        folder: RunFolder | None,
+    ):  # fmt: skip
         self.config, self.benchmark, self.method, self.optimizer = config, benchmark, method, optimizer
         self.augment, self.folder, self.device = augment, folder, augment.device
         self.ranks = method.ranks
@@ -295,7 +301,7 @@ class Trainer:
         stop = self.config.stop_after or len(self.benchmark)
         return range(self.config.start_from, stop)
 
-    def _train_task(self, task) -> None:
+    def _train_task(self, task: Task) -> None:
         self.method.train()
         if not self._mid_epoch:
             start = time.monotonic()
@@ -322,7 +328,7 @@ class Trainer:
             self._tell("after_epoch", task, epoch)
             if self.config.budget_rows is not None and len(split) == 0:
                 break  # such epochs never spend it
-            if self.early is not None and self._is_best_past(task):
+            if self.early is not None and self._is_best_past(self.early, task):
                 break
             self._evaluate_inside(task, epoch + 1, n_epochs)
         if self.early is not None:
@@ -336,7 +342,7 @@ class Trainer:
             self._count_rows()
         self._finish_task(task)
 
-    def _is_best_past(self, task) -> bool:
+    def _is_best_past(self, early: EarlyStop, task: Task) -> bool:
         """Whether the held-out images have not been classified better for --early_stop epochs."""
         split = task.monitor
         if len(split) == 0:  # of a small task, none was drawn
@@ -345,27 +351,27 @@ class Trainer:
         accuracy = self.evaluate.held_out(self.method, task, split, task.classes.stop)
         self.cost.eval_s += time.monotonic() - start
         self.logs.custom("accuracy/held_out", accuracy, self.cost.steps)
-        return self.early.note(accuracy, self.method)
+        return early.note(accuracy, self.method)
 
-    def _evaluate_inside(self, task, epochs: int, n_epochs: int) -> None:
+    def _evaluate_inside(self, task: Task, epochs: int, n_epochs: int) -> None:
         """What --eval_every asks for after so many epochs of a task; its end is evaluated anyway."""
         every = self.config.eval_every
         if every is None or epochs % every or (epochs == n_epochs and self.config.budget_rows is None):
             return
         row = self._evaluate_row(task)
         columns = range(len(self.benchmark)) if self.joint else [*self.progress.tasks, task.index]
-        averages = {name: metrics.average_accuracy([values[i] for i in columns], len(columns))
+        averages = {name: metrics.average_accuracy(_measured(values, columns), len(columns))
                     for name, values in row.items()}  # fmt: skip
         self.logs.epoch(epochs, task.index, self.cost, row, averages)
         self._tell("after_evaluation", task, epochs - 1, accuracy=row)
 
-    def _evaluate_row(self, task) -> dict[str, list[float | None]]:
+    def _evaluate_row(self, task: Task) -> dict[str, list[float | None]]:
         """{setting: accuracy on each task}, with what is learned up to this task."""
         seen = self.benchmark.num_classes if self.joint else task.classes.stop
         only_seen = self.config.evaluated == "seen" and not self.joint
         return self._evaluation(classes_seen=seen, num_tasks=task.index + 1 if only_seen else None)
 
-    def _tell(self, event: str, task, epoch: int, done: list[tuple] = (), accuracy: dict | None = None) -> None:
+    def _tell(self, event: str, task: Task, epoch: int, done: Steps = (), accuracy: dict | None = None) -> None:
         """Calls the callbacks, if there are any."""
         if not self.callbacks.given:
             return
@@ -399,7 +405,7 @@ class Trainer:
         share = self.config.budget_rows * (len(self.progress.tasks) + 1) / len(self._task_indices())
         return self.cost.forward_rows + 2 * self.cost.backward_rows >= share
 
-    def _train_epoch(self, split, task) -> None:
+    def _train_epoch(self, split: Split, task: Task) -> None:
         start, log_every = time.monotonic(), self.config.log_every
         most = 1  # steps on a batch
         rate, num_batches, batch_number = self.method.lr, self.stream.num_batches(split), self.stream.batches_to_skip
@@ -478,7 +484,7 @@ class Trainer:
         rho = self.config.values.get("rho")
         return f"--lr (now {self.config.lr:g})" + ("" if rho is None else f" or --rho (now {rho:g})")
 
-    def _log_step(self, done: list[tuple]) -> None:
+    def _log_step(self, done: Steps) -> None:
         """The only place in training where the host waits for the device. Of several steps on a batch, the first one's
         loss and diagnosis, and the terms of all."""
         objective, update = done[0]
@@ -494,7 +500,7 @@ class Trainer:
         minutes = self.config.checkpoint_minutes
         return bool(minutes) and time.monotonic() - self._saved > 60 * minutes
 
-    def _finish_task(self, task) -> None:
+    def _finish_task(self, task: Task) -> None:
         row = self._evaluate_row(task)
         for setting, values in row.items():
             self.progress.accuracy.setdefault(setting, []).append(values)
@@ -517,6 +523,7 @@ class Trainer:
     def write_results(self, status: str) -> None:
         """accuracy.json and summary.json; raises `OSError`. The last ones are on the disk when this returns."""
         durable = status != "running"
+        assert self.folder is not None
         self.folder.lock.check()
         self.folder.write("accuracy.json", vars(self.progress), durable)
         self.folder.write("summary.json", self.summary(status), durable)
@@ -526,6 +533,7 @@ class Trainer:
         try:
             write()
         except OSError as error:
+            assert self.folder is not None
             if not self.folder.path.is_dir():
                 raise RunFailed(
                     f"the run folder {self.folder.path} was deleted or moved. The run ends here, since its results "
@@ -560,7 +568,7 @@ class Trainer:
 
     def _average(self, setting: str) -> float:
         row = self.progress.accuracy[setting][-1]
-        return metrics.average_accuracy([row[column] for column in self._columns], len(self._columns))
+        return metrics.average_accuracy(_measured(row, self._columns), len(self._columns))
 
     def _metrics(self, setting: str) -> dict[str, float | None]:
         def trained(row: list) -> list:
@@ -578,7 +586,8 @@ class SignalWatch:
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")  # those that the system has
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.previous, self.since = trainer, {}, 0.0
+        self.trainer, self.since = trainer, 0.0
+        self.previous: dict[int, Any] = {}  # {signal: its handler}
 
     def __enter__(self) -> None:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
@@ -600,6 +609,11 @@ class SignalWatch:
             self.trainer._stop_signal, self.since = number, time.monotonic()
         elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
+
+
+def _measured(row: list[float | None], columns: Sequence[int]) -> list[float]:
+    """The accuracies on these tasks, which were evaluated."""
+    return cast(list[float], [row[column] for column in columns])
 
 
 def learning_rate(config: Config, epoch: int) -> float:

@@ -10,7 +10,7 @@ weights), counters on the host continue, and images of such a step are remembere
 finite.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,11 @@ from flatcl.utils.arguments import flag
 from flatcl.utils.engine import seeding
 from flatcl.utils.engine.layout import lay_out
 from flatcl.utils.optim._base import SGD, Base, Grads
+from flatcl.utils.protocols import Config, Method, Task
 
 Wanted = np.ndarray | Tensor | None  # (P,) bool: the parameters whose gradients are asked for; None: all
+
+BatchNorm = nn.modules.batchnorm._BatchNorm  # all of torch's
 
 WATCHED = 3  # first steps of a task in which it is checked what is made of the gradients
 
@@ -46,7 +49,7 @@ def dot(a: Grads, b: Grads) -> Tensor:
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module | list[nn.Module]) -> Iterator[None]:
+def frozen_statistics(module: nn.Module | list[BatchNorm]) -> Iterator[None]:
     """BatchNorm layers normalise with the batch, but their running averages and counters stay as they are.
 
     Takes a module or a list of its BatchNorm layers. It may be nested, and an exception ends it like a return.
@@ -62,11 +65,11 @@ def frozen_statistics(module: nn.Module | list[nn.Module]) -> Iterator[None]:
             layer.track_running_stats = was_tracked
 
 
-def batchnorms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def batchnorms(module: nn.Module) -> list[BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, BatchNorm)]
 
 
-def normalise_single_values(module: nn.Module) -> list[nn.Module]:
+def normalise_single_values(module: nn.Module) -> list[BatchNorm]:
     """Changes BatchNorm layers: if one in training mode gets a single value per channel (one image, with a map of
     one pixel), it normalises with its running averages and does not update them, as in eval mode. Returns the layers.
 
@@ -79,11 +82,11 @@ def normalise_single_values(module: nn.Module) -> list[nn.Module]:
         if isinstance(layer, nn.SyncBatchNorm):  # whose values are those of all processes
             continue
         if "forward" not in vars(layer):  # of the layer itself, or of the one that it is a copy of
-            layer.forward = partial(_forward_of_batchnorm, layer)
+            vars(layer)["forward"] = partial(_forward_of_batchnorm, layer)
     return layers
 
 
-def _forward_of_batchnorm(layer: nn.Module, x: Tensor) -> Tensor:
+def _forward_of_batchnorm(layer: BatchNorm, x: Tensor) -> Tensor:
     if not layer.training or x.numel() > layer.num_features:
         return type(layer).forward(layer, x)
     layer.training = False
@@ -125,7 +128,8 @@ class Driver:
         self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: np.random.Generator | None = None
     ):
         """`rng` is for the optimizer's own random choices."""
-        self.method, self.args = method, args
+        self.method: Any = method  # a `Method`, whose file needs this one
+        self.args = args
         self.rng = np.random.default_rng(0) if rng is None else rng
         self.names, self.params = _trainable(method)
         self.base = self.make_base(self.params, lr, weight_decay)
@@ -148,11 +152,11 @@ class Driver:
         return self._to_watch > 0
 
     @classmethod
-    def check(cls, config: Any, method: type) -> list[str]:
+    def check(cls, config: Config, method: type[Method]) -> list[str]:
         """Problems of this optimizer with a configuration, one line each; called before any data is loaded."""
         return []
 
-    def make_base(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> Base:
+    def make_base(self, params: list[Tensor], lr: float, weight_decay: float) -> Base:
         return SGD(params, lr, weight_decay, self.args.optim_mom, self.args.optim_nesterov)
 
     def direction(self, objective: Any) -> Grads:
@@ -216,7 +220,7 @@ class Driver:
         """(update, whether the step is finite (), BatchNorm's statistics before it)."""
         self.pending = {}
         statistics = self._statistics()
-        before = torch._foreach_mul(statistics, 1) if statistics else []
+        before: Grads = torch._foreach_mul(statistics, 1) if statistics else []
         try:
             if self._to_watch:
                 objective.watch()
@@ -273,7 +277,7 @@ class Driver:
     def set_lr(self, lr: float) -> None:
         self.base.lr = lr
 
-    def begin_task(self, task: Any) -> None:
+    def begin_task(self, task: Task) -> None:
         """Resets a variant's state for a new task. The base optimizer continues, unless the method wants a new one."""
         self.follow()
         self._drop_programs()
@@ -301,7 +305,7 @@ class Driver:
         place = {name: i for i, name in enumerate(self.names)}
         old = [place.get(name) for name in names]
 
-        def carried(entries: list[Any], fill: float | None) -> list[Any]:
+        def carried(entries: Sequence[Any], fill: float | None) -> list[Any]:
             kept = [None if i is None else entries[i] for i in old]
             return [
                 grown(entry, p, fill or 0.0)
@@ -359,7 +363,7 @@ class Driver:
     def _statistics(self) -> list[Tensor]:
         return [buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False)]
 
-    def _restore_statistics(self, before: list[Tensor]) -> None:
+    def _restore_statistics(self, before: Grads) -> None:
         if before:
             torch._foreach_copy_(self._statistics(), before)
 
@@ -387,7 +391,7 @@ class Driver:
             objective.loss.logits = objective.loss.logits.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _trainable(method: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+def _trainable(method: nn.Module) -> tuple[list[str], list[Tensor]]:
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     return [name for name, _ in named], [p for _, p in named]
 

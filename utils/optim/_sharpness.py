@@ -11,12 +11,14 @@ only in the base optimizer, at the unperturbed weights.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from flatcl.utils.arguments import flag
 from flatcl.utils.optim._base import Grads
 from flatcl.utils.optim._driver import Driver, Wanted, dot, frozen_statistics, norm
+from flatcl.utils.protocols import Config, Method
 from flatcl.utils.registry import BACKBONES
 
 __all__ = ["Grads", "SharpnessAware", "dot", "frozen_statistics", "norm"]
@@ -46,12 +48,14 @@ class SharpnessAware(Driver):
         sam_from_task: int = flag(0, "first task that is trained with perturbed weights, counted from 0", low=0)
         renormalize: bool = flag(False, "scale the update to the norm of the clean gradient (Stable SAM)")
 
-    def __init__(self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: Any = None):
+    def __init__(
+        self, method: nn.Module, lr: float, weight_decay: float, args: Any, rng: np.random.Generator | None = None
+    ):
         super().__init__(method, lr, weight_decay, args, rng)
         self._unperturbed = self._find_unperturbed()
 
     @classmethod
-    def check(cls, config: Any, method: type) -> list[str]:
+    def check(cls, config: Config, method: type[Method]) -> list[str]:
         problems = []
         if config.ascent_on != "all" and not method.has_memory:
             problems.append(
@@ -137,7 +141,7 @@ class SharpnessAware(Driver):
         return {i: torch.zeros_like(p) for i, (p, m) in enumerate(zip(self.params, perturbed, strict=True)) if not m}
 
 
-def _has_norms(config: Any) -> bool:
+def _has_norms(config: Config) -> bool:
     if config.freeze_backbone:  # the classifier, a Linear layer, is trained alone
         return False
     backbone = BACKBONES.load(config.backbone)
