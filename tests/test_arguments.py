@@ -249,7 +249,7 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--optim_mom", "1"], "--optim_mom must be less than 1", "got 1"),
         (["--optim_wd", "-1"], "--optim_wd must be at least 0", "got -1"),
         (["--n_tasks", "3"], "--n_tasks must divide the 10 classes", "got 3"),
-        (["--start_from", "5"], "--start_from must be less than the 5 tasks", "got 5"),
+        (["--start_from", "5"], "--start_from must be less than the number of tasks 5", "got 5"),
         (["--stop_after", "6"], "--stop_after must lie between", "got 6"),
         (["--start_from", "2", "--stop_after", "2"], "--stop_after must lie between", "got 2"),
         (["--custom_class_order", "1,2"], "--custom_class_order must name each class", "got 2 numbers"),

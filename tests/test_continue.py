@@ -186,7 +186,7 @@ def test_runs_that_are_not_finished_or_have_nothing_to_go_on_from(tmp_path, caps
         none = start(tmp_path, "--model", "er", *BASE, code=143)
     assert "has finished no task" in refused(capsys, "--from", str(none), "--continue", "1")
     joint = start(tmp_path, "--model", "joint", *BASE, "--debug_mode")
-    assert "a joint run has all tasks" in refused(capsys, "--from", str(joint), "--continue", "1")
+    assert "a joint run has trained all tasks" in refused(capsys, "--from", str(joint), "--continue", "1")
 
 
 def test_a_run_that_was_stopped_inside_a_task_is_to_be_finished_first(tmp_path, capsys, monkeypatch):

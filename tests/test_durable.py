@@ -118,7 +118,7 @@ def test_a_checkpoint_of_before_there_was_a_digest_is_read_and_verified(state, t
     assert checkpoint.load(tmp_path, "abc")["steps"] == 3
     at = content.index(state["method"]["weight"].numpy().tobytes()) + 100
     file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    with pytest.raises(checkpoint.UsageError, match=r"damaged \(its content does not fit its CRC\)"):
+    with pytest.raises(checkpoint.UsageError, match=r"damaged \(its content does not match its CRC\)"):
         checkpoint.load(tmp_path)
 
 

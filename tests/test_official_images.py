@@ -186,7 +186,7 @@ def test_damaged_gtsrb(tmp_path):
     refused(load_gtsrb, tmp_path, match="no test images")
     truth.write_text(text)
     (tests / "00003.ppm").write_bytes(b"P6 broken")
-    refused(load_gtsrb, tmp_path, match="Final_Test/Images/00003.ppm is no PPM image .*extract the zip again")
+    refused(load_gtsrb, tmp_path, match="Final_Test/Images/00003.ppm is not a PPM image .*extract the zip again")
     (tests / "00003.ppm").unlink()
     refused(load_gtsrb, tmp_path, match="00003.ppm is named by .* but missing")
 
@@ -250,7 +250,7 @@ def test_damaged_eurosat(tmp_path, monkeypatch):
     refused(load_eurosat, tmp_path, match="fewer than 2 images of River; delete the zip")
     archive.write_bytes(sound)
     rewrite(archive, lambda name, data: data[:300] if name.endswith("River_2.jpg") else data)
-    refused(load_eurosat, tmp_path, match="2750/River/River_2.jpg is no JPEG image")
+    refused(load_eurosat, tmp_path, match="2750/River/River_2.jpg is not a JPEG image")
     archive.write_bytes(sound)
     with zipfile.ZipFile(archive, "a") as added:
         added.writestr("2750/../../evil", b"evil")

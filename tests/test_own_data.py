@@ -500,9 +500,9 @@ def test_arrays_that_do_not_fit_are_refused(arrays, tmp_path, monkeypatch, chang
 def test_files_that_are_no_arrays_are_refused(npz, tmp_path):
     assert "there is no such file" in refused("npz", tmp_path / "none.npz", "--n_tasks", "5")
     (tmp_path / "text.npz").write_text("no arrays")
-    assert "this is no .npz file" in refused("npz", tmp_path / "text.npz", "--n_tasks", "5")
+    assert "this is not an .npz file" in refused("npz", tmp_path / "text.npz", "--n_tasks", "5")
     np.save(tmp_path / "one.npy", np.zeros(3))
-    assert "this is no .npz file" in refused("npz", tmp_path / "one.npy", "--n_tasks", "5")
+    assert "this is not an .npz file" in refused("npz", tmp_path / "one.npy", "--n_tasks", "5")
     with pytest.raises(UsageError, match="--dataset npz needs --data_file, got none"):
         resolve(["--model", "sgd", "--dataset", "npz", "--n_tasks", "5"])
     assert "npz does not say into how many tasks its 5 classes are split" in refused("npz", npz)

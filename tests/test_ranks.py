@@ -144,7 +144,7 @@ def test_a_rank_that_dies_ends_the_run_and_it_goes_on_with_as_many_or_fewer(proc
     dying = launched(2, *argv(tmp_path, "--checkpoint_minutes", "0.00001"), env={**os.environ, "DIES": "1"})
     out, err = dying.communicate(timeout=120)
     assert dying.returncode != 0
-    assert re.search(r"failed: rank 0 of 2 has lost the others.*--resume \S+", err), err[-2000:]
+    assert re.search(r"failed: rank 0 of 2 has lost the connection to the others.*--resume \S+", err), err[-2000:]
     assert summary(tmp_path)["status"] == "interrupted"
     (folder,) = (path.parent for path in (tmp_path / "results").rglob("config.json"))
     more = launched(processes, "main.py", "--resume", folder)
@@ -167,7 +167,7 @@ def test_a_signal_ends_all_after_the_same_step(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert len(re.findall(r"interrupted at step [1-9]\d*\. Continue with", err)) == 1, err[-2000:]
-    assert "has lost the others" not in err
+    assert "has lost the connection to the others" not in err
     assert summary(tmp_path)["status"] == "interrupted"
 
 

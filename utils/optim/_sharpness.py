@@ -1,11 +1,11 @@
 """Sharpness-aware optimizers: a rule for the direction of the ascent, and one that combines gradients to an update.
 
-A variant overrides `ascent` (where the weights go for the second pass) or `descent` (the update), or, for another
+A variant overrides `ascent` (the offset of the weights in the second pass) or `descent` (the update), or, for another
 number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
-moves the weights by `with self.at(offset)`, never by hand. It forgets in `begin_task`, and keeps its state and says its
-`phase` as `Driver` does. A gradient is handed out, not copied: make a new list, do not change it in place. Where to be
-flat is the same for all: which rows are climbed, which parameters are perturbed, from which task on. Weight decay acts
-only in the base optimizer, at the unperturbed weights.
+perturbs the weights by `with self.at(offset)`, never in another way. It resets in `begin_task`; state and `phase` are
+as in `Driver`. Gradients are not copies: make a new list, do not change them in place. These flags are the same for all
+variants: which loss the ascent uses, which parameters are perturbed, and from which task on. Weight decay acts only in
+the base optimizer, at the unperturbed weights.
 """
 
 from dataclasses import dataclass
