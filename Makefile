@@ -10,6 +10,11 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# Something of every part, in less than a minute on two cores: for the time between two edits.
+FAST := augment buffer imports layout metrics objective optimizers own_data stream task_sizes
+test-fast: .venv/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST:%=tests/test_%.py)
+
 lint: .venv/.test .types/flatcl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

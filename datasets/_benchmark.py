@@ -205,9 +205,11 @@ class Benchmark(Sequence[Task]):
         if undeclared:
             return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
         if config.n_tasks is None:
+            is_own = cls.declared.__func__ is not Benchmark.declared.__func__  # the user's own data
+            hint = "." if is_own else "; its author can set one of them in its `defaults`."
             return [
                 f"{cls.name} does not say into how many tasks its {cls.num_classes} classes are split. Give "
-                "--classes_per_task or --n_tasks; its author can set one of them in its `defaults`."
+                f"--classes_per_task or --n_tasks{hint}"
             ]
         if config.classes_per_task and not cls._takes_task_sizes():
             return [f"--classes_per_task has no effect on {cls.name}, which defines its own tasks. Drop it."]

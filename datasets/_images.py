@@ -28,6 +28,10 @@ def named(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:SHOWN]) + more
 
 
+def has_sub_folders(folder: Path) -> bool:
+    return any(path.is_dir() for path in folder.iterdir())
+
+
 @one_line
 def sub_folders(folder: Path) -> list[str]:
     """Their names, sorted, without hidden ones. Raises `DataError` where there are none."""

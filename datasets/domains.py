@@ -32,6 +32,11 @@ class Domains(FolderData, DomainBenchmark):
     def declared(cls, config: Any) -> type[Benchmark]:
         folder, size = cls.given(config)
         domains = _images.sub_folders(folder)
+        if not _images.has_sub_folders(folder / domains[0]):
+            raise UsageError(
+                f"--dataset domains expects {folder}/<domain>/<class>/, but {folder / domains[0]} has no sub-folders. "
+                f"For {folder}/<class>/ use --dataset folder."
+            )
         if config.domain_order and sorted(config.domain_order) != domains:
             raise UsageError(
                 f"--domain_order must name each domain of {folder} once ({', '.join(domains)}), got "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flatcl.models._method import Batch, Block, Context, Loss, Method
 from flatcl.utils.arguments import flag
 from flatcl.utils.engine.buffer import Buffer
+from flatcl.utils.errors import mistake
 from flatcl.utils.protocols import Benchmark, Config, Task
 from flatcl.utils.registry import POLICIES
 
@@ -90,7 +91,16 @@ class ReplayMethod(Method):
         memory has it, `ids`. While the memory is empty, it has only the rows of the stream."""
         if len(self.buffer) == 0:
             return batch.block
-        return self.joined(batch, self.buffer.draw(self.args.minibatch_size))
+        return self.joined(batch, self._drawn())
+
+    def _drawn(self, draws: int = 1) -> dict[str, Tensor]:
+        if "x" not in self.buffer.columns:
+            raise mistake(
+                self,
+                f"its memory has no column `x`, only {', '.join(self.buffer.columns)}. Write: "
+                "self.buffer.add(x=batch.x, y=batch.y, ids=batch.ids).",
+            )
+        return self.buffer.draw(self.args.minibatch_size, draws)
 
     def joined(self, batch: Batch, rows: dict[str, Tensor]) -> Block:
         """One block with the rows of the stream and, after them, these rows of the memory."""

@@ -18,6 +18,7 @@ from test_runs import assert_same_run, lines_of, read, refused, start, timeless
 
 from flatcl.utils.commands import report
 from flatcl.utils.commands.train import main
+from flatcl.utils.console import again
 from flatcl.utils.engine import checkpoint, memory
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.registry import METHODS, ROOT, load_plugin
@@ -255,7 +256,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_resume_command(name, hook
     handler = signal.getsignal(number)
     hooks[11] = lambda: signal.raise_signal(number)
     folder = start(tmp_path / "out", *argv, code=128 + number)
-    assert capsys.readouterr().err == (f"interrupted at step 11. Continue with: python main.py --resume {folder}\n")
+    assert capsys.readouterr().err == f"interrupted at step 11. Continue with: {again(folder)}\n"
     assert read(folder)["status"] == "interrupted" and checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 11
     assert signal.getsignal(number) == handler and nothing_half_written(folder)
     hooks.clear()

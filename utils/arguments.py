@@ -544,11 +544,7 @@ def resolve_request(request: Request) -> Config:
     problems = problems or _check_together(config)
     if parent is not None:
         problems = problems or _check_continued(config, parent, saved if request.continues else None)
-    problems = problems or [
-        *config.benchmark.check(config),
-        *chosen["model"].check(config, config.benchmark),
-        *chosen["optimizer"].check(config, chosen["model"]),
-    ]
+    problems = problems or _check_parts(config, chosen)
     if problems:
         raise UsageError(*problems)
     changed = differences(parent.code, config.code) if request.continues and parent and parent.code is not None else []
@@ -564,6 +560,15 @@ def _with_number_of_tasks(config: Config) -> Config:
         return config
     origins = {**config.origins, "n_tasks": f"dataset {config.benchmark.name}"}
     return dataclasses.replace(config, values={**config.values, "n_tasks": number}, origins=origins)
+
+
+def _check_parts(config: Config, chosen: dict[str, Any]) -> list[str]:
+    """What benchmark, method and optimizer say; only the benchmark, if the number of tasks is not known."""
+    problems = list(config.benchmark.check(config))
+    if config.n_tasks is not None:
+        problems += chosen["model"].check(config, config.benchmark)
+        problems += chosen["optimizer"].check(config, chosen["model"])
+    return problems
 
 
 def _check_continued(config: Config, parent: Parent, saved: Saved | None) -> list[str]:
@@ -765,7 +770,8 @@ def _unknown_flags(request: Request, names: dict[str, str | None]) -> list[str]:
             continue
         owners = [] if name in known else list(_owners(name))
         if name not in known and (all(names.values()) or not owners):
-            problems.append(f"unknown flag: --{name}. {_about(name, owners, known)}")
+            near = known if all(names.values()) else flags_of_runs()
+            problems.append(f"unknown flag: --{name}. {_about(name, owners, near)}")
     return problems
 
 
@@ -801,10 +807,16 @@ def _about(name: str, owners: list[str], flags: Iterable[str]) -> str:
         return f"It belongs to {shown}, which this run does not use."
     if name in ELSEWHERE:
         return ELSEWHERE[name]
-    hint = nearest(name, sorted(flags))
+    hint = nearest(f"--{name}", [f"--{flag_}" for flag_ in sorted(flags)])
     if hint.startswith("Did"):
         return hint
     return "See --model M --dataset D --help for the flags of a pair."
+
+
+def flags_of_runs() -> set[str]:
+    """The names of all flags that some run has; nothing is imported for them."""
+    parts = (declared.flags(registry, name) for registry in SELECTORS.values() for name in registry.names())
+    return {field.name for field in dataclasses.fields(EngineArgs)}.union(*parts)
 
 
 def _owners(name: str) -> Iterator[str]:

@@ -98,7 +98,9 @@ class Registry(Generic[T]):
         nothing."""
         key, colon, _ = _split(name)
         if key not in self._keys():
-            raise UsageError(f"unknown {self.kind}: '{name}'. {nearest(self.written(key) + colon, self.choices())}")
+            hint = nearest(self.written(key) + colon, self.choices())
+            own = "" if hint.startswith("Choose") else f" A {self.kind} of your own needs --plugin FILE."
+            raise UsageError(f"unknown {self.kind}: '{name}'. {hint}{own}")
 
     def load(self, name: str) -> type[T]:
         """The object behind `name`, for `family:variant` the family's; raises `UsageError` with the nearest names when

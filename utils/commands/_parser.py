@@ -4,14 +4,23 @@ import argparse
 import itertools
 from collections.abc import Sequence
 
+from flatcl.utils.arguments import flags_of_runs
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import nearest
 
+HERE = {  # flags that one run has, and a command for many has in another way
+    "optimizer": "Write: --grid optimizer=sgd,sam.",
+    "optimizers": "Write: --grid optimizer=sgd,sam.",
+    "seed": "Write: --seeds 0-2.",
+}
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are `UsageError`s, and for which `-` and `_` are equal in flags."""
+    """argparse whose mistakes are `UsageError`s, and for which `-` and `_` are equal in flags. `of_runs`: what to write
+    for flags of `flatcl train`, where the command starts runs."""
 
-    def __init__(self, **options):
+    def __init__(self, of_runs: str = "", **options):
+        self.of_runs = of_runs
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -21,8 +30,16 @@ class Parser(argparse.ArgumentParser):
         known = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
         known = [flag for flag in known if flag.startswith("--")]
         if unknown:
-            raise UsageError(*(f"unknown flag: {flag}. {nearest(flag, known)}" for flag in unknown))
+            raise UsageError(*(f"unknown flag: {flag}. {self._hint(flag, known)}" for flag in unknown))
         return super().parse_args(words)
+
+    def _hint(self, flag: str, known: list[str]) -> str:
+        name = flag.removeprefix("--")
+        if self.of_runs and name in HERE:
+            return HERE[name]
+        if self.of_runs and name in flags_of_runs():
+            return f"It is a flag of each run: {self.of_runs.format(flag=flag)}."
+        return nearest(flag, known)
 
     def error(self, message: str):
         raise UsageError(f"{message}. See {self.prog} --help.")

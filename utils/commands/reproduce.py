@@ -387,6 +387,7 @@ def picture(rows: Sequence[Row], path: str) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
+        of_runs="write it after a separate --, as in: flatcl reproduce TABLE -- {flag} VALUE",
         prog="flatcl reproduce",
         description="Runs a published table and compares. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl reproduce der-perm-mnist --cells 'er,*:200' --seeds 0-2 -- --device cpu",

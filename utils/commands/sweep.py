@@ -24,7 +24,7 @@ from typing import Any
 from flatcl.utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import BY, Run, comparable, find_runs, table, words
-from flatcl.utils.console import program
+from flatcl.utils.console import program, shown
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
@@ -426,7 +426,7 @@ def run_shown(
     from tqdm import tqdm
 
     failed: dict[Job, int] = {}
-    with tqdm(total=len(jobs), unit="run", disable=not jobs, dynamic_ncols=True) as bar:
+    with tqdm(total=len(jobs), unit="run", disable=None if jobs else True, dynamic_ncols=True) as bar:
 
         def on_end(job: Job, code: int, why: str) -> None:
             if code != OK:
@@ -469,6 +469,7 @@ def say_failed(failed: Mapping[Job, int]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(
+        of_runs="write it after a separate --, as in: flatcl sweep ... -- {flag} VALUE",
         prog="flatcl sweep",
         description="A grid of runs. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
@@ -480,6 +481,7 @@ def _parser() -> Parser:
     add("--seeds", default="0", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
     add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
+    add("--dry_run", action="store_true", help="print the runs, and which are finished, then stop")
     add_keep_changed(parser)
     return parser
 
@@ -545,9 +547,9 @@ def catch_stops() -> None:
 
 def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
     """(jobs, number of workers, whether runs of changed code count)."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    rest = list(argv[cut + 1 :])
-    args = _parser().parse_args(argv[:cut])
+    own = _own(argv)
+    rest = list(argv[len(own) + 1 :])
+    args = _parser().parse_args(own)
     check_jobs(args.jobs)
     grid = _grid(args.grid)
     reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
@@ -559,10 +561,24 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
     return plan(points, shared), args.jobs, bool(args.keep_changed) or request.keep_changed
 
 
+def _own(argv: Sequence[str]) -> list[str]:
+    """The words before the lone --."""
+    return list(itertools.takewhile(lambda word: word != "--", argv))
+
+
+def _show(jobs: Sequence[Job], found: Found) -> None:
+    """The runs of a sweep, and which of them are finished."""
+    for job in jobs:
+        print(f"{'finished' if job.hash in found.done else 'to do':9} {job.label}")
+    print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
+
+
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
     """0 all finished, 1 some failed, 2 bad input, 130 interrupted."""
     try:
         jobs, num_workers, keep_changed = _prepare(list(argv))
+        if _parser().parse_args(_own(argv)).dry_run:
+            return shown(lambda: _show(jobs, look(jobs, keep_changed=keep_changed)))
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flatcl.utils.engine.policies._policy import Policy
 from flatcl.utils.engine.policies.reservoir import Reservoir
 from flatcl.utils.engine.seeding import generator_state, set_generator_state
-from flatcl.utils.errors import UsageError
+from flatcl.utils.errors import UsageError, mistake
 
 
 class Buffer:
@@ -57,6 +57,9 @@ class Buffer:
                 )
             labels = columns["y"].cpu().numpy()
         slots = self.policy.place(self, n, labels)
+        if not (isinstance(slots, np.ndarray) and slots.shape == (n,) and slots.dtype.kind in "iu"):
+            got = f"{slots.dtype} {slots.shape}" if isinstance(slots, np.ndarray) else type(slots).__name__
+            raise mistake(self.policy, f"place() must return an array of {n} whole numbers, the slots, got {got}.")
         self.num_seen += n
         kept = np.flatnonzero(slots < self.capacity).tolist()
         if not kept:

@@ -1,6 +1,7 @@
 """What a run says on the console: its configuration at the start, its results at the end."""
 
 from flatcl.utils.arguments import MANY_TASKS, Config, written
+from flatcl.utils.console import FROM_PYTHON
 from flatcl.utils.engine.logs import WRITTEN
 
 
@@ -15,11 +16,17 @@ def describe(config: Config) -> str:
         is_default = config.origins[name] == "default" or (
             config.origins[name].startswith("from ") and config.values[name] == config.flags[name].default
         )
+        is_default |= config.values[name] == config.flags[name].default and config.origins[name].startswith("--")
         if not is_default or name in ("seed", "rho"):
-            lines.append(f"  {name:18} {written(config.values[name]):14} {config.origins[name]}")
+            lines.append(f"  {name:18} {written(config.values[name]):14} {_origin(config.origins[name])}")
     if config.evaluated == "seen" and config.eval_tasks == "auto":
         lines.append(f"  {'eval_tasks':18} {'seen':14} auto, since there are more than {MANY_TASKS} tasks")
     return "\n".join(lines)
+
+
+def _origin(layer: str) -> str:
+    """Where a value comes from, for people."""
+    return {"argv": "given" if FROM_PYTHON.get() else "command line"}.get(layer, layer)
 
 
 def closing_table(summary: dict, tasks: list[int], folder) -> str:
