@@ -58,7 +58,7 @@ def build(
     dataset: str | type[Benchmark] | None = None,
     backbone: str | type[nn.Module] | nn.Module | None = None,
     optimizer: str | type[Driver] | None = None,
-    plugins: Sequence[str | os.PathLike] = (),
+    plugins: str | os.PathLike | Sequence[str | os.PathLike] = (),
     from_run: str | os.PathLike | None = None,
     continue_run: bool = False,
     **flags: Any,
@@ -77,11 +77,13 @@ def build(
 
     Raises `UsageError`, which lists all problems.
     """
+    if "plugin" in flags:
+        raise UsageError("--plugin is `plugins` here: plugins=['my_method.py'].")
     chosen = dict(model=model, dataset=dataset, backbone=backbone, optimizer=optimizer)
     words = _selected(chosen) | {name: [_word(name, value)] for name, value in flags.items()}
     request = Request(
         words=words,
-        plugins=tuple(os.fspath(file) for file in plugins),
+        plugins=tuple(os.fspath(file) for file in ([plugins] if isinstance(plugins, str | os.PathLike) else plugins)),
         source=None if from_run is None else os.fspath(from_run),
         continues=continue_run,
     )

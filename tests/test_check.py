@@ -133,10 +133,9 @@ FAULTS = {  # the fault: (text, the contract that finds it, what is said)
         "        slots[full] = np.random.randint(buffer.capacity, size=full.sum())\n        return slots\n",
         "decides by the buffer's generator alone", "Draw from buffer.rng alone",
     ),
-    "a policy that forgets its first task": (
-        POLICY + "    def place(self, buffer, n, labels):\n        import numpy as np\n"
-        "        return np.arange(buffer.num_seen, buffer.num_seen + n) % buffer.capacity\n",
-        "has rows of all tasks", "it has rows of 1 of them",
+    "a policy that keeps nothing": (
+        POLICY + "    def place(self, buffer, n, labels):\n        return 0 * super().place(buffer, n, labels) + 999\n",
+        "remembers the tasks", "the memory is empty",
     ),
     "a policy that returns a list": (
         POLICY + "    def place(self, buffer, n, labels):\n        return [buffer.capacity] * n\n",
@@ -212,6 +211,23 @@ def test_a_method_that_is_not_recorded_says_why(check):
 def test_a_domain_incremental_method_is_checked_on_domains(check):
     code, lines = check(METHOD + '    settings = ("domain-il",)\n')
     assert code == 0 and "skip  tasks of unequal size: it learns no classes in tasks" in lines
+
+
+def test_a_policy_that_forgets_old_tasks_is_told_so(check):
+    code, lines = check(
+        POLICY + "    def place(self, buffer, n, labels):\n        import numpy as np\n"
+        "        return np.arange(buffer.num_seen, buffer.num_seen + n) % buffer.capacity\n"
+    )
+    assert code == 0 and any(
+        "remembers the tasks: note: after two tasks it has rows of task 2 alone" in x for x in lines
+    )
+
+
+def test_one_fault_is_printed_once(check):
+    code, lines = check(METHOD + "    def loss(self, joint):\n        return joint.nothing\n")
+    faults = [line for line in lines if line.startswith("FAIL")]
+    assert code == 1 and sum("no column 'nothing'" in line for line in faults) == 1
+    assert len(faults) > 5 and sum("as in 'trains two tasks under" in line for line in faults) > 4
 
 
 def test_each_part_of_a_file_is_checked(check):

@@ -188,7 +188,7 @@ def test_flags_of_report_and_reproduce_are_known(words):
 
 
 def test_targets_of_make_exist():
-    rules = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = {word for page in PAGES for line in shell_lines(page.read_text()) if line.startswith("make ")
              for word in line.split("#")[0].split()[1:] if "=" not in word}  # fmt: skip
     assert {"run", "test", "docs"} <= named <= {*rules}

@@ -91,12 +91,13 @@ def _check(kind: str, name: str) -> Iterator[str]:
     """Runs the contracts of a part; says and yields how each one ends: 'ok', 'FAIL' or 'skip'."""
     contracts, subject = _contracts(kind), []
     say(f"{kind} {name}")
-    result = _run("it can be loaded", lambda: subject.append(contracts.subject(name)), file="")
+    result = _run("it can be loaded", lambda: subject.append(contracts.subject(name)), file="", known={})
     yield result
     if result == "ok":
         file = getattr(sys.modules[KINDS[kind].load(name).__module__], "__file__", "")
+        known: dict[str, str] = {}
         for title, contract in contracts.CONTRACTS.items():
-            yield _run(title, partial(contract, *subject), file)
+            yield _run(title, partial(contract, *subject), file, known)
 
 
 def _contracts(kind: str) -> Any:
@@ -106,7 +107,7 @@ def _contracts(kind: str) -> Any:
     return {**modules, "policy": policies}[kind]
 
 
-def _run(title: str, contract: Callable[[], str | None], file: str) -> str:
+def _run(title: str, contract: Callable[[], str | None], file: str, known: dict[str, str]) -> str:
     """How a contract ends, which is said in a line. `file` is the part's."""
     from flatcl.utils.contracts._runs import Broken, Skipped
 
@@ -121,6 +122,8 @@ def _run(title: str, contract: Callable[[], str | None], file: str) -> str:
             result, said = "FAIL", str(error)
         except (Exception, SystemExit) as error:  # whatever it does wrong, the other contracts are asked for too
             result, said = "FAIL", f"{type(error).__name__}: {error} ({_place(error, file)})"
+    if result == "FAIL" and known.setdefault(said, title) != title:
+        said = f"as in '{known[said]}'"
     seconds = f" ({time.monotonic() - start:.1f} s)" if result == "ok" else ""
     say(f"{result:4}  {title}{f': {said}' if said else ''}{seconds}")
     for warning in {str(one.message): one for one in warned if issubclass(one.category, UserWarning)}:
