@@ -46,7 +46,7 @@ class Packaged(nn.Module):
         """The class of one network. Raises `UsageError` with the nearest names when there is none."""
         full, names = f"{cls.name}:{name}", cls.variants()
         if name not in names:
-            hint = nearest(name, names, f"{cls.package} has {len(names)} names, such as {names[0]}.")
+            hint = nearest(name, names, f"{cls.package} has {len(names)} names, such as {names[0]}.", f"{cls.name}:")
             raise UsageError(f"unknown backbone: '{full}'. {hint}")
         return type(cls.__name__, (cls,), {"name": full, "variant_name": name, "__module__": cls.__module__})
 

@@ -159,7 +159,7 @@ def test_a_network_that_draws_draws_the_same_in_both_passes_of_a_step(start):
 
 def test_names_that_are_none():
     for name, near in {
-        "timm:resnet81": "Did you mean resnet18",
+        "timm:resnet81": "Did you mean timm:resnet18",
         "timm:resnet18.a1_in2k": "resnet18.a1_in1k",
         "timm:hf-hub:timm/resnet18": "unknown backbone",
         "timm:qqqqqqqq": "timm has",

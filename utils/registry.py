@@ -205,9 +205,10 @@ def _docstring_of(file: Path) -> str | None:
     return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def nearest(name: str, names: list[str], otherwise: str | None = None) -> str:
-    """`Did you mean ...?`, or, when none is near, all names, unless there is something else to say."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.55)
+def nearest(name: str, names: list[str], otherwise: str | None = None, family: str = "") -> str:
+    """`Did you mean ...?`, or, when none is near, all names, unless there is something else to say. `family` stands
+    before the names that are suggested."""
+    close = [family + other for other in difflib.get_close_matches(name, names, n=3, cutoff=0.55)]
     if close:
         return f"Did you mean {' or '.join(close)}?"
     return otherwise or f"Choose from: {', '.join(names)}."
