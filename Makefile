@@ -10,6 +10,13 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# Something of every part, in about a minute: imports, flags, data, memory, every method and optimizer, networks, resume.
+FAST := $(patsubst %,tests/test_%.py,imports metrics buffer objective stream task_sizes pinned layout lock) \
+	tests/test_optimizers.py::test_keeps_the_contracts
+
+test-fast: .venv/.test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
+
 # Something of every part, in less than a minute on two cores: for the time between two edits.
 FAST := augment buffer imports layout metrics objective optimizers own_data stream task_sizes
 test-fast: .venv/.test

@@ -205,8 +205,9 @@ class Benchmark(Sequence[Task]):
         if undeclared:
             return [f"{cls.name} has no `{undeclared[0]}`. Set it in its class."]
         if config.n_tasks is None:
-            is_own = cls.declared.__func__ is not Benchmark.declared.__func__  # the user's own data
-            hint = "." if is_own else "; its author can set one of them in its `defaults`."
+            own, ours = (getattr(one.declared, "__func__", None) for one in (cls, Benchmark))
+            is_own_data = own is not ours
+            hint = "." if is_own_data else "; its author can set one of them in its `defaults`."
             return [
                 f"{cls.name} does not say into how many tasks its {cls.num_classes} classes are split. Give "
                 f"--classes_per_task or --n_tasks{hint}"

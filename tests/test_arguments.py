@@ -14,7 +14,7 @@ import pytest
 import torch
 from made import declared, make_mnist
 
-from flatcl.utils import arguments
+from flatcl.utils import arguments, protocols
 from flatcl.utils.arguments import PROTOCOL, SELECTORS, EngineArgs, Request, args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
 from flatcl.utils.contracts._tape import Tape
@@ -1196,3 +1196,8 @@ def test_list_of_optimizers_has_passes_and_memory_of_all_plugins_too(tmp_path, p
     for name in (*SELECTORS["optimizer"].names(), "mine"):
         assert "forward" in rows[name] and "backward" in rows[name]
     assert "7 forward, 7 backward" in rows["mine"] and "9 P" in rows["mine"] and "Mine: a variant." in rows["mine"]
+
+
+def test_the_type_of_a_configuration_has_the_flags_of_every_run():
+    declared_types = {name: eval(text, {}) for name, text in protocols.Config.__annotations__.items()}
+    assert declared_types == {field.name: field.type for field in dataclasses.fields(EngineArgs)}
