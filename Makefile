@@ -17,11 +17,6 @@ FAST := $(patsubst %,tests/test_%.py,imports metrics buffer objective stream tas
 test-fast: .venv/.test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
 
-# Something of every part, in less than a minute on two cores: for the time between two edits.
-FAST := augment buffer imports layout metrics objective optimizers own_data stream task_sizes
-test-fast: .venv/.test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST:%=tests/test_%.py)
-
 lint: .venv/.test .types/flatcl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
