@@ -79,6 +79,8 @@ def build(
     """
     if "plugin" in flags:
         raise UsageError("--plugin is `plugins` here: plugins=['my_method.py'].")
+    if continue_run and from_run is None:
+        raise UsageError("continue_run=True starts from the end of another run. Give that run by from_run.")
     chosen = dict(model=model, dataset=dataset, backbone=backbone, optimizer=optimizer)
     words = _selected(chosen) | {name: [_word(name, value)] for name, value in flags.items()}
     request = Request(
@@ -152,7 +154,11 @@ class Experiment:
         return Run(self.config, None if trainer.folder is None else trainer.folder.path, trainer)
 
     def __repr__(self) -> str:
-        return f"Experiment({describe(self.config)})"
+        before = FROM_PYTHON.set(True)
+        try:
+            return f"Experiment({describe(self.config)})"
+        finally:
+            FROM_PYTHON.reset(before)
 
 
 class Run:

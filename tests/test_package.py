@@ -20,7 +20,7 @@ from flatcl.utils.registry import ROOT
 
 CONTENT = ("flatcl", "models", "datasets", "backbone", "utils", "main.py", "pyproject.toml", "requirements.txt",
            "README.md", "LICENSE", "MANIFEST.in", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
-           "mkdocs.yml", "docs")  # fmt: skip
+           "mkdocs.yml", "docs", "examples")  # fmt: skip
 SHORT = ["--debug_mode", "--stop_after", "1", "--non_verbose", "--threads", "1", "--device", "cpu"]
 
 PLUGIN = '''

@@ -213,6 +213,8 @@ class Flag:
 
     def parse(self, words: list[str]) -> Any:
         """The value of command-line words; raises ValueError with 'expected ...'."""
+        if self.many and [word.lower() for word in words] == ["none"]:
+            return ()
         if self.many:
             return tuple(self._one(part) for word in words for part in word.replace(",", " ").split())
         if self.kind is bool and not words:
@@ -229,7 +231,7 @@ class Flag:
                 raise ValueError(f"expects 0 or 1, got '{word}'")
             return word.lower() in ("1", "true")
         if self.kind is str:
-            return word
+            return self.choices.written(word) if isinstance(self.choices, Registry) else word
         try:
             value = self.kind(word)
         except ValueError:
@@ -253,6 +255,12 @@ class Flag:
     def _is_one(self, item: Any) -> bool:
         right = isinstance(item, int | float) if self.kind is float else isinstance(item, self.kind)
         return right and not (isinstance(item, bool) and self.kind is not bool) and not _is_beyond_float(item)
+
+    def exact(self, value: Any) -> Any:
+        """A value that fits, in the flag's own type: 1 is 1.0 for a flag that is a float, a list is a tuple."""
+        if self.many:
+            return tuple(map(self.kind, value))
+        return float(value) if self.kind is float and isinstance(value, int) and not isinstance(value, bool) else value
 
     def fits(self, value: Any) -> bool:
         """Whether a value that a part of the program gives (a default, a published one) has the flag's type."""
@@ -521,7 +529,8 @@ def resolve_request(request: Request) -> Config:
     names, problems = _names(request, file_values)
     problems += _unknown_flags(request, names)
     if problems:  # said before anything is imported, which takes seconds
-        raise UsageError(*problems, *_given(request, flags_of(EngineArgs, "engine"))[1])
+        engine = {name: flag_ for name, flag_ in flags_of(EngineArgs, "engine").items() if name not in SELECTORS}
+        raise UsageError(*problems, *_given(request, engine)[1])
     chosen = _load(names)
     flags = schema(chosen)
     given, problems = _given(request, flags)
@@ -626,7 +635,7 @@ class _Layers:
 
     def put(self, layer: Mapping[str, Any], origin: str) -> None:
         for name in self.flags.keys() & layer.keys():
-            self.values[name], self.origins[name] = layer[name], origin
+            self.values[name], self.origins[name] = self.flags[name].exact(layer[name]), origin
         self._agree_on_tasks(layer)
 
     def _agree_on_tasks(self, layer: Mapping[str, Any]) -> None:
@@ -635,7 +644,7 @@ class _Layers:
         sizes, number = self.values["classes_per_task"], layer.get("n_tasks")
         if sizes and number is None and ("n_tasks" in layer or "classes_per_task" in layer):
             self.values["n_tasks"], self.origins["n_tasks"] = len(sizes), "--classes_per_task"
-        elif number not in (None, len(sizes)) and "classes_per_task" not in layer:
+        elif number is not None and sizes and "classes_per_task" not in layer:
             self.values["classes_per_task"], self.origins["classes_per_task"] = (), "--n_tasks"
 
 
@@ -815,7 +824,7 @@ def _about(name: str, owners: list[str], flags: Iterable[str]) -> str:
 
 def flags_of_runs() -> set[str]:
     """The names of all flags that some run has; nothing is imported for them."""
-    parts = (declared.flags(registry, name) for registry in SELECTORS.values() for name in registry.names())
+    parts = (_flags_of_another(registry, name) for registry in SELECTORS.values() for name in registry.names())
     return {field.name for field in dataclasses.fields(EngineArgs)}.union(*parts)
 
 
@@ -823,8 +832,16 @@ def _owners(name: str) -> Iterator[str]:
     """The parts, chosen or not, that have this flag."""
     for kind, registry in reversed(SELECTORS.items()):
         for other in registry.names():
-            if name in declared.flags(registry, other):
+            if name in _flags_of_another(registry, other):
                 yield f"{kind} {other}"
+
+
+def _flags_of_another(registry: Registry, name: str) -> set[str]:
+    """The flags of a part that may not be this run's; none if it comes from an installed package that is broken."""
+    try:
+        return declared.flags(registry, name)
+    except UsageError:
+        return set()
 
 
 def _remedy(flag_: Flag, value: Any = None) -> str:

@@ -193,6 +193,8 @@ def _names(tree: ast.AST) -> set[str]:
 
 
 class _Strip(ast.NodeTransformer):
+    depth = 0  # of functions
+
     def _body(self, node: Any) -> Any:
         """Without docstring."""
         self.generic_visit(node)
@@ -210,7 +212,17 @@ class _Strip(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: Any) -> Any:
         node.returns = None
-        return self._body(node)
+        self.depth += 1
+        node = self._body(node)
+        self.depth -= 1
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
+        """Inside functions without its type; in a class, it may be a flag."""
+        self.generic_visit(node)
+        if self.depth == 0:
+            return node
+        return None if node.value is None else ast.Assign([node.target], node.value)
 
     visit_AsyncFunctionDef = visit_FunctionDef
 

@@ -2,25 +2,19 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flatcl.utils.arguments import flags_of_runs
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import nearest
 
-HERE = {  # flags that one run has, and a command for many has in another way
-    "optimizer": "Write: --grid optimizer=sgd,sam.",
-    "optimizers": "Write: --grid optimizer=sgd,sam.",
-    "seed": "Write: --seeds 0-2.",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `UsageError`s, and for which `-` and `_` are equal in flags. `of_runs`: what to write
-    for flags of `flatcl train`, where the command starts runs."""
+    for flags of `flatcl train`, where the command starts runs; `elsewhere`: for some flags, something else."""
 
-    def __init__(self, of_runs: str = "", **options):
-        self.of_runs = of_runs
+    def __init__(self, of_runs: str = "", elsewhere: Mapping[str, str] = {}, **options):
+        self.of_runs, self.elsewhere = of_runs, elsewhere
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -34,10 +28,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words)
 
     def _hint(self, flag: str, known: list[str]) -> str:
-        name = flag.removeprefix("--")
-        if self.of_runs and name in HERE:
-            return HERE[name]
-        if self.of_runs and name in flags_of_runs():
+        if flag in self.elsewhere:
+            return self.elsewhere[flag]
+        if self.of_runs and flag.removeprefix("--") in flags_of_runs() - {"dry_run", "disable_log"}:
             return f"It is a flag of each run: {self.of_runs.format(flag=flag)}."
         return nearest(flag, known)
 

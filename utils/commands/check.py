@@ -19,7 +19,7 @@ from flatcl.utils.arguments import SELECTORS
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import guarded, say
 from flatcl.utils.errors import RunFailed, UsageError
-from flatcl.utils.registry import POLICIES, canonical, load_plugin, nearest
+from flatcl.utils.registry import BACKBONES, POLICIES, canonical, load_plugin, nearest
 
 KINDS = {**SELECTORS, "policy": POLICIES}
 OK, FAILED = 0, 1
@@ -59,6 +59,9 @@ def _parts(given: str) -> list[tuple[str, str]]:
                 "OPTIMIZERS, POLICIES of flatcl.utils.registry."
             )
         return found
+    if ":" in given:  # of a family of networks
+        BACKBONES.check(given)
+        return [("backbone", given)]
     found = [(kind, registry.written(given)) for kind, registry in KINDS.items()]
     found = [(kind, name) for kind, name in found if name in KINDS[kind].names()]
     if not found:

@@ -388,6 +388,13 @@ def picture(rows: Sequence[Row], path: str) -> None:
 def _parser() -> Parser:
     parser = Parser(
         of_runs="write it after a separate --, as in: flatcl reproduce TABLE -- {flag} VALUE",
+        elsewhere={
+            "--model": "Write: --cells 'er,derpp'.",
+            "--dataset": "The table decides it. See: flatcl reproduce.",
+            "--buffer_size": "Write: --cells '*:200'.",
+            "--seed": "Write: --seeds 0-2.",
+            "--dry_run": "To run nothing, write: --show.",
+        },
         prog="flatcl reproduce",
         description="Runs a published table and compares. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl reproduce der-perm-mnist --cells 'er,*:200' --seeds 0-2 -- --device cpu",

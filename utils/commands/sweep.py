@@ -21,7 +21,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import PROTOCOL, Config, Request, args_of, known_flags, resolve
+from flatcl.utils.arguments import PROTOCOL, SELECTORS, Config, Request, args_of, known_flags, resolve
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import BY, Run, comparable, find_runs, table, words
 from flatcl.utils.console import program, shown
@@ -112,7 +112,8 @@ class Shared:
 
     def __init__(self, words: Sequence[str], grid: Sequence[Mapping[str, str]]):
         self.flags = _cut(words)
-        known = {tuple(axes.items()): known_flags(words_of(axes)) for axes in grid}
+        chosen = [word for name, part in self.flags if name in SELECTORS for word in part]
+        known = {tuple(axes.items()): known_flags(words_of(axes) + chosen) for axes in grid}
         everywhere, somewhere = set.intersection(*known.values()), set.union(*known.values())
         self.partial = list(dict.fromkeys(name for name, _ in self.flags if name in somewhere - everywhere))
         self._known = known
@@ -470,6 +471,14 @@ def say_failed(failed: Mapping[Job, int]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         of_runs="write it after a separate --, as in: flatcl sweep ... -- {flag} VALUE",
+        elsewhere={
+            "--model": "Write: --models er,derpp.",
+            "--dataset": "Write: --datasets perm-mnist,seq-mnist.",
+            "--buffer_size": "Write: --buffer_sizes 200,500.",
+            "--seed": "Write: --seeds 0-2.",
+            "--optimizer": "Write: --grid optimizer=sgd,sam.",
+            "--optimizers": "Write: --grid optimizer=sgd,sam.",
+        },
         prog="flatcl sweep",
         description="A grid of runs. Flags of `train` for all runs come after a separate --.",
         epilog="example: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",

@@ -147,7 +147,7 @@ def _help(request: Request) -> None:
     if chosen["model"] and not chosen["optimizer"]:
         chosen["optimizer"] = SELECTORS["optimizer"].load(chosen["model"].default_optimizer)
     print(f"usage: {program()} --model M --dataset D [--flag value ...]\n")
-    print("  --list [models|datasets|backbones|optimizers]   print what can be chosen")
+    print("  --list [models|datasets|backbones|optimizers|policies]   print what can be chosen")
     print("  --model M --dataset D --help                    print the flags of that pair")
     print("  --plugin FILE                                   add names from a file (repeatable)")
     print("  --from RUN                                      repeat a run; further flags override its values")

@@ -111,7 +111,7 @@ def load(folder: Path, config_hash: str | None = None, repair: bool = False) -> 
         if config_hash not in (None, state["config_hash"]):
             raise UsageError(
                 f"{file} belongs to the configuration {state['config_hash']}, but config.json is {config_hash}: it "
-                "was edited. Start a new run with --from instead."
+                "was edited, or made by an earlier version. Start a new run with --from instead."
             )
         if damages:
             complain(f"warning: {damages[0]}: the checkpoint before it, {file.name}, is used")
