@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,22 @@ def benchmark_from_arrays(
     parts = [_pair(what, part) for what, part in (("train", train), ("test", test))]
     images, labels = parts[0]
     classes = int(labels.max()) + 1 if labels.ndim == 1 and len(labels) else 1
+    if classes > len(labels) > 0:
+        raise DataError(
+            f"train: labels must be 0..K - 1, got up to {classes - 1} for {len(labels)} images. Number them so."
+        )
     if images.ndim != 4:
         raise DataError(
             f"train: images must be (N, C, H, W), (N, H, W, C) or (N, H, W), got {tuple(images.shape)}. Reshape them."
         )
     content: dict[str, Any] = {"num_classes": classes, "shape": tuple(images.shape[1:]), "name": "arrays"}
-    content |= {"mean": None if mean is None else tuple(mean), "std": None if std is None else tuple(std)}
-    content["arrays"] = checked_arrays(type("Checked", (FromArrays,), content), parts)
+    content |= {"mean": _numbers("mean", mean), "std": _numbers("std", std)}
+    checked = checked_arrays(type("Checked", (FromArrays,), content), parts)
+    content["arrays"] = tuple((x.clone(), y.clone()) for x, y in checked)  # the caller may go on using the others
     content["order"], sizes = _tasks(tasks, classes)
-    transforms = None if augmentations is None else augmentations()
-    content["digest"] = _digest(content["arrays"], f"{sizes} {content['order']} {mean} {std} {transforms}")
+    transforms = [] if augmentations is None else [_described(part) for part in augmentations()]
+    settings = f"{sizes} {content['order']} {content['mean']} {content['std']} {transforms}"
+    content["digest"] = _digest(content["arrays"], settings)
     content |= {"task_sizes": sizes, "default_backbone": backbone, "defaults": {"n_tasks": len(sizes), **defaults}}
     content["transforms"] = None if augmentations is None else staticmethod(augmentations)
     name = name or f"arrays-{content['digest'][:8]}"
@@ -107,7 +114,8 @@ def _tasks(tasks: Any, classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(order of the classes, number of classes of each task)."""
     if tasks is None:
         tasks = classes
-    if isinstance(tasks, int):
+    if isinstance(tasks, Integral):
+        tasks = int(tasks)
         if tasks < 1 or classes % tasks:
             raise UsageError(
                 f"tasks must divide the {classes} classes, got {tasks}. Give the classes of each, as [[0, 1], [2]]."
@@ -119,6 +127,22 @@ def _tasks(tasks: Any, classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
             f"tasks must name each of the classes 0..{classes - 1} once, and no task may be empty, got {list(tasks)}."
         )
     return tuple(order), tuple(len(task) for task in tasks)
+
+
+def _numbers(name: str, given: Sequence[float] | None) -> tuple[float, ...] | None:
+    try:
+        return None if given is None else tuple(map(float, given))
+    except TypeError:
+        raise UsageError(f"{name} must have one number for each channel, as in ({given},), got {given}.") from None
+
+
+def _described(transform: Any) -> str:
+    """A transform's settings, the same in each process."""
+    text = repr(transform)
+    if " at 0x" not in text:
+        return text
+    plain = {name: value for name, value in vars(transform).items() if isinstance(value, bool | int | float | str)}
+    return f"{type(transform).__qualname__} {sorted(plain.items())}"
 
 
 def _digest(arrays: tuple[Arrays, Arrays], settings: str) -> str:

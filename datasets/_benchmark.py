@@ -363,7 +363,7 @@ class Benchmark(Sequence[Task]):
         if empty is not None:
             raise DataError(
                 f"{self.name}: task {empty + 1} has no training images. Use larger data, fewer tasks, or no "
-                "--validation."
+                "--validation and no --early_stop."
             )
 
     def _num_train_rows(self, index: int) -> int:

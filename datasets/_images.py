@@ -1,5 +1,6 @@
 """Folders of images of any kind, one sub-folder a class: uint8 RGB images of one size, decoded once and then cached."""
 
+import errno
 import hashlib
 import io
 import os
@@ -150,6 +151,11 @@ def _decode(
         except UnidentifiedImageError:
             reasons[names[row]] = "no image of a known type"
         except Exception as error:  # on damaged data a decoder can raise nearly anything
+            if isinstance(error, OSError) and error.errno not in (
+                None,
+                errno.ENOENT,
+            ):  # the disk's, which may pass: not the image's
+                raise
             reasons[names[row]] = " ".join(str(getattr(error, "strerror", None) or error).split())[:80]
 
     in_threads(decode_row, len(names), folder.name)

@@ -33,6 +33,7 @@ from flatcl.utils.engine.texts import describe
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import Interrupted, UsageError
 from flatcl.utils.files import read_json
+from flatcl.utils.identity import digest_of_class
 from flatcl.utils.optim._driver import Driver
 from flatcl.utils.registry import Registry
 from flatcl.utils.saved import Saved, check_code, read_saved
@@ -247,7 +248,7 @@ class Run:
         if not hasattr(net, "features"):
             raise UsageError(f"the network {self.config.backbone} has no `features`. Use a network that has.")
         images, augment = self._images(images), self._built.augment
-        with self._computing(), eval_mode(net), torch.inference_mode():
+        with self._computing(), eval_mode(net), torch.no_grad():
             return torch.cat([net.features(augment.plain(rows)).float().cpu() for rows in images.split(256)])
 
     def confusion_matrix(self) -> np.ndarray:
@@ -382,7 +383,7 @@ def _registered(registry: Registry[Any], cls: type[Any]) -> str:
 def _copies_of(net: nn.Module) -> type[nn.Module]:
     """A backbone that is a copy of this network; its name has a digest of its weights."""
     digest = _digest_of(net)
-    content: dict[str, Any] = {"net": copy.deepcopy(net), "digest": digest, "given": type(net)}
+    content: dict[str, Any] = {"net": copy.deepcopy(net).cpu(), "digest": digest}
     content |= {name: getattr(type(net), name, None) for name in ("features", "stages") if hasattr(net, name)}
     content["name"] = f"{type(net).__name__.lower()}-{digest[:8]}"
     return type("GivenNetwork", (_Given,), {**content, "__module__": __name__, "__doc__": f"A {type(net).__name__}."})
@@ -394,7 +395,6 @@ class _Given(nn.Module):
     name: str
     net: nn.Module
     digest: str
-    given: type[nn.Module]
 
     def __new__(cls, shape: tuple[int, int, int], num_classes: int, args: None = None) -> nn.Module:  # type: ignore[misc]
         net = copy.deepcopy(cls.net)
@@ -408,7 +408,10 @@ class _Given(nn.Module):
 
     @classmethod
     def sources(cls, config: Any) -> dict[str, str]:
-        return {f"network {cls.name}": cls.digest}
+        """The weights, and the code of each class of the network that is not torch's."""
+        kinds = {type(part) for part in cls.net.modules()}
+        own = {kind.__qualname__: digest_of_class(kind) for kind in kinds if kind.__module__.split(".")[0] != "torch"}
+        return {f"network {cls.name}": cls.digest} | {f"class {name}": digest for name, digest in own.items()}
 
 
 def _misfit(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> str | None:
@@ -425,6 +428,7 @@ def _misfit(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> st
 
 def _digest_of(net: nn.Module) -> str:
     found = hashlib.sha256(repr(net).encode())
+    found.update(" ".join(name for name, p in net.named_parameters() if not p.requires_grad).encode())
     for name, tensor in net.state_dict().items():
         if isinstance(tensor, Tensor):
             found.update(name.encode())

@@ -53,6 +53,16 @@ class ICaRL(WithExemplars, LwfMc):
         num_classes = context.benchmark.num_classes
         self.register_buffer("means", torch.zeros(num_classes, net.num_features))
         self.register_buffer("has_mean", torch.zeros(num_classes, dtype=torch.bool))
+        self.has_means = False  # of any class
+
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.early_stop is not None:
+            problems.append(
+                f"--early_stop cannot be used with {cls.name}: it predicts new classes only after their task. Drop it."
+            )
+        return problems
 
     def train_split(self, task: Any, epoch: int) -> Any:
         return super().train_split(task, epoch) if self.args.replay_exemplars else task.train
@@ -66,11 +76,17 @@ class ICaRL(WithExemplars, LwfMc):
         sums = torch.zeros_like(self.means).index_add_(0, exemplars["y"], features)
         self.means.copy_(sums / numbers.clamp(min=1)[:, None])
         self.has_mean.copy_(numbers > 0)
+        self.has_means = True
+
+    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().load_state_dict(state, *args, **kwargs)
+        self.has_means = bool(self.has_mean.any())
+        return found
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         """(N, C, H, W) -> (N, K): minus the distance to each class's mean, the least number for a class without
         exemplars. While there are none at all, the network's logits."""
-        if len(self.buffer) == 0:
+        if not self.has_means:
             return self.net(x)
         exact = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(self.net.features(x), self.means, compute_mode=exact)

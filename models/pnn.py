@@ -170,4 +170,8 @@ class PNN(Method):
     def load_state_dict(self, state: dict[str, Any], *args, **kwargs):
         while any(name.startswith(f"net.columns.{len(self.net.columns)}.") for name in state):
             self._grow()
-        return super().load_state_dict(state, *args, **kwargs)
+        found = super().load_state_dict(state, *args, **kwargs)
+        if not any(name.endswith("_extra_state") for name in state):  # weights alone
+            start = self.context.config.start_from
+            self.tasks = list(range(start, start + len(self.net.columns)))
+        return found

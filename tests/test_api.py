@@ -112,6 +112,25 @@ def test_weights_alone_predict_but_have_no_memory(quick):
         _ = old.buffer
 
 
+@pytest.mark.parametrize("model", ["pnn", "icarl"])
+def test_weights_alone_predict_where_a_method_needs_more_than_a_network(quick, model):
+    backbone = {} if model == "pnn" else {"backbone": "reduced-resnet18"}
+    run = flatcl.train(**{**quick, "model": model}, **backbone, keep_checkpoint=False, stop_after=2)
+    old = flatcl.load(run.folder)
+    for task in range(2):
+        images, known = run.benchmark[task].test.images, task if model == "pnn" else None
+        assert torch.equal(old.logits(images, known), run.logits(images, known))
+
+
+def test_what_a_run_gives_can_be_changed_and_trained_on(quick):
+    run = flatcl.train(**quick, stop_after=1)
+    images = run.benchmark[0].test.images
+    run.logits(images)[:, 0] = 0
+    probe = nn.Linear(run.features(images).shape[1], 2)
+    probe(run.features(images)).sum().backward()
+    assert probe.weight.grad.abs().sum() > 0
+
+
 def test_a_method_without_memory_has_no_buffer(quick):
     assert flatcl.train(**{**quick, "model": "sgd"}, stop_after=1).buffer is None
 
@@ -189,6 +208,37 @@ def test_other_arrays_and_other_weights_are_other_runs(quick):
     assert built[0].hash != built[1].hash and built[0].hash == built[2].hash and built[0].code == built[2].code
 
 
+def test_frozen_parts_augmentations_and_code_are_parts_of_the_identity():
+    from flatcl.utils.engine.augment import CropFlip
+
+    data = arrays(), arrays()
+    made = flatcl.benchmark_from_arrays(*data)
+    nets = network(), network()
+    nets[1][1].requires_grad_(False)
+    assert len({flatcl.build(model="er", dataset=made, backbone=net).config.hash for net in nets}) == 2
+
+    class Shift(nn.Module):
+        __repr__ = object.__repr__
+
+        def __init__(self, by):
+            super().__init__()
+            self.by = by
+
+    lists = [[CropFlip(1)], [CropFlip(3, flip=0.0)], [Shift(1)], [Shift(2)]]
+    names = [flatcl.benchmark_from_arrays(*data, augmentations=lambda own=own: own).name for own in lists * 2]
+    assert len({*names}) == 4 and names[:4] == names[4:]
+    typed = [flatcl.benchmark_from_arrays(*data, mean=mean, std=(1,)).name for mean in ([0.5], (np.float64(0.5),))]
+    assert typed[0] == typed[1]
+
+
+def test_arrays_that_the_caller_goes_on_using_are_not_those_of_the_benchmark(quick):
+    images, labels = arrays()
+    made = flatcl.benchmark_from_arrays((images, labels), (images, labels), tasks=np.int64(5))
+    before = made.arrays[0][0].clone()
+    images[:] = 0
+    assert torch.equal(made.arrays[0][0], before) and len(made.task_sizes) == 5
+
+
 @pytest.mark.parametrize("layout", ["(N, H, W)", "(N, H, W, C)", "tensors"])
 def test_layouts_of_arrays(layout, quick):
     (images, labels), shape = arrays(), (1, 6, 6)
@@ -223,6 +273,9 @@ WRONG = {
     "two dimensions": (lambda x, y: ((x.reshape(120, -1), y), {}), "images must be"),
     "tasks": (lambda x, y: ((x, y), {"tasks": [[0, 1], [2, 3]]}), "each of the classes 0..4 once"),
     "number of tasks": (lambda x, y: ((x, y), {"tasks": 2}), "must divide the 5 classes"),
+    "labels with a large gap": (lambda x, y: ((x, np.where(y == 4, 10**9, y)), {}), "got up to 1000000000"),
+    "one mean for all": (lambda x, y: ((x, y), {"mean": 0.5, "std": 0.5}), "mean must have one number for each"),
+    "a name that is a path": (lambda x, y: ((x, y), {"name": "../mine"}), "a part of file names"),
     "a name that is taken": (lambda x, y: ((x, y), {"name": "seq-mnist"}), "registered twice"),
 }
 
@@ -251,6 +304,10 @@ def test_networks_and_names_that_do_not_fit(quick):
         flatcl.train(**given, bufer_size=3)
     with pytest.raises(UsageError, match="--lr must be greater than 0.*\n.*n_epochs"):
         flatcl.train(**given, lr=-1, n_epochs=0)
+    with pytest.raises(UsageError, match="continue_run=True starts from the end of another run"):
+        flatcl.build(**quick, continue_run=True)
+    with pytest.raises(UsageError, match=r"plugins=\['my_method.py'\]"):
+        flatcl.build(**quick, plugin="mine.py")
     with pytest.raises(UsageError, match="seed must be a number"):
         flatcl.train(**given, seed={})
     assert not quick["results_path"].exists() or not list(quick["results_path"].glob("*/*/*/*"))
@@ -333,6 +390,26 @@ def test_a_callback_stops_a_run_which_can_be_resumed(quick, event):
     assert done.folder == stopped.folder and done.status == "finished"
     assert done.accuracy["class-il"].tolist() == flatcl.train(**quick, seed=2).accuracy["class-il"].tolist()
     assert flatcl.resume(stopped.folder).metrics == done.metrics  # of a finished run
+
+
+def test_what_callbacks_log_after_a_task_is_there_after_a_resume(quick):
+    class Log:
+        def after_task(self, state):
+            state.log("mine/task", state.task)
+            if state.task == 1:
+                state.stop()
+
+    stopped = flatcl.build(**quick).run([Log()])
+    done = flatcl.resume(stopped.folder)
+    lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["mine/task"] for line in lines if "mine/task" in line] == [0, 1] and done.status == "finished"
+
+    class Reserved:
+        def after_task(self, state):
+            state.log("step", 1)
+
+    with pytest.raises(UsageError, match="cannot log 'step'"):
+        flatcl.build(**quick).run([Reserved()])
 
 
 def test_what_is_no_callback_is_refused(quick):

@@ -294,6 +294,11 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),
         (["--model", "icarl", "--buffer_size", "9"], "--buffer_size must have room for one exemplar of each", "got 9"),
         (["--model", "lwf", "--budget_rows", "1000"], "--budget_rows cannot be used with lwf", "--n_epochs"),
+        (
+            ["--model", "icarl", "--early_stop", "2", "--n_epochs", "3"],
+            "--early_stop cannot be used with icarl",
+            "Drop it",
+        ),
         (["--model", "gdumb", "--warmup_epochs", "1"], "--warmup_epochs has no effect on gdumb", "Drop it"),
         (["--model", "gdumb", "--budget_rows", "1000"], "--budget_rows has no effect on gdumb", "--fitting_epochs"),
         (["--model", "pnn", "--class_il_argmax", "seen"], "--class_il_argmax has no effect on pnn", "Drop it"),
@@ -1201,3 +1206,27 @@ def test_list_of_optimizers_has_passes_and_memory_of_all_plugins_too(tmp_path, p
 def test_the_type_of_a_configuration_has_the_flags_of_every_run():
     declared_types = {name: eval(text, {}) for name, text in protocols.Config.__annotations__.items()}
     assert declared_types == {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+
+
+def test_a_value_counts_as_the_flags_own_type(tmp_path):
+    """A default of 1 for a number is 1.0, in the hash too: it comes back from a file so."""
+    text = (
+        "from flatcl.datasets.seq_synth import SeqSynth\nfrom flatcl.utils.registry import DATASETS\n"
+        "@DATASETS.register('whole')\nclass Whole(SeqSynth):\n"
+        "    defaults = {**SeqSynth.defaults, 'lr': 1, 'lr_milestones': [1]}\n"
+    )
+    config = resolve(["--plugin", plugin(tmp_path, "whole", text), "--model", "er", "--dataset", "whole"])
+    assert isinstance(config.lr, float) and config.lr_milestones == (1,)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_json()))
+    assert resolve(["--from", str(file)]).hash == config.hash
+
+
+def test_tasks_of_a_file_and_of_the_command_line(tmp_path):
+    argv = ["--model", "er", "--dataset", "seq-synth"]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(resolve([*argv, "--classes_per_task", "6,4"]).to_json()))
+    again = resolve(["--from", str(file), "--n_tasks", "2"])
+    assert (again.n_tasks, again.classes_per_task) == (2, ())
+    assert resolve([*argv, "--classes_per_task", "none"]).classes_per_task == ()
+    assert resolve([*argv, "--buffer-policy", "Class-Balanced"]).buffer_policy == "class_balanced"

@@ -835,3 +835,24 @@ def test_records_from_before_eval_tasks_are_the_runs_of_today(tmp_path):
         return job.hash in sweep.look([job]).done
 
     assert done() and not done("--eval_tasks", "seen") and not done("--lr", "0.123")
+
+
+def test_a_shared_optimizer_takes_its_shared_flags_along():
+    """derpp's own optimizer has no --rho, the one that is given to all has."""
+    words = ["--models", "derpp,mgser_sam", "--datasets", "seq-synth", "--", "--optimizer", "sam", "--rho", "0.13"]
+    jobs, _, _ = sweep._prepare(words)
+    assert [job.config.rho for job in jobs] == [0.13, 0.13]
+
+
+def test_flags_of_a_run_that_a_sweep_is_given_say_where_they_go(capsys):
+    start = ["--models", "er", "--datasets", "seq-synth"]
+    for flag, hint in (
+        ("--base_path", "-- --base_path VALUE"),
+        ("--optimizer", "--grid optimizer="),
+        ("--model", "--models"),
+    ):
+        assert sweep.main([*start, flag, "x"]) == 2
+        assert hint in capsys.readouterr().err
+    assert sweep.main([*start, "--seeds", "0-1", "--dry_run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and all(line.startswith("to do") for line in out[:2]) and out[2].startswith("2 run(s), 0")

@@ -37,13 +37,13 @@ def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str
     """
     classes = list(classes)
     found = {f"plugin {name}": plugin.sha256 for name, plugin in named(plugins).items()}
-    found |= {f"class {base.__name__}": _digest_of_class(base) for cls in classes for base in cls.__mro__
+    found |= {f"class {base.__name__}": digest_of_class(base) for cls in classes for base in cls.__mro__
               if base.__module__ == "__main__"}  # fmt: skip
     found |= {name: _read(module, file)[0] for name, module, file in _files(classes, plugins)}
     return dict(sorted(found.items()))
 
 
-def _digest_of_class(cls: type) -> str:
+def digest_of_class(cls: type) -> str:
     """Of a class that a script or a notebook defines: of the rest of it, nothing counts."""
     try:
         text = _dump(meaning(textwrap.dedent(inspect.getsource(cls))))

@@ -57,6 +57,10 @@ class Registry(Generic[T]):
 
         def enter(obj: Any) -> Any:
             key = canonical(name)
+            if not key or set(key) & set("/\\:") or not key.strip("."):
+                raise UsageError(
+                    f"{self.kind} {name!r}: a name is a part of file names. Use letters, numbers, _ and -."
+                )
             known = self._objects.get(key)
             owner = known.__module__ if known is not None else self._module(key) if key in self._files() else None
             if owner not in (None, obj.__module__):

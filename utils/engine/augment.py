@@ -24,6 +24,9 @@ class CropFlip(GeometricAugmentationBase2D):
         super().__init__(p=1.0)
         self.padding, self.flip_rate = padding, flip
 
+    def __repr__(self) -> str:
+        return f"CropFlip(padding={self.padding}, flip={self.flip_rate})"
+
     def generate_parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """'top', 'left' (N,) int64 offsets in the padded image, and 'flip' (N,) bool."""
         n = shape[0]

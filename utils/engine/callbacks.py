@@ -16,6 +16,7 @@ from flatcl.utils.errors import UsageError
 from flatcl.utils.optim._driver import Driver
 from flatcl.utils.protocols import Benchmark, Config
 
+RESERVED = ("step", "task", "epochs")  # keys of metrics.jsonl
 EVENTS = ("after_step", "after_epoch", "after_task", "after_evaluation")
 
 
@@ -63,10 +64,13 @@ class State:
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Writes a number (or scalar tensor) to TensorBoard, under `name`, and to metrics.jsonl."""
+        if name in RESERVED:
+            raise UsageError(f"a callback cannot log {name!r}, which is a part of each line. Use another name.")
         self._trainer.logs.custom(name, float(value), self.step)
 
     def stop(self) -> None:
-        """Ends the run after the current step, with a checkpoint from which it can be resumed."""
+        """Ends the run after the current step, or after the next one if none is under way, with a checkpoint from which
+        it can be resumed."""
         self._trainer.stop(signal.SIGINT)
         self._trainer.callbacks.have_stopped = True
 

@@ -80,7 +80,7 @@ class Evaluator:
             counts = self._correct(method, [task], (split.images, split.labels, owners), classes_seen)
         return counts[0, 0].item() / len(split)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, method: nn.Module, images: Tensor, task: int | None = None) -> Tensor:
         """Stored images (N, C, H, W) uint8, on any device -> logits (N, K) on the method's, in eval mode. `task` is for
         methods that must be told it, and for nothing else."""

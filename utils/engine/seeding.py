@@ -54,10 +54,13 @@ def set_global_state(state: dict) -> None:
 def untouched() -> Iterator[None]:
     """Afterwards, the global generators of Python, NumPy and torch stand where they stood before."""
     before, of_python, of_numpy = global_state(), random.getstate(), np.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         set_global_state(before)
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
 

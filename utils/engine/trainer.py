@@ -517,8 +517,10 @@ class Trainer:
         self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages)
         self._try_to_keep(self.save_checkpoint, "a checkpoint")
         self.logs.print_task(len(self.benchmark) if self.joint else len(self.progress.tasks), averages)
-        for event in ("after_evaluation", "after_task"):
-            self._tell(event, task, epoch, accuracy=row)
+        if self.callbacks.given:
+            for event in ("after_evaluation", "after_task"):
+                self._tell(event, task, epoch, accuracy=row)
+            self._try_to_keep(self.save_checkpoint, "a checkpoint")  # which knows what they have logged
 
     def write_results(self, status: str) -> None:
         """accuracy.json and summary.json; raises `OSError`. The last ones are on the disk when this returns."""
