@@ -238,6 +238,12 @@ def test_each_part_of_a_file_is_checked(check):
     ]
 
 
+def test_a_network_of_a_family_is_checked_too(capsys):
+    assert main(["check", "timm:test_resnet.r160_in1k"]) in (0, 1)
+    assert capsys.readouterr().out.startswith("backbone timm:test_resnet.r160_in1k\nok    it can be loaded")
+    assert main(["check", "timn:test_resnet"]) == 2 and "unknown backbone" in capsys.readouterr().err
+
+
 def test_a_name_is_checked_too(capsys):
     assert main(["check", "mnistmlp"]) == 0
     assert capsys.readouterr().out.startswith("backbone mnistmlp\nok    it can be loaded")

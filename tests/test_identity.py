@@ -616,3 +616,15 @@ def test_load_plugin_takes_the_same_text_under_another_path_as_the_same(tmp_path
     before = METHODS.load("mine")
     load_plugin(str(shutil.copy(plugin, tmp_path / "copy.py")))
     assert METHODS.load("mine") is before
+
+
+def test_types_of_local_names_do_not_count_and_those_of_flags_do():
+    from flatcl.utils.identity import _dump, meaning
+
+    def digest(text):
+        return _dump(meaning(text))
+
+    plain = "def f(x):\n    y = x + 1\n    return y\n"
+    typed = "def f(x: int) -> int:\n    z: int\n    y: int = x + 1\n    return y\n"
+    assert digest(plain) == digest(typed)
+    assert digest("class Args:\n    a: int = flag(1)\n") != digest("class Args:\n    a: float = flag(1)\n")

@@ -523,3 +523,13 @@ def test_early_stopping_holds_out_images_of_each_domain(many):
         ids = {*task.train.ids.tolist()}, {*task.monitor.ids.tolist()}
         assert not ids[0] & ids[1] and ids[0] | ids[1] == {*all_of_it.train.ids.tolist()}
     assert trainer.run()["status"] == "finished"
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_broken_image(own, monkeypatch):
+    def refused(path, limit):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(_images, "read_file", refused)
+    config = resolve(["--model", "er", "--dataset", "folder", "--data_folder", str(own), "--n_tasks", "5", *QUICK])
+    with pytest.raises(DataError, match="Input/output error"):
+        config.benchmark(config)
