@@ -619,11 +619,6 @@ def test_load_plugin_takes_the_same_text_under_another_path_as_the_same(tmp_path
 
 
 def test_types_of_local_names_do_not_count_and_those_of_flags_do():
-    from flatcl.utils.identity import _dump, meaning
-
-    def digest(text):
-        return _dump(meaning(text))
-
     plain = "def f(x):\n    y = x + 1\n    return y\n"
     typed = "def f(x: int) -> int:\n    z: int\n    y: int = x + 1\n    return y\n"
     assert digest(plain) == digest(typed)
