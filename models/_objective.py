@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -28,6 +28,48 @@ from flatcl.utils.engine import seeding
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
 from flatcl.utils.optim._driver import Wanted
+
+
+class Key(NamedTuple):
+    """What a part of the loss is for: a guide, the gradient that is climbed, and passes at perturbed weights."""
+
+    guide: str | None
+    climbed: bool
+    sharp: bool
+
+
+@dataclass
+class Sums:
+    """Gradients of one pass, each a sum over those parts of the loss that it is of."""
+
+    whole: Grads | None = None
+    climbed: Grads | None = None  # None too where all of the loss is climbed
+    guides: dict[str, Grads] = field(default_factory=dict)
+    total: Tensor | None = None  # of the loss
+
+    def add(self, key: Key, grads: Grads, wanted: np.ndarray | None) -> None:
+        """Only guides have the gradients of parameters that are not wanted."""
+        if key.guide is not None:
+            self.guides[key.guide] = _sum(self.guides.get(key.guide), grads)
+        if wanted is not None:
+            grads = [g if w else torch.zeros_like(g) for g, w in zip(grads, wanted, strict=True)]
+        self.whole = _sum(self.whole, grads)
+        if key.climbed:
+            self.climbed = _sum(self.climbed, grads)
+
+    def plus(self, other: "Sums") -> "Sums":
+        guides = {name: _sum(other.guides.get(name), grads) for name, grads in self.guides.items()}
+        return Sums(_both(self.whole, other.whole), _both(self.climbed, other.climbed), guides)
+
+    @property
+    def lists(self) -> list[Grads]:
+        return [grads for grads in (self.whole, self.climbed, *self.guides.values()) if grads is not None]
+
+    def take(self, lists: list[Grads]) -> None:
+        """New values for `lists`, in their order; they leave the given list."""
+        self.whole = None if self.whole is None else lists.pop(0)
+        self.climbed = None if self.climbed is None else lists.pop(0)
+        self.guides = {name: lists.pop(0) for name in self.guides}
 
 
 @dataclass
@@ -46,6 +88,8 @@ class Objective:
     The first pass with gradients is the clean one: its loss stays in `loss`, its gradient in `clean` (None where not
     all of it was wanted), the gradients of the method's guides and references in `guides`. With `trace`, the losses and
     gradients of all passes are kept in `passes`.
+    With `sharp_on`, later passes, at perturbed weights, go back only through the rows that it says. The gradient of the
+    others is that of the clean pass, `still`, and is part of what these passes give.
     Gradients are handed out, not copied: whoever gets one must not change it in place. One that is `recorded`, to be
     replayed, is of a network that draws nothing.
 
@@ -63,6 +107,8 @@ class Objective:
         self.loss: Any = None  # `Loss`, after the first pass with gradients
         self.clean: Grads | None = None
         self.guides: dict[str, Grads] = {}
+        self.sharp_on = "all"
+        self.still = Sums()
         self.handed: list[tuple[Callable, int]] | None = None  # see `watch`
         self.passes: list[tuple[Loss, Grads]] = []
         self.tally = Tally([False] * len(params))
@@ -132,19 +178,24 @@ class Objective:
         loss = self()
         weighted = loss if self.part is None else self.part.weighted(loss)
         known = None if isinstance(wanted, Tensor) else wanted
-        gradient, climbed = self._backward_parts(self._parts(weighted, climb, clean), known)
-        if isinstance(wanted, Tensor):
-            gradient, climbed = (
-                [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
-                for part in (gradient, climbed)
-            )
-        self.tally.totals.append(weighted.total.detach())
+        found = self._backward_parts(self._parts(weighted, climb, clean), known, clean)
+        self.tally.totals.append(weighted.total.detach() if found.total is None else found.total)
         if clean or self.trace or self.shared is not None:
             loss = loss.detach()
         if self.method.ranks is not None:
             refuse_drawn(self.method, self.noise)
         if self.shared is not None:
-            loss, gradient, climbed = self._share(self.shared, loss, gradient, climbed, clean)
+            loss = self._share(self.shared, loss, found, clean)
+        if not clean:
+            found = found.plus(self.still)
+        self.guides |= found.guides
+        gradient = found.whole or [torch.zeros_like(p) for p in self.params]
+        climbed = gradient if climb == "all" else found.climbed or [torch.zeros_like(p) for p in self.params]
+        if isinstance(wanted, Tensor):
+            gradient, climbed = (
+                [torch.where(is_wanted, g, 0.0) for g, is_wanted in zip(part, wanted.unbind(), strict=True)]
+                for part in (gradient, climbed)
+            )
         if self.handed is not None:
             self._hand_out(gradient, climbed, *self.guides.values())
         if clean:
@@ -250,18 +301,22 @@ class Objective:
         blocks = [{"x": block.x, "memory": block.memory, "columns": block.columns} for block in self.whole]
         return {"form": self.form, "blocks": blocks, "noise": self.noise, "used": self.used}
 
-    def later(self, snapshot: dict[str, Any]) -> "Objective":
-        """The same loss on the blocks of an earlier step, with their noise; its passes count for this step."""
+    def later(self, snapshot: dict[str, Any], still: Grads | None = None) -> "Objective":
+        """The same loss on the blocks of an earlier step, with their noise; its passes count for this step. `still` is
+        the gradient that those rows had there which are not taken at perturbed weights."""
         blocks = (Block(block["x"], block["memory"], **block["columns"]) for block in snapshot["blocks"])
-        return self._on(tuple(blocks), snapshot["noise"])
+        other = self._on(tuple(blocks), snapshot["noise"])
+        other.still = Sums(still)
+        return other
 
     def _on(self, blocks: tuple[Block, ...], noise: dict | None = None, split: bool = True) -> "Objective":
         """The same loss on other blocks. With `noise`, its passes draw what a first pass has drawn; without, its first
         pass is a clean one."""
         other = Objective(self.method, blocks, self.params, recorded=self.recorded, split=split)
-        other.tally, other.handed = self.tally, self.handed
+        other.tally, other.handed, other.sharp_on = self.tally, self.handed, self.sharp_on
         if noise is not None:
             other.noise, other._has_drawn, other._is_clean = {} if self.recorded else noise, True, False
+            other.guides = self.guides
         return other
 
     def num_shards(self, number: int, least: int = 1) -> int:
@@ -316,7 +371,9 @@ class Objective:
             so_far = growth[index]
             growth[index] = rise if so_far is None else so_far + rise
         worst = tuple(worst_of(block, rise, fraction, least) for block, rise in zip(self.whole, growth, strict=True))
-        return self._on(worst, self.noise)
+        other = self._on(worst, self.noise)
+        other.still = self.still
+        return other
 
     def _check(self, loss: Any) -> None:
         """Refuses a loss that is not one of these blocks, once for each form of a step: terms and sizes of blocks."""
@@ -353,18 +410,20 @@ class Objective:
             return nullcontext()
         return torch.autocast(self.params[0].device.type, self.method.amp, cache_enabled=False)
 
-    def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[tuple[str | None, bool], tuple[Tensor, int]]:
-        """{(guide, climbed): (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
+    def _parts(self, loss: Loss, climb: str, clean: bool) -> dict[Key, tuple[Tensor, int]]:
+        """{key: (sum of the pieces, rows behind them)}; what belongs to no guide comes first."""
         names = [*loss.rows, *loss.penalties]
         guide_of = {}
-        if clean:
+        if clean or self.method.guides_last:
             guide_of = {term: guide for guide, terms in self.method.guides.items() for term in terms if term in names}
-        if not guide_of and climb == "all":
-            return {(None, True): (loss.total, self.num_rows)}
-        pieces: dict[tuple[str | None, bool], list[tuple[Tensor, int | None]]] = {}
+        is_split = climb != "all" or self.sharp_on != "all"
+        if not guide_of and not is_split:
+            return {Key(None, False, True): (loss.total, self.num_rows)}
+        pieces: dict[Key, list[tuple[Tensor, int | None]]] = {}
         for name in sorted(names, key=lambda name: name in guide_of):
-            for piece, climbed, block in self._pieces(loss, name, climb):
-                pieces.setdefault((guide_of.get(name), climbed), []).append((piece, block))
+            for piece, source, block in self._pieces(loss, name, is_split):
+                key = Key(guide_of.get(name), climb == source, self.sharp_on in ("all", source))
+                pieces.setdefault(key, []).append((piece, block))
         return {
             key: (
                 reduce(operator.add, [piece for piece, _ in group]),
@@ -373,43 +432,48 @@ class Objective:
             for key, group in pieces.items()
         }
 
-    def _pieces(self, loss: Loss, name: str, climb: str) -> list[tuple[Tensor, bool, int | None]]:
-        """(piece of a term, whether it is climbed, its block)."""
+    def _pieces(self, loss: Loss, name: str, is_split: bool) -> list[tuple[Tensor, str, int | None]]:
+        """(piece of a term, whether it is of 'current' or 'memory' rows, if that is asked for, its block). Penalties
+        speak of the past."""
         if name in loss.penalties:
-            return [(loss.penalties[name], climb != "current", None)]
+            return [(loss.penalties[name], "memory", None)]
         index, term = place_of(loss.rows[name], self.blocks), loss.terms[name]
-        if climb == "all":
-            return [(term, True, index)]
-        block, climbs_memory = self.blocks[index], climb == "memory"
+        if not is_split:
+            return [(term, "", index)]
+        block = self.blocks[index]
         if block.memory in (0, len(block)):
-            return [(term, climbs_memory == (block.memory > 0), index)]
+            return [(term, "memory" if block.memory else "current", index)]
         stream, memory = loss.costs[name].split((len(block) - block.memory, block.memory))
-        return [
-            (stream.sum() / len(block), not climbs_memory, index),
-            (memory.sum() / len(block), climbs_memory, index),
-        ]
+        return [(stream.sum() / len(block), "current", index), (memory.sum() / len(block), "memory", index)]
 
-    def _backward_parts(
-        self, parts: dict[tuple[str | None, bool], tuple[Tensor, int]], wanted: np.ndarray | None
-    ) -> tuple[Grads, Grads]:
-        """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing."""
-        gradient: Grads | None = None
-        climbed_gradient: Grads | None = None
-        parts = {key: (part, rows) for key, (part, rows) in parts.items() if part.requires_grad}  # or it has none
-        for position, ((guide, climbed), (part, rows)) in enumerate(parts.items(), start=1):
-            own = self._backward(part, None if guide else wanted, keep_graph=position < len(parts))
+    def _backward_parts(self, parts: dict[Key, tuple[Tensor, int]], wanted: np.ndarray | None, clean: bool) -> Sums:
+        """Takes the gradients of the parts apart. Blocks have forwards of their own, so guides cost nothing. In a pass
+        that is not the clean one, only what is sharp."""
+        found, still = Sums(), Sums()
+        if self.sharp_on != "all":
+            sharp, others = (
+                [part.detach() for key, (part, _) in parts.items() if key.sharp == is_sharp]
+                for is_sharp in (True, False)
+            )
+            if clean:
+                still.total = sum(others, self.params[0].new_zeros(()))
+            else:
+                found.total = sum(sharp, 0.0 if self.still.total is None else self.still.total)
+        used = {
+            key: (part, rows)
+            for key, (part, rows) in parts.items()
+            if (clean or key.sharp) and part.requires_grad  # else it has no gradient
+        }
+        for position, (key, (part, rows)) in enumerate(used.items(), start=1):
+            is_complete = key.guide is not None or not key.sharp
+            own = self._backward(part, None if is_complete else wanted, keep_graph=position < len(used))
             self.tally.backward_rows += rows
-            if guide:
-                self.guides[guide] = _sum(self.guides.get(guide), own)
-                if wanted is not None:
-                    own = [g if w else torch.zeros_like(g) for g, w in zip(own, wanted, strict=True)]
-            gradient = _sum(gradient, own)
-            if climbed:
-                climbed_gradient = _sum(climbed_gradient, own)
-        if gradient is None or climbed_gradient is None:
-            zeros = [torch.zeros_like(p) for p in self.params]
-            return gradient or zeros, climbed_gradient or zeros
-        return gradient, climbed_gradient
+            found.add(key, own, wanted if is_complete else None)
+            if not key.sharp:
+                still.add(key, own, None)
+        if clean:
+            self.still = still
+        return found
 
     def _backward(self, part: Tensor, wanted: np.ndarray | None, keep_graph: bool) -> Grads:
         grads: list[Tensor | None] = [None] * len(self.params)
@@ -422,23 +486,20 @@ class Objective:
                 self.tally.used[i] |= grad is not None
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
-    def _share(
-        self, shared: SharedRows, loss: Loss, gradient: Grads, climbed: Grads, clean: bool
-    ) -> tuple[Loss, Grads, Grads]:
-        """The loss of all rows and its gradients, guides too, from those of the ranks' rows. The loss only of the clean
-        pass and for `passes`."""
+    def _share(self, shared: SharedRows, loss: Loss, found: Sums, clean: bool) -> Loss:
+        """The loss of all rows from that of the ranks' rows, only of the clean pass and for `passes`; the gradients of
+        all rows take the place of those found."""
         if clean:
             shared.refuse_mixed_rows(self.form)
-        names = [name for name in self.guides if name in self.method.guides] if clean else []
-        gradients = [gradient, climbed, *(self.guides[name] for name in names)]
-        if climbed is gradient:
-            del gradients[1]
+        sums = [found, self.still] if clean else [found]
+        gradients = [grads for one in sums for grads in one.lists]
         is_read = clean or self.trace
-        found, total, gradients = shared.of_pass(loss if is_read else None, self.tally.totals.pop(), gradients, clean)
+        total = self.tally.totals.pop()
+        whole, total, gradients = shared.of_pass(loss if is_read else None, total, gradients, clean)
         self.tally.totals.append(total)
-        guides = gradients[len(gradients) - len(names) :]
-        self.guides |= dict(zip(names, guides, strict=True))
-        return found or loss, gradients[0], gradients[0] if climbed is gradient else gradients[1]
+        for one in sums:
+            one.take(gradients)
+        return whole or loss
 
     def _join(self, done: list[tuple[Part, "Objective"]], number: int, before: list[int]) -> None:
         """Clean loss and guides of all rows, from those of the shards done here, of `number`; rows counted `before`."""
@@ -464,3 +525,7 @@ class Objective:
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:
     return grads if so_far is None else torch._foreach_add(so_far, grads)
+
+
+def _both(a: Grads | None, b: Grads | None) -> Grads | None:
+    return a if b is None else _sum(a, b)

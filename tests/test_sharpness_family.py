@@ -90,7 +90,7 @@ def mixed(layout, sizes=((8, 0), (8, 4), (6, 3), (8, 4), (8, 4), (5, 4), (8, 4))
 
 
 def some(block, rows):
-    return Block(block.x[rows], y=block.y[rows], ids=block.ids[rows])
+    return Block(block.x[rows], **{name: column[rows] for name, column in block.columns.items()})
 
 
 def enlarge(net, rows=2):
@@ -127,7 +127,7 @@ class Flags(dict):
 
 
 DEFAULTS = dict(
-    rho=RHO, ascent_on="all", perturb="all", sam_from_task=0, renormalize=False, optim_nesterov=False, asam_eta=0.01,
+    rho=RHO, ascent_on="all", sharp_on="all", perturb="all", sam_from_task=0, renormalize=False, optim_nesterov=False, asam_eta=0.01,
     sampa_lambda=0.2, friendly_sigma=1.0, friendly_lambda=0.6, cr_gamma=0.1, cr_beta=0.01, cr_log=False, sparsity=0.5,
     sparse_mask="fisher", sparse_every=1, fisher_rows=64, drop_rate=0.5, sparse_n=2, sparse_m=4, msam_shards=4,
     saf_lambda=0.3, saf_tau=5.0, saf_start=1, saf_lag=2, mesa_lambda=0.8, mesa_tau=5.0, mesa_start=1, mesa_decay=0.9,
@@ -227,6 +227,19 @@ class Family(Oracle):
             self.backward_rows += sum(len(block) for block in blocks if 0 < block.memory < len(block))
         return self.g(self.w, blocks, part=part, count=False)
 
+    def moved(self, w, blocks, at=None, rest=None, with_loss=False):
+        """The gradient at perturbed weights. Rows that --sharp_on leaves out (of `rest`) have theirs at the others."""
+        part = self.flags.sharp_on
+        if part == "all":
+            return self.g(w, blocks, with_loss=with_loss)
+        others = {"current": "memory", "memory": "current"}[part]
+        self.forward_rows += rows_of(blocks)
+        self.backward_rows += sum(len(block) for block in blocks if has(block, part))
+        u, high = self.g(w, blocks, part=part, count=False, with_loss=True)
+        rest = blocks if rest is None else rest
+        g, low = self.g(self.w if at is None else at, rest, part=others, count=False, with_loss=True)
+        return (u + g, high + low) if with_loss else u + g
+
     def ball(self, d, delta=1e-12, rho=None):
         d = d * self.perturbed
         return (self.flags.rho if rho is None else rho) * d / (length(d) + delta)
@@ -247,16 +260,22 @@ class Family(Oracle):
     def ascends(self):
         return self.task >= self.flags.sam_from_task
 
+    def is_sharp(self, blocks):
+        return self.ascends and (self.flags.sharp_on != "memory" or any(block.memory for block in blocks))
+
     def step(self, blocks):
         self.forward_rows = self.backward_rows = 0
-        if not self.ascends:
+        if not self.is_sharp(blocks):
             u = self.clean(blocks)
         else:
+            reuses = self.rule is looksam and self.memory.t % self.flags.looksam_every  # and so has one pass
             u = self.rule(self, blocks)
             if self.flags.renormalize:
                 u = u * length(self.clean_gradient) / (length(u) + 1e-12)
+            if self.flags.sharp_on != "all" and self.flags.ascent_on == "all" and not reuses:
+                self.backward_rows += sum(len(block) for block in blocks if 0 < block.memory < len(block))
+            self.memory.first = False
         self.base(u)
-        self.memory.first = False
         v, decay = self.teacher, self.flags.mesa_decay
         for name in ("w", "mean", "var"):
             setattr(v, name, decay * getattr(v, name) + (1 - decay) * getattr(self, name))
@@ -313,30 +332,34 @@ def rows_of(blocks):
     return sum(len(block) for block in blocks)
 
 
+def has(block, part):
+    return block.memory > 0 if part == "memory" else block.memory < len(block)
+
+
 def sgd(o, blocks):
     return o.clean(blocks)
 
 
 def sam(o, blocks):
     g, climbed = o.clean(blocks), o.climbed(blocks)
-    return g if climbed is None else o.g(o.w + o.ball(climbed), blocks)
+    return g if climbed is None else o.moved(o.w + o.ball(climbed), blocks)
 
 
 def asam(o, blocks):
     g = o.clean(blocks)
     t = torch.where(o.scaled, o.w.abs() + o.flags.asam_eta, torch.ones_like(o.w))
-    return o.g(o.w + o.flags.rho * t * t * g / (length(t * g) + 1e-16), blocks)
+    return o.moved(o.w + o.flags.rho * t * t * g / (length(t * g) + 1e-16), blocks)
 
 
 def sampa(o, blocks):
     s = o.memory
     if s.h is None:
-        s.h, s.previous = o.clean(blocks), blocks
+        s.h, s.previous, s.y = o.clean(blocks), blocks, o.w
         return s.h
     y = o.w - o.lr * o.base_direction(s.h)[0]
     h = o.clean_gradient = o.g(y, blocks, track=True)
-    a = o.g(o.w + o.ball(s.h), s.previous)
-    s.h, s.previous = h, blocks
+    a = o.moved(o.w + o.ball(s.h), s.previous, at=s.y)
+    s.h, s.previous, s.y = h, blocks, y
     return (1 - o.flags.sampa_lambda) * a + o.flags.sampa_lambda * h
 
 
@@ -347,20 +370,20 @@ def friendly_sam(o, blocks):
     else:
         d = g - o.flags.friendly_sigma * s.m
         s.m = o.flags.friendly_lambda * s.m + (1 - o.flags.friendly_lambda) * g
-    return o.g(o.w + o.ball(d), blocks)
+    return o.moved(o.w + o.ball(d), blocks)
 
 
 def stable_sam(o, blocks):
     g = o.clean(blocks)
-    moved = o.g(o.w + o.ball(g), blocks)
+    moved = o.moved(o.w + o.ball(g), blocks)
     return length(g) / (length(moved) + 1e-12) * moved
 
 
 def cr_sam(o, blocks):
     g, low = o.g(o.w, blocks, track=True, with_loss=True)
     o.clean_gradient = g
-    up, high = o.g(o.w + o.ball(g), blocks, with_loss=True)
-    down, other = o.g(o.w - o.ball(g), blocks, with_loss=True)
+    up, high = o.moved(o.w + o.ball(g), blocks, with_loss=True)
+    down, other = o.moved(o.w - o.ball(g), blocks, with_loss=True)
     curvature, slope = high + other - 2 * low, high - other
     if not o.flags.cr_log:
         curvature = slope = torch.tensor(1.0)
@@ -374,7 +397,7 @@ def cr_sam(o, blocks):
 
 def sparse_sam(o, blocks):
     g = o.clean(blocks)
-    return o.g(o.w + o.flags.rho * g / (length(g) + 1e-7) * o.mask, blocks)
+    return o.moved(o.w + o.flags.rho * g / (length(g) + 1e-7) * o.mask, blocks)
 
 
 def portions(n, m):
@@ -397,6 +420,12 @@ def shards(blocks, m):
     return cut
 
 
+def chosen(block, part):
+    """(n,): 1 for the rows of this part."""
+    current = torch.arange(len(block)) < len(block) - block.memory
+    return {"all": torch.ones(len(block)), "current": current, "memory": ~current}[part].double()
+
+
 def msam(o, blocks, weighted=True, adjusted=True):
     cut, whole = shards(blocks, o.flags.msam_shards), rows_of(blocks)
     momentum = 1 - 0.9 ** (1 / len(cut)) if adjusted else 0.1
@@ -405,19 +434,25 @@ def msam(o, blocks, weighted=True, adjusted=True):
         pieces, weights = zip(*shard, strict=True)
         share = rows_of(pieces) / whole if weighted else 1 / len(cut)
 
-        def gradient(w, pieces=pieces, weights=weights, share=share, **how):
+        def gradient(w, part="all", pieces=pieces, weights=weights, share=share, **how):
             w = w.clone().requires_grad_()
             costs, _ = o.costs(w, pieces, **how)
+            costs = [c * chosen(piece, part) for c, piece in zip(costs, pieces, strict=True)]
             terms = [c.mean() * weight / share for c, weight in zip(costs, weights, strict=True)]
             if not weighted:
                 terms = [c.mean() for c in costs]
-            o.forward_rows += rows_of(pieces)
-            o.backward_rows += rows_of(pieces)
-            return torch.autograd.grad(sum(terms) + o.penalty * w.square().sum(), w)[0]
+            penalty = o.penalty * w.square().sum() if part != "current" else 0.0 * w.sum()
+            return torch.autograd.grad(sum(terms) + penalty, w)[0]
 
+        sharp = o.flags.sharp_on
         g = gradient(o.w, track=True, momentum=momentum)
         o.clean_gradient = o.clean_gradient + share * g
-        update = update + share * gradient(o.w + o.ball(g))
+        u = gradient(o.w + o.ball(g), sharp)
+        if sharp != "all":
+            u = u + gradient(o.w, {"current": "memory", "memory": "current"}[sharp])
+        update = update + share * u
+        o.forward_rows += 2 * rows_of(pieces)
+        o.backward_rows += rows_of(pieces) + sum(len(p) for p in pieces if sharp == "all" or has(p, sharp))
     return update
 
 
@@ -465,7 +500,7 @@ def looksam(o, blocks, per_tensor=False):
     s, g = o.memory, o.clean(blocks)
     groups = o.sizes if per_tensor else [len(g)]
     if s.t % o.flags.looksam_every == 0:
-        u = o.g(o.w + o.ball(g), blocks)
+        u = o.moved(o.w + o.ball(g), blocks)
         pairs = zip(g.split(groups), u.split(groups), strict=True)
         s.g_v = torch.cat([b - (a @ b) / (a @ a) * a for a, b in pairs])
     else:
@@ -486,7 +521,7 @@ def esam(o, blocks, strict=False, jointly=False, masked_norm=True):
     offset = f.rho / f.esam_beta * g * kept / (length(g * kept if masked_norm else g) + 1e-7)
     moved = o.w + offset
     if f.esam_gamma == 1:
-        return o.g(moved, blocks)
+        return o.moved(moved, blocks)
     with torch.no_grad():
         before, after = o.costs(o.w, blocks)[0], o.costs(moved, blocks)[0]
     o.forward_rows += rows_of(blocks)
@@ -503,7 +538,7 @@ def esam(o, blocks, strict=False, jointly=False, masked_norm=True):
                 rows += best
                 k += sum(row >= current for row in best)
         chosen.append(Block(block.x[rows], memory=k, y=block.y[rows]))
-    return o.g(moved, chosen)
+    return o.moved(moved, chosen, rest=blocks)
 
 
 def gsam(o, blocks, swapped=False):
@@ -512,7 +547,7 @@ def gsam(o, blocks, swapped=False):
     g, climbed = o.clean(blocks), o.climbed(blocks)
     if climbed is None:
         return g
-    moved = o.g(o.w + o.ball(climbed, rho=least + (f.rho - least) * o.lr / LR), blocks)
+    moved = o.moved(o.w + o.ball(climbed, rho=least + (f.rho - least) * o.lr / LR), blocks)
     if swapped:
         return moved - f.gsam_alpha * (moved - (g @ moved) / (g @ g) * g)
     return moved - f.gsam_alpha * (g - (g @ moved) / (moved @ moved) * moved)
@@ -520,10 +555,10 @@ def gsam(o, blocks, swapped=False):
 
 def c_flat(o, blocks, from_first=True):
     g0 = o.clean(blocks)
-    g1 = o.g(o.w + o.ball(g0), blocks)
+    g1 = o.moved(o.w + o.ball(g0), blocks)
     e1 = o.ball(g1 - g0)
-    g2 = o.g(o.w + e1, blocks)
-    g3 = o.g(o.w + (e1 if from_first else 0) + o.ball(g2), blocks)
+    g2 = o.moved(o.w + e1, blocks)
+    g3 = o.moved(o.w + (e1 if from_first else 0) + o.ball(g2), blocks)
     return g1 + o.flags.cflat_lambda * (g3 - g2)
 
 
@@ -547,7 +582,7 @@ class Comparison:
         self.epoch_begins = True
 
     def step(self, blocks):
-        o, sparse = self.oracle, self.name == "sparse_sam" and self.oracle.ascends
+        o, sparse = self.oracle, self.name == "sparse_sam" and self.oracle.is_sharp(blocks)
         if sparse:
             fisher = o.fisher(blocks)
             old, due = o.mask, o.memory.first or (self.epoch_begins and o.epoch % o.flags.sparse_every == 0)
@@ -761,6 +796,36 @@ def test_stream_and_memory_together(name, flags, layout, penalty):
 def test_a_part_of_the_loss_is_climbed_and_the_whole_is_descended(name, part, layout, penalty):
     """Before there is memory, a step that would climb it alone is the base step in one pass."""
     Comparison(name, penalty, ascent_on=part).run(mixed(layout))
+
+
+@pytest.mark.parametrize("penalty", (0.0, 0.01))
+@pytest.mark.parametrize("layout", ("er", "der"))
+@pytest.mark.parametrize("part", ("current", "memory"))
+@cases(
+    [(name, {}) for name in FAMILY if name not in ("saf", "mesa")]
+    + [("cr_sam", dict(cr_log=True)), ("esam", dict(esam_beta=1.0, esam_gamma=1.0)), ("msam", dict(msam_shards=2))]
+    + [("sam", dict(renormalize=True)), ("sparse_sam", dict(sparse_mask="dynamic"))]
+)
+def test_some_rows_are_taken_at_the_perturbed_weights_and_the_others_where_they_were(
+    name, flags, part, layout, penalty
+):
+    Comparison(name, penalty, sharp_on=part, **flags).run(mixed(layout))
+
+
+@pytest.mark.parametrize("climb", ("current", "memory"))
+@pytest.mark.parametrize("sharp", ("current", "memory"))
+@pytest.mark.parametrize("layout", ("er", "der"))
+@pytest.mark.parametrize("name", ("sam", "gsam"))
+def test_what_is_climbed_and_what_is_sharp_are_two_choices(name, layout, sharp, climb):
+    Comparison(name, ascent_on=climb, sharp_on=sharp).run(mixed(layout))
+
+
+@cases([(name, {}) for name in FAMILY if name not in ("saf", "mesa")])
+def test_without_memory_sharp_rows_of_it_are_plain_descent(name, flags):
+    plain = trajectory("sgd", stream())
+    assert distance(plain, trajectory(name, stream(), sharp_on="memory", **flags)) == 0
+    whole = trajectory(name, stream(), **flags)
+    assert distance(whole, trajectory(name, stream(), sharp_on="current", **flags)) < 1e-12
 
 
 @cases([("sam", {}), ("gsam", {}), ("friendly_sam", {}), ("c_flat", {}), ("looksam", {}), ("sparse_sam", {})])

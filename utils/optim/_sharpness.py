@@ -4,8 +4,8 @@ A variant overrides `ascent` (the offset of the weights in the second pass) or `
 number of passes, `direction`, which gets gradients from `self.gradients(objective)` and `objective.gradient()` and
 perturbs the weights by `with self.at(offset)`, never in another way. It resets in `begin_task`; state and `phase` are
 as in `Driver`. Gradients are not copies: make a new list, do not change them in place. These flags are the same for all
-variants: which loss the ascent uses, which parameters are perturbed, and from which task on. Weight decay acts only in
-the base optimizer, at the unperturbed weights.
+variants: which loss the ascent uses, which rows are taken at perturbed weights, which parameters are perturbed, and
+from which task on. Weight decay acts only in the base optimizer, at the unperturbed weights.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,12 @@ class SharpnessAware(Driver):
             "memory's rows",
             choices=("all", "current", "memory"),
         )
+        sharp_on: str = flag(
+            "all",
+            "which rows are taken at the perturbed weights: all, the stream's (current), or the memory's; the others "
+            "keep their gradient at the unperturbed ones",
+            choices=("all", "current", "memory"),
+        )
         perturb: str = flag(
             "all",
             "which parameters are perturbed: all, all except biases and normalisation layers, or only normalisation "
@@ -57,11 +63,12 @@ class SharpnessAware(Driver):
     @classmethod
     def check(cls, config: Config, method: type[Method]) -> list[str]:
         problems = []
-        if config.ascent_on != "all" and not method.has_memory:
-            problems.append(
-                f"--ascent_on {config.ascent_on} needs a method whose loss has rows of the memory, {method.name} has "
-                "none. Use all."
-            )
+        for name in ("ascent_on", "sharp_on"):
+            if config.values[name] != "all" and not method.has_memory:
+                problems.append(
+                    f"--{name} {config.values[name]} needs a method whose loss has rows of the memory, {method.name} "
+                    "has none. Use all."
+                )
         if 0 < config.sam_from_task <= config.start_from:
             problems.append(
                 f"--sam_from_task {config.sam_from_task} has no effect with --start_from {config.start_from}. "
@@ -105,15 +112,17 @@ class SharpnessAware(Driver):
         """The fewest rows of a pass over part of a block: BatchNorm may have no statistics of a single row."""
         return 2 if self._batchnorms else 1
 
-    phase = Driver.phase  # --sam_from_task and --ascent_on: one answer for a task and its blocks
+    phase = Driver.phase  # --sam_from_task, --ascent_on, --sharp_on: one answer for a task and its blocks
 
     def is_sharp(self, objective: Any) -> bool:
         """Whether this step is sharpness-aware, and not a plain step of the base optimizer."""
-        return self.clock["task"] >= self.args.sam_from_task and objective.has(self.args.ascent_on)
+        has_rows = objective.has(self.args.ascent_on) and objective.has(self.args.sharp_on)
+        return self.clock["task"] >= self.args.sam_from_task and has_rows
 
     def update(self, objective: Any) -> Grads:
         if not self.is_sharp(objective):
             return objective.gradient()
+        objective.sharp_on = self.args.sharp_on
         update = self.direction(objective)
         if self.args.renormalize:
             return torch._foreach_mul(update, norm(objective.clean) / (norm(update) + EPS))

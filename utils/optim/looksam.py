@@ -44,6 +44,7 @@ class LookSAM(SharpnessAware):
     def direction(self, objective) -> Grads:
         if self.phase():
             return super().direction(objective)
+        objective.sharp_on = "all"  # no pass at perturbed weights follows
         g, g_v = objective.gradient(), self.state["g_v"]
         length = self.args.looksam_alpha * norm(g) / (norm(g_v) + EPS)
         return torch._foreach_add(torch._foreach_mul(g_v, length), g)

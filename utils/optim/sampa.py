@@ -52,7 +52,7 @@ class SAMPa(SharpnessAware):
             with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
                 newest = self._remember_gradients(objective)
             with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
-                a = objective.later(self.previous).gradient()
+                a = objective.later(self.previous, self.state.get("h_still")).gradient()
         return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
 
     def _remember_gradients(self, objective) -> Grads:
@@ -60,6 +60,8 @@ class SAMPa(SharpnessAware):
         self.pending["h"] = gradient
         if climbed is not gradient:
             self.pending["h_climbed"] = climbed
+        if objective.sharp_on != "all":
+            self.pending["h_still"] = objective.still.whole or [torch.zeros_like(p) for p in self.params]
         return gradient
 
     def settle(self, objective) -> None:
@@ -79,7 +81,7 @@ class SAMPa(SharpnessAware):
 
     def begin_task(self, task) -> None:
         super().begin_task(task)
-        self.forget("h", "h_climbed")
+        self.forget("h", "h_climbed", "h_still")
         self.previous, self._kept = None, {}
 
     def follow(self) -> bool:
