@@ -111,6 +111,7 @@ class Benchmark(Sequence[Task]):
     std: tuple[float, ...] | None = None
     default_backbone = "mnistmlp"
     defaults: dict[str, Any] = {}  # flags of the protocol: n_tasks, batch_size, n_epochs, lr ...
+    protocols: dict[str, dict[str, Any]] = {}  # what --protocol chooses instead: {name: {flag: value}}, backbone too
     task_sizes: tuple[int, ...] | None = None  # classes of each task, where they are not equal
     published_as: str | None = None  # benchmark whose published values serve for this one too, marked as ours
 

@@ -113,6 +113,7 @@ class Method(nn.Module):
     channels_last = False  # the memory layout of its convolutions (`utils/engine/layout.py`); set by the engine
     amp: torch.dtype | None = None  # dtype of autocast in the passes of a step; set by the engine
     guides: Mapping[str, tuple[str, ...]] = {}  # name -> terms of the loss; `combine` gets their clean gradient
+    guides_last = False  # or their gradient in the last pass of the step, which most optimizers make perturbed
 
     def __init__(self, net: nn.Module, args: Any, context: Context):
         super().__init__()

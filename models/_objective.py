@@ -455,10 +455,11 @@ class Objective:
                 [part.detach() for key, (part, _) in parts.items() if key.sharp == is_sharp]
                 for is_sharp in (True, False)
             )
+            zero = self.params[0].new_zeros(())
             if clean:
-                still.total = sum(others, self.params[0].new_zeros(()))
+                still.total = reduce(operator.add, others, zero)
             else:
-                found.total = sum(sharp, 0.0 if self.still.total is None else self.still.total)
+                found.total = reduce(operator.add, sharp, zero if self.still.total is None else self.still.total)
         used = {
             key: (part, rows)
             for key, (part, rows) in parts.items()

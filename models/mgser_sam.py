@@ -7,6 +7,15 @@
 The loss is DER++'s and the ascent is the optimizer's (`sam` unless told otherwise); this file adds the guide. The
 forwards of stream and memory are separate, so g_s costs no extra pass. With `--guide 0` it is DER++ under SAM, bit for
 bit. The authors' code and hyperparameters are not public: ours are DER++'s, with rho and guide as stated below.
+
+The paper's text is not public either, so other readings of it are a flag away. `--ascent_on` and `--sharp_on` say which
+rows are climbed on and taken at the perturbed weights. `--guide_mode align` is the alignment of Gradient Vaccine (Wang
+et al., ICLR 2021), which UniGrad-FS applies to gradients at perturbed weights. With m the memory's gradient in
+the step's last pass, c = g~ - m the rest of the update, phi their cosine and p the running mean of phi:
+
+    u = g~ + guide * t * (|c| / |m| m + |m| / |c| c)    t = p sqrt(1 - phi^2) / sqrt(1 - p^2) - phi, 0 if phi >= p
+
+With guide 1, each of the two then has the cosine p to what the other was.
 """
 
 from dataclasses import dataclass
@@ -14,10 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatcl.models._method import Grads, Objective, ours
+from flatcl.models._method import Batch, Grads, Loss, Objective, ours
 from flatcl.models.derpp import DerPP
 from flatcl.utils.arguments import flag
 from flatcl.utils.optim._sharpness import dot, norm
+from flatcl.utils.protocols import Benchmark, Config
 from flatcl.utils.registry import METHODS
 
 
@@ -30,20 +40,63 @@ class MgserSam(DerPP):
 
     @dataclass(frozen=True)
     class Args(DerPP.Args):
-        guide: float = flag(1.0, "weight of the memory's clean gradient in the update", low=0)
+        guide: float = flag(1.0, "weight of the memory's clean gradient in the update; of the alignment", low=0)
         guide_on: str = flag("memory", "which memory terms guide", choices=("memory", "logits", "labels"))
+        guide_mode: str = flag(
+            "add",
+            "how the memory guides: its clean gradient is added, or its gradient and the rest of the update are "
+            "aligned where they conflict more than they usually do",
+            choices=("add", "align"),
+        )
+        align_beta: float = flag(
+            0.01, "guide_mode align: weight of the newest cosine in the running mean", above=0, high=1
+        )
 
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
         if args.guide > 0:
             self.guides = {"memory": ("logits", "labels") if args.guide_on == "memory" else (args.guide_on,)}
+        self.guides_last = args.guide_mode == "align"
+        if self.guides_last:
+            dtype = next(net.parameters()).dtype
+            self.register_buffer("cosine", torch.tensor(float("nan"), dtype=dtype))  # of this step
+            self.register_buffer("usual_cosine", torch.zeros((), dtype=dtype))
+
+    @classmethod
+    def check(cls, config: Config, benchmark: type[Benchmark]) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.guide_mode == "add" and config.origins["align_beta"] == "argv":
+            problems.append("--align_beta has no effect with --guide_mode add. Use align, or drop it.")
+        return problems
 
     phase = DerPP.phase
 
     def combine(self, update: Grads, guides: dict[str, Grads]) -> Grads:
         if "memory" not in guides:  # the first steps, before there is a memory
             return update
+        if self.args.guide_mode == "align":
+            return self._aligned(update, guides["memory"])
         return torch._foreach_add(update, guides["memory"], alpha=self.args.guide)
+
+    @torch.no_grad()
+    def _aligned(self, update: Grads, memory: Grads) -> Grads:
+        rest = torch._foreach_sub(update, memory)
+        of_rest, of_memory, p = norm(rest), norm(memory), self.usual_cosine
+        usable = of_rest * of_memory > 0
+        phi = torch.where(usable, dot(rest, memory) / (of_rest * of_memory), 0.0).clamp(-1, 1)
+        ratio = torch.where(usable, of_rest / of_memory, 1.0)
+        t = p * (1 - phi**2).sqrt() / (1 - p**2).sqrt() - phi
+        t = torch.where(usable & (phi < p), self.args.guide * t, 0.0)
+        aligned = torch._foreach_add(update, torch._foreach_mul(memory, t * ratio))
+        torch._foreach_add_(aligned, torch._foreach_mul(rest, t / ratio))
+        self.cosine.copy_(phi)  # for `remember`
+        return aligned
+
+    def remember(self, batch: Batch, loss: Loss) -> None:
+        super().remember(batch, loss)
+        if self.guides_last:
+            newer = self.usual_cosine.lerp(self.cosine, self.args.align_beta)
+            self.usual_cosine.copy_(torch.where(newer.isfinite(), newer, self.usual_cosine))
 
     def diagnose(self, objective: Objective, update: Grads) -> dict[str, Tensor]:
         """Whether the conflict that the paper speaks of is there: angles, norms and sharpness gaps of this step.
@@ -52,6 +105,8 @@ class MgserSam(DerPP):
         """
         if "memory" not in objective.guides or objective.clean is None or not objective.passes:
             return {}
+        if self.guides_last:
+            return {"cos_rest_memory": self.cosine, "usual_cos_rest_memory": self.usual_cosine}
         (clean, g), *perturbed = objective.passes
         g_s = objective.guides["memory"]
         g_t = torch._foreach_sub(g, g_s)

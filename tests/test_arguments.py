@@ -136,17 +136,86 @@ def test_argv_beats_every_other_layer(optimizer):
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_no_published_value_of_any_method_beats_argv(name):
-    for dataset, size in METHODS.load(name).published:
+    for key, size in METHODS.load(name).published:
+        dataset, _, protocol = key.partition(":")
         argv = ["--model", name, "--dataset", dataset, *(["--buffer_size", str(size)] if size else [])]
+        argv += ["--protocol", protocol] if protocol else []
         config = resolve(argv)
         applied = [key for key, origin in config.origins.items() if origin.startswith(("published: ", "ours: "))]
-        assert applied, f"the published values for {dataset} are never used"
-        for key in applied:
-            value = config.values[key]
-            if isinstance(value, int | float) and key != "n_epochs":  # a stream takes no other
+        assert applied, f"the published values for {key} are never used"
+        for flag in applied:
+            value = config.values[flag]
+            if isinstance(value, int | float) and flag != "n_epochs":  # a stream takes no other
                 typed = value / 2 if isinstance(value, float) else value * 2
-                again = resolve([*argv, f"--{key}", str(typed)])
-                assert (again.values[key], again.origins[key]) == (typed, "argv")
+                again = resolve([*argv, f"--{flag}", str(typed)])
+                assert (again.values[flag], again.origins[flag]) == (typed, "argv")
+
+
+ONLINE = ("--dataset", "seq-cifar10", "--protocol", "online")
+
+
+@pytest.mark.parametrize("dataset", ["seq-cifar10", "seq-cifar100", "seq-tinyimg"])
+def test_a_protocol_gives_network_epochs_batches_and_rate_and_argv_beats_it(dataset):
+    argv = ["--model", "er", "--dataset", dataset, "--protocol", "online", "--buffer_size", "500"]
+    config = resolve(argv)
+    assert (config.backbone, config.n_epochs, config.batch_size, config.minibatch_size, config.lr_scheduler) == (
+        "reduced-resnet18", 1, 10, 10, "none",
+    )  # fmt: skip
+    of = f"protocol online of {dataset}"
+    assert [config.origins[name] for name in ("backbone", "n_epochs", "batch_size")] == [of] * 3
+    assert config.n_tasks == resolve(["--model", "er", "--dataset", dataset]).n_tasks
+    other = resolve([*argv, "--backbone", "resnet32", "--n_epochs", "2"])
+    assert (other.backbone, other.n_epochs, other.origins["backbone"]) == ("resnet32", 2, "argv")
+    if dataset != "seq-cifar100":  # whose milestones cannot be dropped in another way
+        explicit = [word for name in ("backbone", "n_epochs", "batch_size", "minibatch_size", "lr")
+                    for word in (f"--{name}", str(config.values[name]))]  # fmt: skip
+        typed = resolve(["--model", "er", "--dataset", dataset, "--buffer_size", "500", *explicit])
+        assert typed.hash == config.hash
+
+
+def test_what_a_protocol_leaves_open_comes_from_the_published_values_as_ours():
+    plain = resolve(["--model", "derpp", "--dataset", "seq-cifar10", "--buffer_size", "500"])
+    config = resolve(["--model", "derpp", *ONLINE, "--buffer_size", "500"])
+    assert plain.batch_size == 32 and config.batch_size == 10
+    assert config.alpha == plain.alpha and config.origins["alpha"].startswith("ours: as on seq-cifar10 (published: ")
+    config = resolve(["--model", "derpp", *ONLINE, "--buffer_size", "500", "--model_config", "default"])
+    assert not [origin for origin in config.origins.values() if origin.startswith(("ours", "published"))]
+
+
+def test_values_chosen_for_a_protocol_lie_over_the_published_ones(tmp_path):
+    text = (
+        "from flatcl.models._method import published\nfrom flatcl.models.derpp import DerPP\n"
+        "from flatcl.utils.registry import METHODS\n@METHODS.register('mine')\nclass Mine(DerPP):\n"
+        "    published = published('a', {('seq-cifar10', 500): dict(lr=0.5, alpha=0.9, beta=0.8)}) | published(\n"
+        "        'b', {('seq-cifar10:online', 500): dict(lr=0.07, alpha=0.6)})\n"
+    )
+    argv = ["--plugin", plugin(tmp_path, "mine", text), "--model", "mine", "--buffer_size", "500"]
+    config = resolve([*argv, *ONLINE])
+    assert (config.lr, config.alpha, config.beta) == (0.07, 0.6, 0.8)
+    origins = [config.origins[name] for name in ("lr", "beta")]
+    assert origins == ["published: b", "ours: as on seq-cifar10 (published: a)"]
+    config = resolve([*argv, "--dataset", "seq-cifar10"])
+    assert (config.lr, config.alpha, config.beta) == (0.5, 0.9, 0.8)
+
+
+def test_a_protocol_is_kept_by_from(tmp_path):
+    config = resolve(["--model", "derpp", *ONLINE, "--buffer_size", "500"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_json()))
+    again = resolve(["--from", str(file)])
+    assert again.protocol == "online" and again.hash == config.hash
+    with pytest.raises(UsageError, match="--protocol online cannot be used with seq-mnist, .* Give --protocol none"):
+        resolve(["--from", str(file), "--dataset", "seq-mnist"])
+    assert resolve(["--from", str(file), "--dataset", "seq-mnist", "--protocol", "none"]).protocol is None
+
+
+def test_an_unknown_protocol_is_said_before_anything_is_imported(fails):
+    assert "--protocol must be one of online, got 'onlin'. Did you mean online?" in fails(
+        "--model", "er", "--dataset", "seq-cifar10", "--protocol", "onlin"
+    )
+    assert "--protocol online cannot be used with seq-mnist, which has only its own. Drop it." in fails(
+        "--model", "er", "--dataset", "seq-mnist", "--protocol", "online"
+    )
 
 
 def test_model_config_default_drops_published_values():
@@ -289,6 +358,8 @@ def test_none_is_a_value_where_a_flag_is_optional():
         ),
         ([*SAM, "--model", "joint", "--ascent_on", "current"], "--ascent_on current needs a method whose", "joint has"),
         ([*SAM, "--model", "gem", "--ascent_on", "memory"], "--ascent_on memory needs a method whose", "gem has"),
+        ([*SAM, "--model", "sgd", "--sharp_on", "memory"], "--sharp_on memory needs a method whose", "sgd has none"),
+        (["--model", "mgser_sam", "--align_beta", "0.1"], "--align_beta has no effect with --guide_mode add", "align"),
         (["--model", "gem", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "fdr", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),
@@ -817,6 +888,7 @@ COMPANIONS = {  # without which a flag is refused or has nothing to act on
     "saf_lag": (*LONG, "--n_epochs", "12"),
     "sparse_every": (*LONG, "--n_epochs", "3"),
     "drop_rate": ("--sparse_mask", "dynamic"),
+    "align_beta": ("--guide_mode", "align"),
     "sparse_n": ("--sparse_mask", "nm"),
     "sparse_m": ("--sparse_mask", "nm", "--sparse_n", "1"),
     ("gdumb", "fitting_epochs"): LONG,
@@ -1097,11 +1169,17 @@ def check_save_predictions(tmp_path, capsys, monkeypatch):
     assert (finished_run(tmp_path, "--save_predictions", "1") / "predictions.npz").is_file()
 
 
+def check_protocol(tmp_path, capsys, monkeypatch):
+    config = resolve(["--model", "er", *ONLINE])
+    assert config.batch_size == 10 != resolve(["--model", "er", "--dataset", "seq-cifar10"]).batch_size
+
+
 OBSERVED = {
     "model": check_model,
     "dataset": check_dataset,
     "backbone": check_backbone,
     "optimizer": differs("--optimizer", "adam"),
+    "protocol": check_protocol,
     "lr": differs("--lr", "0.06"),
     "n_epochs": differs("--n_epochs", "2", base=("--debug_mode", "0")),
     "batch_size": differs("--batch_size", "8"),

@@ -300,6 +300,14 @@ def test_cifar_of_official_length_must_be_official(tmp_path, monkeypatch):
     assert built == [100 * 3072], "the checksum of test comes before its array"
 
 
+def test_cifar_with_some_rows_in_another_order_is_taken_with_a_warning(tmp_path, monkeypatch):
+    expected = make_cifar100(tmp_path, n_train=100, n_test=10000)
+    md5 = hashlib.md5((tmp_path / FOLDERS["cifar100"] / "test").read_bytes()).hexdigest()
+    monkeypatch.setattr(_files, "REORDERED", {md5: "7 of its rows"})
+    with pytest.warns(UserWarning, match="cifar-100-python/test: has all images .* but 7 of its rows .* another order"):
+        assert_rows(load_cifar(tmp_path, "cifar100"), expected)
+
+
 def bomb(path, mib):
     """A gzip file of `mib` MiB of zeros, a thousand times smaller itself."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -218,14 +218,15 @@ def test_both_tasks_have_their_share_of_the_memory(start, name):
 def test_published_values_apply_exactly_where_they_were_published(name):
     method = METHODS.load(name)
     assert method.published
-    for (dataset, size), row in method.published.items():
-        argv = ["--model", name, "--dataset", dataset]
+    for (key, size), row in method.published.items():
+        dataset, _, protocol = key.partition(":")
+        argv = ["--model", name, "--dataset", dataset, *(["--protocol", protocol] if protocol else [])]
         if size is not None:
             argv += ["--buffer_size", str(size)]
         config = resolve(argv)
         assert row and config.optimizer == method.default_optimizer
         for flag, (value, source) in row.items():
-            assert config.values[flag] == value, (dataset, size, flag)
+            assert config.values[flag] == value, (key, size, flag)
             assert config.origins[flag] == source and source.startswith(PUBLISHED) and len(source) > 20
         if size is not None:
             assert config.origins["buffer_size"] == "argv" and config.buffer_size == size

@@ -233,11 +233,13 @@ class Doubles(Augment):
 class MgserOracle(Oracle):
     """MGSER-SAM with a reservoir of its own: lists of (image, label, logits)."""
 
-    def __init__(self, net, capacity, minibatch, seed, alpha, beta, guide, guide_on):
+    def __init__(self, net, capacity, minibatch, seed, alpha, beta, guide, guide_on="memory", guide_mode="add",
+                 align_beta=0.0, sharp_on="all"):  # fmt: skip
         super().__init__(net)
         self.capacity, self.minibatch, self.rng = capacity, minibatch, np.random.default_rng(seed)
         self.alpha, self.beta, self.guide, self.guide_on = alpha, beta, guide, guide_on
-        self.rows, self.seen = [], 0
+        self.guide_mode, self.align_beta, self.sharp_on = guide_mode, align_beta, sharp_on
+        self.rows, self.seen, self.usual, self.aligned = [], 0, 0.0, 0
 
     def step(self, x, y):
         """x uint8; returns the rows of one pass."""
@@ -263,11 +265,16 @@ class MgserOracle(Oracle):
         parts, stream = terms(w, track=True)
         gradients = [torch.autograd.grad(part, w)[0] for part in parts]
         moved = (self.w + self.offset("sam", sum(gradients))).requires_grad_()
-        u = torch.autograd.grad(sum(terms(moved, track=False)[0]), moved)[0]
+        perturbed = [torch.autograd.grad(part, moved)[0] for part in terms(moved, track=False)[0]]
+        if draws and self.sharp_on == "memory":
+            perturbed[0] = gradients[0]
+        elif draws and self.sharp_on == "current":
+            perturbed[1:] = gradients[1:]
+        u = sum(perturbed) if draws or self.sharp_on != "memory" else sum(gradients)
         if draws:
-            _, on_logits, on_labels = gradients
-            guides = {"memory": on_logits + on_labels, "logits": on_logits, "labels": on_labels}
-            u = u + self.guide * guides[self.guide_on]
+            _, on_logits, on_labels = gradients if self.guide_mode == "add" else perturbed
+            guide = {"memory": on_logits + on_labels, "logits": on_logits, "labels": on_labels}[self.guide_on]
+            u = u + self.guide * guide if self.guide_mode == "add" else sum(self.align(u - guide, guide))
         self.base(u)
         for row in zip(x, y, stream, strict=True):
             if self.seen < self.capacity:
@@ -279,31 +286,62 @@ class MgserOracle(Oracle):
             self.seen += 1
         return len(y) + sum(len(draw[0]) for draw in draws)
 
+    def align(self, a, b):
+        """Each turned towards the other, in the plane of the two, until the angle between them is the usual one."""
+        length = torch.linalg.vector_norm
+        angle = (a @ b / (length(a) * length(b))).arccos()
+        usual = torch.tensor(self.usual, dtype=torch.float64).arccos()
+        self.usual += self.align_beta * (float(angle.cos()) - self.usual)
+        if angle <= usual:
+            return a, b
 
-@pytest.mark.parametrize("guide, guide_on", [(1.0, "memory"), (0.5, "memory"), (0.7, "logits"), (2.0, "labels")])
-def test_mgser_sam_equals_its_equations_after_every_step(guide, guide_on):
+        def turned(a, b):
+            along = b / length(b)
+            across = a - (a @ along) * along  # stays, so that the length along b follows from the angle
+            new = across + length(across) / usual.tan() * along
+            assert abs(new @ b / (length(new) * length(b)) - usual.cos()) < 1e-12
+            return a + self.guide * (new - a)
+
+        self.aligned += 1
+        return turned(a, b), turned(b, a)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(guide=1.0), dict(guide=0.5), dict(guide=0.7, guide_on="logits"), dict(guide=2.0, guide_on="labels"),
+    dict(guide=1.0, sharp_on="memory"), dict(guide=0.5, sharp_on="current"),
+    dict(guide=1.0, guide_mode="align", align_beta=0.3), dict(guide=0.6, guide_mode="align", align_beta=0.5),
+    dict(guide=1.0, guide_mode="align", align_beta=0.3, guide_on="labels", sharp_on="memory"),
+    dict(guide=1.0, guide_mode="align", align_beta=0.3, sharp_on="current"),
+])  # fmt: skip
+def test_mgser_sam_equals_its_equations_after_every_step(flags):
     net = conv_bn_linear()
-    oracle = MgserOracle(net, 20, 7, seed=5, alpha=0.3, beta=0.6, guide=guide, guide_on=guide_on)
+    oracle = MgserOracle(net, 20, 7, seed=5, alpha=0.3, beta=0.6, **flags)
     augment = Doubles([], None, None, "cpu")
     kind, sam = METHODS.load("mgser_sam"), OPTIMIZERS.load("sam")
-    args = kind.Args(buffer_size=20, minibatch_size=7, alpha=0.3, beta=0.6, guide=guide, guide_on=guide_on)
+    sharp_on = flags.get("sharp_on", "all")
+    own = {name: value for name, value in flags.items() if name != "sharp_on"}
+    args = kind.Args(buffer_size=20, minibatch_size=7, alpha=0.3, beta=0.6, **own)
     context = Context(SimpleNamespace(num_classes=CLASSES), augment, torch.device("cpu"), np.random.default_rng(5))
     method = kind(net, args, context).train()
-    optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM))
+    optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM, sharp_on=sharp_on))
     generator = torch.Generator().manual_seed(3)
-    for n in SIZES:
+    for number, n in enumerate(SIZES):
         x = torch.randint(0, 256, (n, 2, 6, 6), generator=generator, dtype=torch.uint8)
         y = torch.randint(0, CLASSES, (n,), generator=generator)
         rows = oracle.step(x, y)
         ((objective, _),) = method.observe(Batch(x, y, torch.arange(n), inputs=None, augment=augment), optimizer)
         oracle.assert_equal(net)
-        assert objective.forward_rows == objective.backward_rows == 2 * rows
+        passes = 1 if number == 0 and sharp_on == "memory" else 2
+        unmoved = {"all": 0, "memory": n if number else 0, "current": rows - n}[sharp_on]
+        assert objective.forward_rows == passes * rows and objective.backward_rows == passes * rows - unmoved
         stored = method.buffer.all()
         images, labels, logits = (torch.stack(column) for column in zip(*oracle.rows, strict=True))
         assert torch.equal(stored["x"], images) and torch.equal(stored["y"], labels)
         assert (stored["logits"] - logits).abs().max() < 1e-12
     assert oracle.seen > 2 * oracle.capacity  # the reservoir was at work
     assert oracle.tracked == 3 * len(SIZES) - 2
+    if oracle.guide_mode == "align":
+        assert 0 < oracle.aligned < len(SIZES) - 1 and abs(method.usual_cosine - oracle.usual) < 1e-12
 
 
 def test_guide_zero_is_derpp_sam_bit_for_bit_and_the_guide_costs_nothing(start, assert_same):

@@ -127,12 +127,12 @@ class Flags(dict):
 
 
 DEFAULTS = dict(
-    rho=RHO, ascent_on="all", sharp_on="all", perturb="all", sam_from_task=0, renormalize=False, optim_nesterov=False, asam_eta=0.01,
-    sampa_lambda=0.2, friendly_sigma=1.0, friendly_lambda=0.6, cr_gamma=0.1, cr_beta=0.01, cr_log=False, sparsity=0.5,
-    sparse_mask="fisher", sparse_every=1, fisher_rows=64, drop_rate=0.5, sparse_n=2, sparse_m=4, msam_shards=4,
-    saf_lambda=0.3, saf_tau=5.0, saf_start=1, saf_lag=2, mesa_lambda=0.8, mesa_tau=5.0, mesa_start=1, mesa_decay=0.9,
-    mesa_carry=False, looksam_every=3, looksam_alpha=0.5, esam_beta=0.6, esam_gamma=0.5, gsam_rho_min=None,
-    gsam_alpha=0.4, cflat_lambda=0.2,
+    rho=RHO, ascent_on="all", sharp_on="all", perturb="all", sam_from_task=0, renormalize=False, optim_nesterov=False,
+    asam_eta=0.01, sampa_lambda=0.2, friendly_sigma=1.0, friendly_lambda=0.6, cr_gamma=0.1, cr_beta=0.01, cr_log=False,
+    sparsity=0.5, sparse_mask="fisher", sparse_every=1, fisher_rows=64, drop_rate=0.5, sparse_n=2, sparse_m=4,
+    msam_shards=4, saf_lambda=0.3, saf_tau=5.0, saf_start=1, saf_lag=2, mesa_lambda=0.8, mesa_tau=5.0, mesa_start=1,
+    mesa_decay=0.9, mesa_carry=False, looksam_every=3, looksam_alpha=0.5, esam_beta=0.6, esam_gamma=0.5,
+    gsam_rho_min=None, gsam_alpha=0.4, cflat_lambda=0.2,
 )  # fmt: skip
 
 

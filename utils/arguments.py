@@ -6,6 +6,7 @@ the last of these layers that has one, and the layer's name is kept as its origi
 
     field default < dataset's default < published value (method, dataset, buffer size) < optimizer's default < argv
 
+With --protocol, the flags of that protocol lie over the dataset's defaults and over the values published for its own.
 The optimizer's layer holds only what a published SGD setting cannot speak for, such as the learning rate of Adam.
 """
 
@@ -76,6 +77,11 @@ class EngineArgs:
     dataset: str = flag(None, "the benchmark (see --list)", fixed=True)
     backbone: str = flag(None, "the network; default: the benchmark's", fixed=True)
     optimizer: str = flag(None, "the optimizer, plain or sharpness-aware; default: the method's")
+    protocol: str | None = flag(
+        None, "another protocol of the benchmark: its network, epochs, batch sizes and learning rate, e.g. online; "
+            "default: the published one",
+        result=False,
+    )  # fmt: skip
     lr: float = flag(0.1, "learning rate", above=0, high=1e6)
     n_epochs: int = flag(1, "epochs over each task", low=1, high=10**6)
     batch_size: int = flag(32, "images of the stream in a step", low=1, high=10**6)
@@ -651,20 +657,25 @@ class _Layers:
 def _put_defaults(layers: _Layers, chosen: dict[str, type[Any]], known: dict[str, Any]) -> list[str]:
     """Everything below the command line; returns problems with it. `known`: the values that the user has given."""
     dataset, model, optimizer = chosen["dataset"], chosen["model"], chosen["optimizer"]
+    protocol = known.get("protocol")
+    own = dataset.protocols.get(protocol, {})
     problems = _check_layer(dataset, "defaults", dataset.defaults, layers.flags)
+    problems += _check_layer(dataset, f"protocols['{protocol}']", own, layers.flags)
     problems += _check_layer(optimizer, "defaults", optimizer.defaults, layers.flags)
     if problems:
         return problems
     layers.put(dataset.defaults, f"dataset {dataset.name}")
+    layers.put(own, f"protocol {protocol} of {dataset.name}")
+    of_backbone = layers.origins["backbone"] if "backbone" in own else f"dataset {dataset.name}"
     layers.put({name: cls.name for name, cls in chosen.items()}, "argv")
-    layers.origins |= {"backbone": f"dataset {dataset.name}", "optimizer": f"model {model.name}"}
+    layers.origins |= {"backbone": of_backbone, "optimizer": f"model {model.name}"}
     if os.environ.get("FLATCL_DATA"):
         layers.put({"base_path": os.environ["FLATCL_DATA"]}, "$FLATCL_DATA")
     if known.get("model_config", "best") == "best":
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
         if not isinstance(buffer_size, int | None):
             buffer_size = None  # of a damaged file, which is reported with the flag
-        row, problems = _published(chosen, buffer_size, layers.flags)
+        row, problems = _published(chosen, buffer_size, protocol if own else None, layers.flags)
         for name, (value, origin) in row.items():
             layers.put({name: value}, origin)
     layers.put(optimizer.defaults, f"optimizer {optimizer.name}")
@@ -741,11 +752,32 @@ def _names(request: Request, file_values: Mapping[str, Any]) -> tuple[dict[str, 
             choose(selector, str(file_values[selector]))
         elif selector in ("model", "dataset"):
             problems.append(f"--{selector} is missing. Choose from: {', '.join(registry.choices())}.")
+    protocol, problem = _protocol(request, file_values, names["dataset"])
+    problems += problem
     for selector, owner in (("backbone", "dataset"), ("optimizer", "model")):
         known = names[owner]
         if known and names[selector] is None and selector not in request.words and selector not in file_values:
-            choose(selector, declared.attribute(SELECTORS[owner], known, f"default_{selector}"))
+            default = declared.attribute(SELECTORS[owner], known, f"default_{selector}")
+            choose(selector, protocol.get(selector, default) if owner == "dataset" else default)
     return names, problems
+
+
+def _protocol(
+    request: Request, file_values: Mapping[str, Any], dataset: str | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """(the flags of the protocol that is asked for, none for the benchmark's first; what is wrong with it)."""
+    words = request.words.get("protocol")
+    name = file_values.get("protocol") if words is None else words[0] if len(words) == 1 else None
+    if name is None or dataset is None or str(name).lower() == "none":  # or `_given` says what is wrong
+        return {}, []
+    protocols = declared.attribute(DATASETS, dataset, "protocols")
+    if name in protocols:
+        return protocols[name], []
+    if not protocols:
+        remedy = "Drop it" if words else "Give --protocol none"
+        return {}, [f"--protocol {name} cannot be used with {dataset}, which has only its own. {remedy}."]
+    known = ", ".join(protocols)
+    return {}, [f"--protocol must be one of {known}, got '{name}'. {nearest(str(name), list(protocols))}"]
 
 
 def _load(names: Mapping[str, str | None]) -> dict[str, type[Any]]:
@@ -854,14 +886,37 @@ def _remedy(flag_: Flag, value: Any = None) -> str:
 
 
 def _published(
-    chosen: dict[str, type[Any]], buffer_size: int | None, flags: dict[str, Flag]
+    chosen: dict[str, type[Any]], buffer_size: int | None, protocol: str | None, flags: dict[str, Flag]
 ) -> tuple[dict[str, tuple[Any, str]], list[str]]:
     """({flag: (value, origin)} published for exactly this method, dataset and buffer size, problems with it).
 
-    The optimizer's own flags (rho) were chosen for the method's default optimizer; another one keeps its defaults.
+    The optimizer's own flags (rho) were chosen for the method's default optimizer; another one keeps its defaults. For
+    another protocol than the dataset's first, what the protocol itself does not say is taken from the dataset's, as
+    ours, below the row of `dataset:protocol`.
     """
+    dataset = chosen["dataset"]
+    row, problems = _row(chosen, (dataset.name, dataset.published_as), buffer_size, flags)
+    if protocol is None or problems:
+        return row, problems
+    own, problems = _row(chosen, (f"{dataset.name}:{protocol}",), buffer_size, flags)
+    kept = {name: entry for name, entry in row.items() if name not in dataset.protocols[protocol]}
+    return {**_as_ours(kept, dataset.name), **own}, problems
+
+
+def _as_ours(row: dict[str, tuple[Any, str]], name: str) -> dict[str, tuple[Any, str]]:
+    """Values that were published for another benchmark or protocol."""
+    return {
+        flag_: (value, origin if origin.startswith("ours: ") else f"ours: as on {name} ({origin})")
+        for flag_, (value, origin) in row.items()
+    }
+
+
+def _row(
+    chosen: dict[str, type[Any]], names: Iterable[str | None], buffer_size: int | None, flags: dict[str, Flag]
+) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """The first row that the method has for one of these names, and this buffer size or none."""
     method, dataset, optimizer = chosen["model"], chosen["dataset"], chosen["optimizer"]
-    keys = [(name, size) for name in (dataset.name, dataset.published_as) for size in (buffer_size, None)]
+    keys = [(name, size) for name in names for size in (buffer_size, None)]
     key = next((key for key in keys if key in method.published), None)
     if key is None:
         return {}, []
@@ -873,9 +928,7 @@ def _published(
     row = {} if problems else {name: entry for name, entry in row.items() if name in flags}
     if canonical(optimizer.name) != canonical(method.default_optimizer):
         row = {name: entry for name, entry in row.items() if not flags[name].owner.startswith("optimizer ")}
-    if key[0] != dataset.name:
-        row = {name: (value, f"ours: as on {key[0]} ({origin})") for name, (value, origin) in row.items()}
-    return row, problems
+    return _as_ours(row, dataset.published_as) if key[0] == dataset.published_as else row, problems
 
 
 def _check_together(config: Config) -> list[str]:

@@ -56,6 +56,7 @@ class Benchmark(Protocol):
     std: tuple[float, ...] | None
     default_backbone: str
     defaults: dict[str, Any]
+    protocols: dict[str, dict[str, Any]]
     published_as: str | None
 
     @classmethod
@@ -131,6 +132,7 @@ class Config(Protocol):
     dataset: str
     backbone: str
     optimizer: str
+    protocol: str | None
     lr: float
     n_epochs: int
     batch_size: int
