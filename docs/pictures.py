@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from flatcl.utils.arguments import resolve
-from flatcl.utils.commands.report import Stat, group_runs, load_runs
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.pictures import save
 from flatcl.utils.optim._sharpness import dot, norm
+from flatcl.utils.reports.runs import load_runs
+from flatcl.utils.reports.tables import Stat, group_runs
 
 DOCS = Path(__file__).resolve().parent
 RECORDS = DOCS.parent / "tests/records/sharpness"

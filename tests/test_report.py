@@ -16,12 +16,14 @@ from PIL import Image
 
 from flatcl.utils import metrics
 from flatcl.utils.arguments import resolve
-from flatcl.utils.commands import _run_index as run_index
 from flatcl.utils.commands import report, sweep
 from flatcl.utils.engine import pictures
 from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import ROOT
+from flatcl.utils.reports import _run_index as run_index
+from flatcl.utils.reports import runs as finished
+from flatcl.utils.reports import tables
 
 
 def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
@@ -55,7 +57,7 @@ def three_seeds(tmp_path):
 
 
 def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
-    assert report.table(report.load_runs([three_seeds])).splitlines() == [
+    assert tables.table(finished.load_runs([three_seeds])).splitlines() == [
         "| dataset | model | optimizer | buffer_size | setting | n | final_average_accuracy (%) "
         + "| forgetting_chaudhry18 (%) |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
@@ -65,27 +67,27 @@ def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
 
 def test_costs_are_metrics_too_but_no_fractions(three_seeds, capsys):
     names = ["final_average_accuracy", "train_s", "forward_rows"]
-    runs = report.load_runs([three_seeds])
-    head, _, row = report.table(runs, metrics=names).splitlines()
+    runs = finished.load_runs([three_seeds])
+    head, _, row = tables.table(runs, metrics=names).splitlines()
     assert head.endswith("| final_average_accuracy (%) | train_s | forward_rows |")
     assert row.endswith("| 3 | 83.00 ± 3.61 | 11.0 ± 1.0 | 2,400,512 |")
-    *_, row, _, footing = report.table(runs, metrics=names, pivot=["dataset"]).splitlines()
+    *_, row, _, footing = tables.table(runs, metrics=names, pivot=["dataset"]).splitlines()
     assert row.endswith("| 83.00 ± 3.61 / 11.0 ± 1.0 / 2,400,512 |")
     assert footing.startswith("final_average_accuracy in % / train_s / forward_rows; mean")
-    assert report.table(runs, metrics=["train_s"], format="csv").splitlines()[1].endswith(",11.0,1.0,3")
+    assert tables.table(runs, metrics=["train_s"], format="csv").splitlines()[1].endswith(",11.0,1.0,3")
     argv = [str(three_seeds), "--metrics", "train_s", "--picture", str(three_seeds / "bars.png")]
     assert report.main(argv) == 2 and "draws the first of --metrics in percent" in capsys.readouterr().err
 
 
 def test_one_run_has_no_std_and_a_missing_metric_is_a_dash(tmp_path):
     make_run(tmp_path, model="joint", buffer_size=None, accuracy=0.955, forgetting=None)
-    last = report.table(report.load_runs([tmp_path]), setting="domain-il").splitlines()[-1]
+    last = tables.table(finished.load_runs([tmp_path]), setting="domain-il").splitlines()[-1]
     assert last == "| perm-mnist | joint | sgd | 1 | 95.50 | – |"
 
 
 def test_csv_has_raw_fractions(three_seeds):
     make_run(three_seeds, model="joint", buffer_size=None, accuracy=0.5, forgetting=None)
-    head, first, second = report.table(report.load_runs([three_seeds]), format="csv").splitlines()
+    head, first, second = tables.table(finished.load_runs([three_seeds]), format="csv").splitlines()
     assert head == (
         "dataset,model,optimizer,buffer_size,setting,final_average_accuracy_mean,final_average_accuracy_std,"
         "final_average_accuracy_n,forgetting_chaudhry18_mean,forgetting_chaudhry18_std,forgetting_chaudhry18_n"
@@ -98,7 +100,7 @@ def test_csv_has_raw_fractions(three_seeds):
 
 def test_latex_is_booktabs_with_escapes(three_seeds):
     make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
-    text = report.table(report.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")
+    text = tables.table(finished.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")
     assert text.splitlines() == [
         r"\begin{tabular}{llrrr}",
         r"\toprule",
@@ -112,7 +114,7 @@ def test_latex_is_booktabs_with_escapes(three_seeds):
 
 
 def test_text_columns_are_aligned(three_seeds):
-    lines = report.table(report.load_runs([three_seeds]), by=["model"], format="text").splitlines()
+    lines = tables.table(finished.load_runs([three_seeds]), by=["model"], format="text").splitlines()
     assert (
         lines[0].index("final_average_accuracy (%)") + len("final_average_accuracy (%)") == lines[2].index("3.61") + 4
     )
@@ -124,7 +126,7 @@ def test_equal_runs_count_once_and_the_newest_wins(tmp_path):
     make_run(tmp_path, accuracy=0.6, time="20260103-000000")
     make_run(tmp_path, accuracy=0.1, time="20260101-000000")
     said = []
-    runs = report.load_runs([tmp_path, tmp_path / "domain-il"], said.append)
+    runs = finished.load_runs([tmp_path, tmp_path / "domain-il"], said.append)
     assert [run.summary["metrics"]["domain-il"]["final_average_accuracy"] for run in runs] == [0.6]
     assert len(said) == 1 and said[0].startswith("note: 2 run(s) repeat")
 
@@ -135,7 +137,7 @@ def test_only_finished_runs_count(three_seeds):
     (three_seeds / "elsewhere").mkdir()
     (three_seeds / "elsewhere" / "summary.json").write_text("[1, 2]")
     said = []
-    assert len(report.load_runs([three_seeds], said.append)) == 3
+    assert len(finished.load_runs([three_seeds], said.append)) == 3
     assert any("1 diverged, 2 interrupted" in line for line in said)
     assert any("not the summary of a run" in line and "elsewhere" in line for line in said)
 
@@ -152,7 +154,7 @@ def grid(tmp_path):
 
 
 def test_pivot_repeats_methods_without_a_buffer(grid):
-    text = report.table(report.load_runs([grid]), pivot=["dataset", "buffer_size"], order=["sgd", "joint"])
+    text = tables.table(finished.load_runs([grid]), pivot=["dataset", "buffer_size"], order=["sgd", "joint"])
     assert text.splitlines() == [
         "| model | perm-mnist, 200 | perm-mnist, 1000 |",
         "| --- | ---: | ---: |",
@@ -167,7 +169,7 @@ def test_pivot_repeats_methods_without_a_buffer(grid):
 
 def test_pivot_keeps_optimizers_apart(grid):
     make_run(grid, "er", optimizer="sam", buffer_size=200, accuracy=0.99)
-    lines = report.table(report.load_runs([grid]), pivot=["dataset", "buffer_size"]).splitlines()
+    lines = tables.table(finished.load_runs([grid]), pivot=["dataset", "buffer_size"]).splitlines()
     assert lines[0].startswith("| model | optimizer |")
     assert [line.split(" | ")[:2] for line in lines if line.startswith("| er ")] == [["| er", "sam"], ["| er", "sgd"]]
 
@@ -175,30 +177,30 @@ def test_pivot_keeps_optimizers_apart(grid):
 def test_class_incremental_runs_show_both_settings(tmp_path):
     make_run(tmp_path, dataset="seq-mnist", settings=("class-il", "task-il"))
     make_run(tmp_path, dataset="perm-mnist")
-    runs = report.load_runs([tmp_path])
-    body = report.table(runs).splitlines()[2:]
+    runs = finished.load_runs([tmp_path])
+    body = tables.table(runs).splitlines()[2:]
     assert [line.split(" | ")[4] for line in body] == ["domain-il", "class-il", "task-il"]
-    head = report.table(runs, pivot=["dataset", "buffer_size"]).splitlines()[0]
+    head = tables.table(runs, pivot=["dataset", "buffer_size"]).splitlines()[0]
     assert head == "| model | perm-mnist, 200 | seq-mnist, 200, class-il | seq-mnist, 200, task-il |"
-    assert "class-il" not in report.table(runs, setting="task-il")
+    assert "class-il" not in tables.table(runs, setting="task-il")
 
 
 def test_rows_that_mix_other_flags_are_mentioned(three_seeds):
     make_run(three_seeds, seed=5, lr=0.3)
     said = []
-    report.table(report.load_runs([three_seeds]), say=said.append)
+    tables.table(finished.load_runs([three_seeds]), say=said.append)
     assert len(said) == 1 and "mixes runs of lr = 0.1, 0.3" in said[0]
     said.clear()
-    report.table(report.load_runs([three_seeds]), by=["model", "lr"], say=said.append)
+    tables.table(finished.load_runs([three_seeds]), by=["model", "lr"], say=said.append)
     assert said == []
 
 
 def test_where_selects_by_summary_and_by_flag(grid):
-    runs = report.load_runs([grid])
-    assert len(report.select(runs, {"model": "er,derpp", "buffer_size": "1000"})) == 3
-    assert len(report.select(runs, {"lr": "0.10", "seed": "1"})) == 2
+    runs = finished.load_runs([grid])
+    assert len(finished.select(runs, {"model": "er,derpp", "buffer_size": "1000"})) == 3
+    assert len(finished.select(runs, {"lr": "0.10", "seed": "1"})) == 2
     with pytest.raises(UsageError, match="no run has buffer_size = 7. These occur: 1000, 200, none"):
-        report.select(runs, {"buffer_size": "7"})
+        finished.select(runs, {"buffer_size": "7"})
 
 
 @pytest.mark.parametrize(
@@ -546,28 +548,28 @@ def indexed(tmp_path, monkeypatch):
 
 
 def accuracies(folder):
-    runs = report.find_runs([folder], say=lambda line: None)
+    runs = finished.find_runs([folder], say=lambda line: None)
     return {run.flags["seed"]: run.summary["metrics"]["domain-il"]["final_average_accuracy"] for run in runs}
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """The run folders whose files are read."""
-    contents, found = report._contents, []
-    monkeypatch.setattr(report, "_contents", lambda folder: (found.append(folder), contents(folder))[1])
+    contents, found = finished._contents, []
+    monkeypatch.setattr(finished, "_contents", lambda folder: (found.append(folder), contents(folder))[1])
     return found
 
 
 def test_what_the_index_has_is_not_read_again(indexed, reads):
-    first = report.load_runs([indexed])
+    first = finished.load_runs([indexed])
     assert len(reads) == 12 and (indexed / run_index.FILE).is_file()
     reads.clear()
-    again = report.load_runs([indexed])
+    again = finished.load_runs([indexed])
     assert reads == [] and again == first and [run.content for run in again] == [run.content for run in first]
     assert [run.path for run in again] == [run.path for run in first]
-    assert report.table(again) == report.table(first)
-    report.write_record(again, indexed / "a")
-    report.write_record(first, indexed / "b")
+    assert tables.table(again) == tables.table(first)
+    finished.write_record(again, indexed / "a")
+    finished.write_record(first, indexed / "b")
     assert (indexed / "a").read_bytes() == (indexed / "b").read_bytes()
     assert not list(indexed.glob("*.new")) and not list(indexed.glob(".*.new"))
 
@@ -603,7 +605,7 @@ def test_a_changed_file_is_read_anew(indexed, reads, name, how):
         assert after == {**before, 3: 0.93}
     if name == "config.json":
         assert 3 not in after, "its seed is 7 now"
-    (run,) = [run for run in report.load_runs([indexed]) if run.path == folder]
+    (run,) = [run for run in finished.load_runs([indexed]) if run.path == folder]
     assert run.content["environment"] == {"cpus": 4 if name == "environment.json" else 2}
 
 
@@ -707,7 +709,7 @@ def test_an_interrupt_leaves_no_half_index(indexed, monkeypatch):
     def stop(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "_contents", stop)
+    monkeypatch.setattr(finished, "_contents", stop)
     with pytest.raises(KeyboardInterrupt):
         accuracies(indexed)
     assert [path.name for path in indexed.iterdir()] == ["domain-il"]
@@ -716,10 +718,10 @@ def test_an_interrupt_leaves_no_half_index(indexed, monkeypatch):
 def test_two_processes_may_write_the_index_at_once(indexed):
     """Whichever comes last wins; both know all runs, and neither sees half an index."""
     code = (
-        "import sys; from flatcl.utils.commands import _run_index, report\n"
+        "import sys; from flatcl.utils.reports import _run_index, runs\n"
         "_run_index.WORTHWHILE, _run_index.RECENT_NS = 1, -10**12\n"
         "for _ in range(20):\n"
-        "    assert len(report.find_runs([sys.argv[1]], say=print)) == 12\n"
+        "    assert len(runs.find_runs([sys.argv[1]], say=print)) == 12\n"
         "    _run_index.WORTHWHILE = 0\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(indexed)], cwd=ROOT) for _ in range(2)]
@@ -728,7 +730,7 @@ def test_two_processes_may_write_the_index_at_once(indexed):
 
 
 def test_few_runs_leave_no_index(three_seeds):
-    assert len(report.load_runs([three_seeds])) == 3
+    assert len(finished.load_runs([three_seeds])) == 3
     assert [path.name for path in three_seeds.iterdir()] == ["domain-il"]
 
 
@@ -739,7 +741,7 @@ def test_unfinished_and_foreign_folders_are_said_each_time(indexed):
     make_run(indexed / "elsewhere" / "deep", seed=30)
     said = []
     for _ in range(2):
-        assert len(report.load_runs([indexed], said.append)) == 13, "runs below a foreign summary.json are found"
+        assert len(finished.load_runs([indexed], said.append)) == 13, "runs below a foreign summary.json are found"
     assert said[: len(said) // 2] == said[len(said) // 2 :] and len(said) == 4
     assert any("1 interrupted" in line for line in said) and any("elsewhere" in line for line in said)
 
@@ -751,7 +753,7 @@ def test_nested_nonsense_in_a_run_folder_is_said_and_harms_nothing(indexed):
         (folder / "environment.json").write_text("[" * depth + "]" * depth)
     for _ in range(2):
         said = []
-        found = report.load_runs([indexed], said.append)
+        found = finished.load_runs([indexed], said.append)
         assert 50 in {run.flags["seed"] for run in found} and len(found) >= 13
         assert len(found) + len(said) == 24 and any("-61-" in line for line in said)
 
@@ -760,7 +762,7 @@ def test_run_folders_are_not_searched_for_runs(indexed, monkeypatch):
     """They hold most of the files: checkpoints, pictures, TensorBoard's."""
     searched, scandir = [], os.scandir
     monkeypatch.setattr(run_index.os, "scandir", lambda path: (searched.append(Path(path)), scandir(path))[1])
-    report.load_runs([indexed])
+    finished.load_runs([indexed])
     assert searched == [
         indexed,
         indexed / "domain-il",
@@ -774,7 +776,7 @@ def test_the_matrix_is_not_kept_of_runs(indexed):
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "accuracy": {"domain-il": [[0.5]]}}))
     for _ in range(2):
-        runs = report.load_runs([indexed])
+        runs = finished.load_runs([indexed])
         assert len(runs) == 13 and not any("accuracy" in run.summary for run in runs)
 
 
@@ -782,7 +784,7 @@ def test_the_outcome_of_a_run_is_looked_for_where_runs_lie(tmp_path, monkeypatch
     """After each run of a sweep: not all folders are searched for it."""
     folder = make_run(tmp_path, seed=0, accuracy=0.625)
     make_run(folder / "checkpoint", seed=0, accuracy=0.1, time="20270101-000000")
-    (digest,) = [run.summary["config_hash"] for run in report.find_runs([folder])]
+    (digest,) = [run.summary["config_hash"] for run in finished.find_runs([folder])]
     job = SimpleNamespace(results_path=tmp_path, hash=digest, log="log")
     monkeypatch.setattr(Path, "rglob", None)
     assert sweep._outcome(job) == "domain-il 62.50 %"
@@ -798,8 +800,8 @@ def test_a_metric_that_older_runs_lack_is_a_dash_and_a_mean_over_fewer_is_said(t
         summary["metrics"]["domain-il"]["final_overall_accuracy"] = 0.5 + number / 10
         file.write_text(json.dumps(summary))
     said = []
-    lines = report.table(
-        report.load_runs([three_seeds]), by=["model"], metrics=["final_overall_accuracy"], say=said.append
+    lines = tables.table(
+        finished.load_runs([three_seeds]), by=["model"], metrics=["final_overall_accuracy"], say=said.append
     ).splitlines()
     assert lines[2:] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
     assert said == ["note: er: 2 of 3 runs have final_overall_accuracy (domain-il), its mean is theirs."]
@@ -809,10 +811,10 @@ def test_runs_from_before_an_engine_flag_are_not_a_mixture(three_seeds):
     """A flag's default is what the program did before it had the flag."""
     make_run(three_seeds, seed=5, eval_tasks="auto")
     said = []
-    report.table(report.load_runs([three_seeds]), say=said.append)
+    tables.table(finished.load_runs([three_seeds]), say=said.append)
     assert said == []
     make_run(three_seeds, seed=6, eval_tasks="seen")
-    report.table(report.load_runs([three_seeds]), say=said.append)
+    tables.table(finished.load_runs([three_seeds]), say=said.append)
     assert said == [
         "note: perm-mnist er sgd 200 mixes runs of eval_tasks = auto, seen. Split them with --by or --where."
     ]

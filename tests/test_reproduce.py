@@ -15,11 +15,11 @@ from scipy import stats
 
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import reproduce, sweep
-from flatcl.utils.commands.report import Stat
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.errors import DataError
 from flatcl.utils.registry import DATASETS, METHODS
+from flatcl.utils.reports.tables import Stat
 
 TARGETS = reproduce.read_targets()
 KEYS = """sgd joint ewc_on si lwf lwf_mc pnn er mer gem agem agem_r icarl fdr gss hal der derpp er_ace gdumb lucir bic

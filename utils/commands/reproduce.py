@@ -19,11 +19,13 @@ from pathlib import Path
 from flatcl.utils.arguments import EngineArgs, Request, flags_of, resolve
 from flatcl.utils.commands import sweep
 from flatcl.utils.commands._parser import Parser
-from flatcl.utils.commands.report import FORMATS, METRICS, RENDER, Run, Stat, percent, words, written
+from flatcl.utils.commands.report import words
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
 from flatcl.utils.registry import DATASETS, METHODS, canonical, nearest
+from flatcl.utils.reports.runs import Run
+from flatcl.utils.reports.tables import FORMATS, METRICS, RENDER, Stat, percent, written
 
 TARGETS = Path(__file__).with_name("targets.csv")
 METRIC = METRICS[0]

@@ -23,12 +23,14 @@ from typing import Any
 
 from flatcl.utils.arguments import PROTOCOL, SELECTORS, Config, Request, args_of, known_flags, resolve
 from flatcl.utils.commands._parser import Parser
-from flatcl.utils.commands.report import BY, Run, comparable, find_runs, table, words
+from flatcl.utils.commands.report import words
 from flatcl.utils.console import program, shown
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
 from flatcl.utils.registry import METHODS, canonical, load_plugin
+from flatcl.utils.reports.runs import Run, comparable, find_runs
+from flatcl.utils.reports.tables import BY, table
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 RETRY_S = 2.0  # until a job that another sweep is at is tried again
