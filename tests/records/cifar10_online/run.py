@@ -2,8 +2,9 @@
 
 `python tests/records/cifar10_online/run.py DATA RESULTS [--jobs 2] [--seeds 3] [--until choice|table|readings]`
 
-DATA has CIFAR-10 (it is downloaded there if not). What is finished below RESULTS is not run again, and what was
-interrupted is continued. The rules, fixed before the first run:
+DATA has CIFAR-10 (it is downloaded there if not). Flags of every run come after a lone --, such as `-- --device cuda
+--cuda_graph auto`. What is finished below RESULTS is not run again, and what was interrupted is continued. The rules,
+fixed before the first run:
 
 - All choices are made at a memory of 500, seed 0, on the held-out tenth of the training images, after the first three
   of the five tasks (as Chaudhry et al., 2019, choose on the first tasks), by the final average accuracy in class-il.
@@ -38,9 +39,9 @@ Axes = dict[str, str]
 
 
 class Study:
-    def __init__(self, data: str, results: str, num_jobs: int):
+    def __init__(self, data: str, results: str, num_jobs: int, flags: list[str]):
         self.shared = [
-            "--protocol", "online", "--eval_tasks", "seen", "--base_path", data, "--results_path", results
+            "--protocol", "online", "--eval_tasks", "seen", "--base_path", data, "--results_path", results, *flags
         ]  # fmt: skip
         self.num_jobs = num_jobs
 
@@ -115,9 +116,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--until", choices=("choice", "table", "readings"), default="readings")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
     sweep.catch_stops()
-    study = Study(args.data, args.results, args.jobs)
+    study = Study(args.data, args.results, args.jobs, words[cut + 1 :])
     chosen = choice(study)
     print(chosen, flush=True)
     if args.until != "choice":
