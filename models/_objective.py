@@ -276,6 +276,16 @@ class Objective:
             raise mistake(self.method, problem)
         return combined
 
+    def forget_gradients(self) -> None:
+        """After a step: nobody reads them any more, and each is as large as the weights."""
+        self.clean, self.guides, self.still = None, {}, Sums()
+
+    def scale_last_guides(self, scale: Tensor) -> None:
+        """Where the guides are of the pass that the update is of, an update that is scaled has scaled ones."""
+        if self.method.guides_last:
+            own = {name: grads for name, grads in self.guides.items() if name in self.method.guides}
+            self.guides |= {name: torch._foreach_mul(grads, scale) for name, grads in own.items()}
+
     def _refuse_changes(self, part: Any, what: str, is_changed: bool = False) -> None:
         kept = ((gradient(), version) for gradient, version in self.handed or ())
         if is_changed or any(tensor is not None and tensor._version != version for tensor, version in kept):

@@ -15,7 +15,8 @@ the step's last pass, c = g~ - m the rest of the update, phi their cosine and p 
 
     u = g~ + guide * t * (|c| / |m| m + |m| / |c| c)    t = p sqrt(1 - phi^2) / sqrt(1 - p^2) - phi, 0 if phi >= p
 
-With guide 1, each of the two then has the cosine p to what the other was.
+With guide 1, each of the two then has the cosine p to what the other was. Under an optimizer whose update is made of
+several gradients (cr_sam, c_flat, gsam, sampa, looksam), c has what the others of them bring.
 """
 
 from dataclasses import dataclass
@@ -46,10 +47,10 @@ class MgserSam(DerPP):
             "add",
             "how the memory guides: its clean gradient is added, or its gradient and the rest of the update are "
             "aligned where they conflict more than they usually do",
-            choices=("add", "align"),
-        )
+            choices=("add", "align"), fixed=True,
+        )  # fmt: skip
         align_beta: float = flag(
-            0.01, "guide_mode align: weight of the newest cosine in the running mean", above=0, high=1
+            0.01, "guide_mode align: weight of the newest cosine in the running mean", above=0, below=1
         )
 
     def __init__(self, net, args, context):
@@ -67,6 +68,9 @@ class MgserSam(DerPP):
         problems = super().check(config, benchmark)
         if config.guide_mode == "add" and config.origins["align_beta"] == "argv":
             problems.append("--align_beta has no effect with --guide_mode add. Use align, or drop it.")
+        for name in ("guide_mode", "guide_on"):
+            if config.guide == 0 and config.values[name] != config.flags[name].default:
+                problems.append(f"--{name} has no effect with --guide 0. Give a weight, or drop it.")
         return problems
 
     phase = DerPP.phase
@@ -85,7 +89,7 @@ class MgserSam(DerPP):
         usable = of_rest * of_memory > 0
         phi = torch.where(usable, dot(rest, memory) / (of_rest * of_memory), 0.0).clamp(-1, 1)
         ratio = torch.where(usable, of_rest / of_memory, 1.0)
-        t = p * (1 - phi**2).sqrt() / (1 - p**2).sqrt() - phi
+        t = p * (1 - phi**2).sqrt() / (1 - p**2).clamp_min(1e-6).sqrt() - phi
         t = torch.where(usable & (phi < p), self.args.guide * t, 0.0)
         aligned = torch._foreach_add(update, torch._foreach_mul(memory, t * ratio))
         torch._foreach_add_(aligned, torch._foreach_mul(rest, t / ratio))

@@ -209,6 +209,43 @@ def test_a_protocol_is_kept_by_from(tmp_path):
     assert resolve(["--from", str(file), "--dataset", "seq-mnist", "--protocol", "none"]).protocol is None
 
 
+@pytest.mark.parametrize("first, second", [((), "online"), (ONLINE[2:], "none")])
+def test_the_protocol_of_a_run_cannot_be_changed_by_from(tmp_path, first, second):
+    """Its file has all values already: another name would only be a wrong label."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(resolve(["--model", "er", "--dataset", "seq-cifar10", *first]).to_json()))
+    with pytest.raises(UsageError, match=f"--protocol {second} cannot be given with the file of a run"):
+        resolve(["--from", str(file), "--protocol", second])
+    damaged = json.loads(file.read_text())
+    damaged["flags"]["protocol"]["value"] = ["online"]
+    file.write_text(json.dumps(damaged))
+    with pytest.raises(UsageError, match="'protocol' expects one value"):
+        resolve(["--from", str(file)])
+
+
+BENCHMARK = (
+    "from flatcl.datasets.seq_cifar10 import SeqCifar10\nfrom flatcl.utils.registry import DATASETS\n"
+    "@DATASETS.register('mine')\nclass Mine(SeqCifar10):\n    protocols = {}\n    {}\n"
+)
+
+
+def test_a_protocol_of_a_plugin_is_found_by_either_spelling_and_takes_values_of_its_kin(tmp_path):
+    text = BENCHMARK.format("dict(few_shot=dict(n_epochs=3), online=SeqCifar10.protocols['online'])",
+                            "published_as = 'seq-cifar10'")  # fmt: skip
+    argv = ["--plugin", plugin(tmp_path, "mine", text), "--model", "derpp", "--dataset", "mine"]
+    config = resolve([*argv, "--buffer_size", "500", "--protocol", "few-shot"])
+    assert (config.n_epochs, config.batch_size) == (3, 32)
+    assert config.origins["alpha"].startswith("ours: as on mine (as on seq-cifar10 (published: ")
+
+
+@pytest.mark.parametrize("value", ["None", "('quick',)", "{'quick': None}", "{'quick': {'optimizer': 'msam'}}",
+                                   "{'quick': {'backbone': 5}}", "{'none': {}}"])  # fmt: skip
+def test_a_protocol_that_is_none_is_refused(tmp_path, value):
+    argv = ["--plugin", plugin(tmp_path, "mine", BENCHMARK.format(value, "num_classes = 10")), "--model", "er"]
+    with pytest.raises(UsageError, match=r"protocols of mine must be \{name: \{flag: value\}\}"):
+        resolve([*argv, "--dataset", "mine", "--protocol", "quick"])
+
+
 def test_an_unknown_protocol_is_said_before_anything_is_imported(fails):
     assert "--protocol must be one of online, got 'onlin'. Did you mean online?" in fails(
         "--model", "er", "--dataset", "seq-cifar10", "--protocol", "onlin"
@@ -360,6 +397,12 @@ def test_none_is_a_value_where_a_flag_is_optional():
         ([*SAM, "--model", "gem", "--ascent_on", "memory"], "--ascent_on memory needs a method whose", "gem has"),
         ([*SAM, "--model", "sgd", "--sharp_on", "memory"], "--sharp_on memory needs a method whose", "sgd has none"),
         (["--model", "mgser_sam", "--align_beta", "0.1"], "--align_beta has no effect with --guide_mode add", "align"),
+        (
+            ["--model", "mgser_sam", "--guide", "0", "--guide_mode", "align"],
+            "--guide_mode has no effect with",
+            "weight",
+        ),
+        (["--model", "mgser_sam", "--guide", "0", "--guide_on", "logits"], "--guide_on has no effect with", "weight"),
         (["--model", "gem", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "fdr", "--buffer_size", "4"], "--buffer_size must be at least the number of tasks 5", "got 4"),
         (["--model", "hal", "--hal_memory", "ring", "--buffer_size", "4"], "--buffer_size must be at least", "got 4"),

@@ -234,11 +234,12 @@ class MgserOracle(Oracle):
     """MGSER-SAM with a reservoir of its own: lists of (image, label, logits)."""
 
     def __init__(self, net, capacity, minibatch, seed, alpha, beta, guide, guide_on="memory", guide_mode="add",
-                 align_beta=0.0, sharp_on="all"):  # fmt: skip
+                 align_beta=0.0, sharp_on="all", renormalize=False):  # fmt: skip
         super().__init__(net)
         self.capacity, self.minibatch, self.rng = capacity, minibatch, np.random.default_rng(seed)
         self.alpha, self.beta, self.guide, self.guide_on = alpha, beta, guide, guide_on
         self.guide_mode, self.align_beta, self.sharp_on = guide_mode, align_beta, sharp_on
+        self.renormalize = renormalize
         self.rows, self.seen, self.usual, self.aligned = [], 0, 0.0, 0
 
     def step(self, x, y):
@@ -271,9 +272,12 @@ class MgserOracle(Oracle):
         elif draws and self.sharp_on == "current":
             perturbed[1:] = gradients[1:]
         u = sum(perturbed) if draws or self.sharp_on != "memory" else sum(gradients)
+        scale = sum(gradients).norm() / (u.norm() + 1e-12) if self.renormalize else 1.0
+        u = u * scale
         if draws:
             _, on_logits, on_labels = gradients if self.guide_mode == "add" else perturbed
             guide = {"memory": on_logits + on_labels, "logits": on_logits, "labels": on_labels}[self.guide_on]
+            guide = guide * scale if self.guide_mode == "align" else guide
             u = u + self.guide * guide if self.guide_mode == "add" else sum(self.align(u - guide, guide))
         self.base(u)
         for row in zip(x, y, stream, strict=True):
@@ -312,18 +316,19 @@ class MgserOracle(Oracle):
     dict(guide=1.0, guide_mode="align", align_beta=0.3), dict(guide=0.6, guide_mode="align", align_beta=0.5),
     dict(guide=1.0, guide_mode="align", align_beta=0.3, guide_on="labels", sharp_on="memory"),
     dict(guide=1.0, guide_mode="align", align_beta=0.3, sharp_on="current"),
+    dict(guide=1.0, guide_mode="align", align_beta=0.3, renormalize=True),
 ])  # fmt: skip
 def test_mgser_sam_equals_its_equations_after_every_step(flags):
     net = conv_bn_linear()
     oracle = MgserOracle(net, 20, 7, seed=5, alpha=0.3, beta=0.6, **flags)
     augment = Doubles([], None, None, "cpu")
     kind, sam = METHODS.load("mgser_sam"), OPTIMIZERS.load("sam")
-    sharp_on = flags.get("sharp_on", "all")
-    own = {name: value for name, value in flags.items() if name != "sharp_on"}
+    of_sam = {name: flags[name] for name in ("sharp_on", "renormalize") if name in flags}
+    own, sharp_on = {name: flags[name] for name in flags.keys() - of_sam.keys()}, flags.get("sharp_on", "all")
     args = kind.Args(buffer_size=20, minibatch_size=7, alpha=0.3, beta=0.6, **own)
     context = Context(SimpleNamespace(num_classes=CLASSES), augment, torch.device("cpu"), np.random.default_rng(5))
     method = kind(net, args, context).train()
-    optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM, sharp_on=sharp_on))
+    optimizer = sam(method, LR, DECAY, sam.Args(rho=RHO, optim_mom=MOMENTUM, **of_sam))
     generator = torch.Generator().manual_seed(3)
     for number, n in enumerate(SIZES):
         x = torch.randint(0, 256, (n, 2, 6, 6), generator=generator, dtype=torch.uint8)

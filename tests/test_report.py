@@ -1,5 +1,6 @@
 """Tables, pictures and sweeps, on run folders made by hand; every expected number is worked out in the test."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -193,6 +194,15 @@ def test_rows_that_mix_other_flags_are_mentioned(three_seeds):
     said.clear()
     tables.table(finished.load_runs([three_seeds]), by=["model", "lr"], say=said.append)
     assert said == []
+
+
+def test_rows_that_mix_versions_of_the_numbers_are_mentioned(three_seeds):
+    """The number in config.json, not the flag of the same name."""
+    runs = finished.load_runs([three_seeds])
+    newer = [dataclasses.replace(run, protocol=2 if run.flags["seed"] == 1 else 1) for run in runs]
+    said = []
+    tables.table(newer, say=said.append)
+    assert len(said) == 1 and "mixes runs of program protocol = 1, 2" in said[0]
 
 
 def test_where_selects_by_summary_and_by_flag(grid):

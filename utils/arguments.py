@@ -657,8 +657,10 @@ class _Layers:
 def _put_defaults(layers: _Layers, chosen: dict[str, type[Any]], known: dict[str, Any]) -> list[str]:
     """Everything below the command line; returns problems with it. `known`: the values that the user has given."""
     dataset, model, optimizer = chosen["dataset"], chosen["model"], chosen["optimizer"]
-    protocol = known.get("protocol")
-    own = dataset.protocols.get(protocol, {})
+    protocol = next(
+        (name for name in dataset.protocols if canonical(name) == canonical(str(known.get("protocol")))), None
+    )
+    own = {} if protocol is None else dataset.protocols[protocol]
     problems = _check_layer(dataset, "defaults", dataset.defaults, layers.flags)
     problems += _check_layer(dataset, f"protocols['{protocol}']", own, layers.flags)
     problems += _check_layer(optimizer, "defaults", optimizer.defaults, layers.flags)
@@ -675,7 +677,7 @@ def _put_defaults(layers: _Layers, chosen: dict[str, type[Any]], known: dict[str
         buffer_size = known.get("buffer_size", layers.values.get("buffer_size"))
         if not isinstance(buffer_size, int | None):
             buffer_size = None  # of a damaged file, which is reported with the flag
-        row, problems = _published(chosen, buffer_size, protocol if own else None, layers.flags)
+        row, problems = _published(chosen, buffer_size, protocol, layers.flags)
         for name, (value, origin) in row.items():
             layers.put({name: value}, origin)
     layers.put(optimizer.defaults, f"optimizer {optimizer.name}")
@@ -766,18 +768,40 @@ def _protocol(
     request: Request, file_values: Mapping[str, Any], dataset: str | None
 ) -> tuple[Mapping[str, Any], list[str]]:
     """(the flags of the protocol that is asked for, none for the benchmark's first; what is wrong with it)."""
-    words = request.words.get("protocol")
-    name = file_values.get("protocol") if words is None else words[0] if len(words) == 1 else None
-    if name is None or dataset is None or str(name).lower() == "none":  # or `_given` says what is wrong
+    words, before = request.words.get("protocol"), file_values.get("protocol")
+    name = before if words is None else words[0] if len(words) == 1 else None
+    is_same = canonical(str(file_values.get("dataset"))) == canonical(str(dataset))
+    if words is not None and is_same and canonical(str(name)) != canonical(str(before)):
+        return {}, [
+            f"--protocol {name} cannot be given with the file of a run, which has all values of its own protocol "
+            f"({before or 'the published one'}). Drop it, or start a run without --from."
+        ]
+    if not isinstance(name, str) or dataset is None or name.lower() == "none":  # or `_given` says what is wrong
         return {}, []
     protocols = declared.attribute(DATASETS, dataset, "protocols")
-    if name in protocols:
-        return protocols[name], []
+    if not _are_protocols(protocols):
+        return {}, [
+            f"protocols of {dataset} must be {{name: {{flag: value}}}}, for other flags than model, dataset, optimizer "
+            f"and protocol, got {protocols!r}. Correct it in its class."
+        ]
+    chosen = next((flags for own, flags in protocols.items() if canonical(own) == canonical(name)), None)
+    if chosen is not None:
+        return chosen, []
     if not protocols:
         remedy = "Drop it" if words else "Give --protocol none"
         return {}, [f"--protocol {name} cannot be used with {dataset}, which has only its own. {remedy}."]
-    known = ", ".join(protocols)
-    return {}, [f"--protocol must be one of {known}, got '{name}'. {nearest(str(name), list(protocols))}"]
+    return {}, [f"--protocol must be one of {', '.join(protocols)}, got '{name}'. {nearest(name, list(protocols))}"]
+
+
+def _are_protocols(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and canonical(name) != "none"
+        and isinstance(flags, dict)
+        and isinstance(flags.get("backbone", ""), str)
+        and not flags.keys() & {"model", "dataset", "optimizer", "protocol"}
+        for name, flags in value.items()
+    )
 
 
 def _load(names: Mapping[str, str | None]) -> dict[str, type[Any]]:
@@ -898,7 +922,8 @@ def _published(
     row, problems = _row(chosen, (dataset.name, dataset.published_as), buffer_size, flags)
     if protocol is None or problems:
         return row, problems
-    own, problems = _row(chosen, (f"{dataset.name}:{protocol}",), buffer_size, flags)
+    names = (f"{name}:{protocol}" for name in (dataset.name, dataset.published_as) if name is not None)
+    own, problems = _row(chosen, names, buffer_size, flags)
     kept = {name: entry for name, entry in row.items() if name not in dataset.protocols[protocol]}
     return {**_as_ours(kept, dataset.name), **own}, problems
 
@@ -906,7 +931,7 @@ def _published(
 def _as_ours(row: dict[str, tuple[Any, str]], name: str) -> dict[str, tuple[Any, str]]:
     """Values that were published for another benchmark or protocol."""
     return {
-        flag_: (value, origin if origin.startswith("ours: ") else f"ours: as on {name} ({origin})")
+        flag_: (value, f"ours: as on {name} ({origin.removeprefix('ours: ')})")
         for flag_, (value, origin) in row.items()
     }
 
@@ -928,7 +953,8 @@ def _row(
     row = {} if problems else {name: entry for name, entry in row.items() if name in flags}
     if canonical(optimizer.name) != canonical(method.default_optimizer):
         row = {name: entry for name, entry in row.items() if not flags[name].owner.startswith("optimizer ")}
-    return _as_ours(row, dataset.published_as) if key[0] == dataset.published_as else row, problems
+    is_others = key[0].partition(":")[0] != dataset.name
+    return _as_ours(row, key[0]) if is_others else row, problems
 
 
 def _check_together(config: Config) -> list[str]:

@@ -196,10 +196,7 @@ class Program:
         optimizer.drawn = self.drawn
         self.replay = record(lambda: optimizer.record(self.objective, self.numbers))
         self.loss = self.objective.loss
-        self.objective.clean, self.objective.guides = (
-            None,
-            {},
-        )  # nobody reads them, and they are as large as the weights
+        self.objective.forget_gradients()
 
     def run(self, blocks: tuple[Block, ...]) -> Objective:
         optimizer, objective = self.optimizer, self.objective

@@ -125,7 +125,9 @@ class SharpnessAware(Driver):
         objective.sharp_on = self.args.sharp_on
         update = self.direction(objective)
         if self.args.renormalize:
-            return torch._foreach_mul(update, norm(objective.clean) / (norm(update) + EPS))
+            scale = norm(objective.clean) / (norm(update) + EPS)
+            objective.scale_last_guides(scale)
+            return torch._foreach_mul(update, scale)
         return update
 
     def follow(self) -> bool:

@@ -8,6 +8,8 @@ single weights. Rows are chosen within each block, and there apart for stream an
 other out: floor(esam_gamma * n) of n, at least one (the code takes one less, and none at all of three). No tensor is
 left out in a task's first step; one always stays. Nothing is frozen, BatchNorm's running statistics move at w only.
 
+With --sharp_on, the chosen rows of one joint forward keep the weight that they have among the chosen rows of all.
+
 Passes: 2 + gamma forward, 1 + gamma backward
 Memory: 2 P (perturbed weights, clean gradient)
 """

@@ -100,7 +100,9 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
     }  # of flags that a run is from before
     lines = []
     for group in groups:
-        flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
+        flags = [
+            {**(defaults if run.flags else {}), **run.flags, "program protocol": run.protocol} for run in group.runs
+        ]
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
         values = {name: {_hashable(own.get(name)) for own in flags} for name in flag_names}
         several = {name: {comparable(value) for value in found} for name, found in values.items() if len(found) > 1}
