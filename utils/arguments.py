@@ -953,8 +953,8 @@ def _row(
     row = {} if problems else {name: entry for name, entry in row.items() if name in flags}
     if canonical(optimizer.name) != canonical(method.default_optimizer):
         row = {name: entry for name, entry in row.items() if not flags[name].owner.startswith("optimizer ")}
-    is_others = key[0].partition(":")[0] != dataset.name
-    return _as_ours(row, key[0]) if is_others else row, problems
+    name = str(key[0])
+    return row if name.partition(":")[0] == dataset.name else _as_ours(row, name), problems
 
 
 def _check_together(config: Config) -> list[str]:
