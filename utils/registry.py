@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any, Generic, TypeVar
@@ -173,7 +173,7 @@ class Registry(Generic[T]):
         return parts(self.folder)
 
     def _entry_points(self) -> dict:
-        return {canonical(point.name): point for point in entry_points(group=self.group)}
+        return _installed(self.group, tuple(sys.path))
 
     def _load_entry_point(self, key: str) -> None:
         point = self._entry_points()[key]
@@ -186,6 +186,13 @@ class Registry(Generic[T]):
             ) from error
         if key not in self._objects:
             self.register(key)(obj)
+
+
+@functools.lru_cache(maxsize=32)
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """{name: entry point} of the packages on this path. To look through all packages takes 10 ms, and each run of a
+    large study asks for it several times; what is installed meanwhile is seen by the next process."""
+    return {canonical(point.name): point for point in entry_points(group=group)}
 
 
 def parts(folder: str) -> dict[str, Path]:
