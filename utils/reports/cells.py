@@ -24,10 +24,11 @@ class Number:
         if stat.mean is None:
             return cls(NOTHING)
         places = 2 if not is_cost else 0 if stat.mean >= 100 else 1
-        mean, *rest = (shown(value, is_cost, places) for value in (stat.mean, *(stat.interval or ())))
+        ends = (stat.interval if with_interval else None) or ()
+        mean, *rest = (shown(value, is_cost, places) for value in (stat.mean, *ends))
         is_spread = stat.std is not None and (stat.std > 0 or not is_cost)
         std = shown(stat.std, is_cost, places) if is_spread else ""
-        return cls(mean, std, (rest[0], rest[1]) if with_interval and rest else None)
+        return cls(mean, std, (rest[0], rest[1]) if rest else None)
 
     def marked(self, mark: str | None) -> "Number":
         return replace(self, mark=mark)

@@ -83,11 +83,12 @@ def _footing(found: Sequence[Comparison], against: Mapping[str, str], metrics: S
     units = ", ".join(metric if metric in costs else f"{metric} in %" for metric in metrics)
     number = sum(own.holm_t is not None for own in found)
     return [
-        f"{units}; difference: row minus {reference}, mean over n pairs of the same seed, with its 95 % t interval",
+        units,
+        f"difference: row minus the one of {reference}, mean of n pairs of equal seed [{LEVEL * 100:.0f} % t interval]",
         f"p of the paired t test and of the Wilcoxon signed-rank test, Holm-corrected over {number} comparison(s)",
         f"result: better or worse by the corrected t test at {ALPHA}; less forgetting and less cost are better",
-        f"seeds: pairs for a power of {POWER} of the paired t test at {ALPHA} (uncorrected), were the true difference "
-        "the observed one",
+        f"seeds: pairs for a power of {POWER} of the paired t test at {ALPHA} (uncorrected), if the true difference "
+        "is the observed one",
     ]
 
 

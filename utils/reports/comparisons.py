@@ -238,15 +238,16 @@ def mark_best(
 
 
 def _meaning(used: set[str | None], numbers: Sequence[int], sign: str) -> list[str]:
-    test = f"paired t test over the seeds of both, Holm-corrected in the column, p < {ALPHA}"
     if not used - {None}:
-        least = f"the test of a best group needs {FEWEST_PAIRS} seeds that two rows of a column share"
-        return [f"no best group is marked: {least}"]
+        return [f"no best is marked: its test needs {FEWEST_PAIRS} seeds that two rows of a column share"]
     pairs = f"{numbers[0]}" + (f" to {numbers[-1]}" if len(numbers) > 1 else "")
-    notes = [f"{sign}: better than each other row of its benchmark, memory size and column ({test}, {pairs} pairs)"]
+    notes = [f"{sign}: better than each other row of its benchmark, memory size and column"]
     if BEST not in used:
-        notes = [f"no row is better than all others of its benchmark, memory size and column ({test}, {pairs} pairs)"]
-    return notes + ([f"{TIE_MARK}: the best mean, or not separable from it by that test"] if TIE in used else [])
+        notes = ["no row is better than each other row of its benchmark, memory size and column"]
+    if TIE in used:
+        notes.append(f"{TIE_MARK}: the best mean there, or not separable from it")
+    return [*notes, f"test: paired t over the seeds of both, {pairs} pairs, p < {ALPHA} after Holm's correction in the "
+                    "column"]  # fmt: skip
 
 
 def _contests(groups: Sequence[Group], columns: Sequence[Any], pivot: Sequence[str]) -> list[list[int]]:

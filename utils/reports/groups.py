@@ -39,7 +39,7 @@ class Stat:
         """The 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for n < 2."""
         from scipy.stats import t
 
-        if self.mean is None or self.std is None:
+        if self.mean is None or self.std is None or self.n < 2:
             return None
         half = float(t.ppf((1 + LEVEL) / 2, self.n - 1)) * self.std / math.sqrt(self.n)
         return self.mean - half, self.mean + half

@@ -38,7 +38,7 @@ def document(
         return notes + (f"{packages}\n" if options.siunitx else "") + text
     caption = [] if options.caption is None else [rf"\caption{{{latex_text(options.caption)}}}"]
     label = [] if options.label is None else [rf"\label{{{options.label}}}"]
-    notes = [rf"\par\smallskip\footnotesize {' '.join(map(latex_text, footing))}"] if footing else []
+    notes = [rf"\par\smallskip\footnotesize {'; '.join(map(latex_text, footing))}."] if footing else []
     lines = [packages, r"\begin{table}", r"\centering", *caption, *label, text.rstrip("\n"), *notes, r"\end{table}"]
     return "\n".join(lines) + "\n"
 
