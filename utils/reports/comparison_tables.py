@@ -151,6 +151,6 @@ def _rank_number(own: Ranks, i: int) -> Number:
 def _friedman(own: Ranks) -> str:
     test = "no Friedman test (it needs 3 groups that are not all equal)"
     if own.chi2 is not None:
-        p = p_text(own.p)
-        test = f"Friedman chi2 = {own.chi2:.2f}, p {p if p.startswith('<') else f'= {p}'}"
+        p = "< 0.001" if own.p is not None and own.p < 0.001 else f"= {p_text(own.p)}"
+        test = f"Friedman chi2 = {own.chi2:.2f}, p {p}"
     return f"{own.metric}: {own.num_blocks} blocks, {len(own.means)} groups, {test}, CD = {own.critical_difference:.2f}"
