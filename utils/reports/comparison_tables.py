@@ -81,7 +81,8 @@ def p_text(p: float | None) -> str:
 def _footing(found: Sequence[Comparison], against: Mapping[str, str], metrics: Sequence[str], costs: set[str]):
     reference = ", ".join(f"{key} = {value}" for key, value in against.items())
     units = ", ".join(metric if metric in costs else f"{metric} in %" for metric in metrics)
-    number = sum(own.holm_t is not None for own in found)
+    counts = {sum(getattr(own, name) is not None for own in found): None for name in ("holm_t", "holm_wilcoxon")}
+    number = " and ".join(map(str, counts))
     return [
         units,
         f"difference: row minus the one of {reference}, mean of n pairs of equal seed [{LEVEL * 100:.0f} % t interval]",

@@ -149,7 +149,8 @@ def result_flags(runs: Sequence[Run]) -> dict[str, set[str]]:
     defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
     own = [{**(defaults if run.flags else {}), **run.flags} for run in runs]
     names = dict.fromkeys(name for flags in own for name in flags if name not in harmless | {"seed", "validation"})
-    values = {name: {comparable(flags.get(name)) for flags in own} for name in names}
+    distinct = {name: {_hashable(flags.get(name)) for flags in own} for name in names}
+    values = {name: {comparable(value) for value in found} for name, found in distinct.items()}
     values["protocol_version"] = {comparable(run.protocol) for run in runs}
     return {**values, "split": {run.split for run in runs}}
 
