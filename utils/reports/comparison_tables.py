@@ -78,7 +78,9 @@ def p_text(p: float | None) -> str:
     return NOTHING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _footing(found: Sequence[Comparison], against: Mapping[str, str], metrics: Sequence[str], costs: set[str]):
+def _footing(
+    found: Sequence[Comparison], against: Mapping[str, str], metrics: Sequence[str], costs: set[str]
+) -> list[str]:
     reference = ", ".join(f"{key} = {value}" for key, value in against.items())
     units = ", ".join(metric if metric in costs else f"{metric} in %" for metric in metrics)
     counts = {sum(getattr(own, name) is not None for own in found): None for name in ("holm_t", "holm_wilcoxon")}
