@@ -375,7 +375,11 @@ def test_validation_and_test_runs_never_meet(tmp_path, capsys):
     fill(tmp_path, "sam", SAM, validation=True)
     fill(tmp_path, "sgd", ADAM, validation=True)
     code, _, err = told(capsys, tmp_path)
-    assert code == 2 and "split = test, validation" in err and "--where split=test" in err
+    assert (
+        code == 2
+        and "split = test, validation" in err
+        and "--where split=test, or show them in rows of their own with --mix" in err
+    )
     for words in (["--mix"], ["--by", "optimizer,split"], ["--by", "optimizer,validation"]):
         code, lines, err = told(
             capsys, tmp_path, *words, "--metrics", "final_average_accuracy", "--setting", "domain-il"
