@@ -16,8 +16,8 @@ from flatcl.utils.arguments import resolve
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.pictures import save
 from flatcl.utils.optim._sharpness import dot, norm
+from flatcl.utils.reports.groups import Stat, group_runs
 from flatcl.utils.reports.runs import load_runs
-from flatcl.utils.reports.tables import Stat, group_runs
 
 DOCS = Path(__file__).resolve().parent
 RECORDS = DOCS.parent / "tests/records/sharpness"

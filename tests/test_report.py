@@ -202,7 +202,7 @@ def test_rows_that_mix_versions_of_the_numbers_are_mentioned(three_seeds):
     newer = [dataclasses.replace(run, protocol=2 if run.flags["seed"] == 1 else 1) for run in runs]
     said = []
     tables.table(newer, say=said.append)
-    assert len(said) == 1 and "mixes runs of program protocol = 1, 2" in said[0]
+    assert len(said) == 1 and "mixes runs of protocol_version = 1, 2" in said[0]
 
 
 def test_where_selects_by_summary_and_by_flag(grid):

@@ -19,7 +19,7 @@ from flatcl.utils.commands.train import main
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.errors import DataError
 from flatcl.utils.registry import DATASETS, METHODS
-from flatcl.utils.reports.tables import Stat
+from flatcl.utils.reports.groups import Stat
 
 TARGETS = reproduce.read_targets()
 KEYS = """sgd joint ewc_on si lwf lwf_mc pnn er mer gem agem agem_r icarl fdr gss hal der derpp er_ace gdumb lucir bic

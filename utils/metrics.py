@@ -7,6 +7,8 @@ them as they were. With `--eval_tasks seen`, a[t][j] is None for j > t, and b is
 
 Matrix = list[list[float | None]]
 
+LOWER_IS_BETTER = frozenset({"forgetting_chaudhry18", "forgetting_mammoth"})  # of all others, more is better
+
 
 def average_accuracy(row: list[float], seen: int) -> float:
     """(1/seen) * sum of a[seen][j] over the tasks seen so far."""

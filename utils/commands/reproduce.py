@@ -24,8 +24,10 @@ from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
 from flatcl.utils.registry import DATASETS, METHODS, canonical, nearest
+from flatcl.utils.reports.cells import percent
+from flatcl.utils.reports.groups import METRICS, Stat, written
 from flatcl.utils.reports.runs import Run
-from flatcl.utils.reports.tables import FORMATS, METRICS, RENDER, Stat, percent, written
+from flatcl.utils.reports.tables import FORMATS, RENDER
 
 TARGETS = Path(__file__).with_name("targets.csv")
 METRIC = METRICS[0]

@@ -29,8 +29,9 @@ from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
 from flatcl.utils.registry import METHODS, canonical, load_plugin
+from flatcl.utils.reports.groups import BY
 from flatcl.utils.reports.runs import Run, comparable, find_runs
-from flatcl.utils.reports.tables import BY, table
+from flatcl.utils.reports.tables import table
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 RETRY_S = 2.0  # until a job that another sweep is at is tried again

@@ -4,6 +4,7 @@ What is left out or counted once is said on stderr, so that no table hides what 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from flatcl.utils.reports import _run_index as run_index
 from flatcl.utils.saved import other_code
 
 RECORD = "runs.jsonl"
+VALIDATION, TEST = "validation", "test"
+DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,30 @@ class Run:
         later = [entry["code"] for entry in saved.get("changed_code", ())]
         return other_code([self.code, *later], (saved.get("continues") or {}).get("code"), config)
 
+    @property
+    def split(self) -> str:
+        """What it was measured on: `validation` (--validation) or `test`."""
+        return VALIDATION if self.flags.get("validation") else TEST
+
     def get(self, key: str) -> Any:
-        """The value of a key of the summary, else of a flag; None where the run has neither."""
-        return self.summary[key] if key in self.summary else self.flags.get(key)
+        """The value of a key of the summary, else of a flag, else of `DERIVED`; None where the run has none of them."""
+        if key in self.summary or key in self.flags:
+            return self.summary[key] if key in self.summary else self.flags[key]
+        if key == "code_version":
+            return _digest(self.code)
+        return {"split": self.split, "protocol_version": self.protocol}.get(key)
 
     @property
     def keys(self) -> set[str]:
         plain = {key for key, value in self.summary.items() if not isinstance(value, dict | list)}
-        return plain | set(self.flags)
+        return plain | set(self.flags) | set(DERIVED)
+
+
+def _digest(code: Mapping[str, str] | None) -> str | None:
+    """A short name for the code that made a run, the key `code_version`; a letter first makes it no number."""
+    if code is None:
+        return None
+    return "c" + hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:7]
 
 
 def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
