@@ -4,14 +4,17 @@ Runs that differ only in their seed make one row: mean ± sample standard deviat
 once or mixed is said on stderr, so that no table hides what it stands on.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
+from flatcl.utils.files import user_path, write_text
 from flatcl.utils.registry import canonical
-from flatcl.utils.reports.runs import RECORD, load_runs, select, write_record
+from flatcl.utils.reports import page
+from flatcl.utils.reports.runs import RECORD, all_runs, load_runs, select, write_record
 from flatcl.utils.reports.tables import BY, FORMATS, METRICS, costs_of, picture, table
 
 
@@ -44,6 +47,11 @@ def _parser() -> Parser:
     add("--out", metavar="FILE", help="write the table there instead of printing it")
     add("--record", metavar="FILE", help=f"write the runs into one file; as {RECORD} in a folder it can be read again")
     add("--picture", metavar="FILE.png", help="also draw the first metric as bars")
+    add(
+        "--html",
+        metavar="FILE.html",
+        help="instead of the table, one page for a browser: tables that sort and filter, all runs, their details",
+    )
     return parser
 
 
@@ -59,25 +67,59 @@ def _conditions(pairs: Sequence[str]) -> dict[str, str]:
 
 def _report(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
-    if args.picture and Path(args.picture).suffix.lower() != ".png":
-        raise UsageError(f"--picture expects a file that ends in .png, got '{args.picture}'.")
-    runs = select(load_runs(args.runs), _conditions(args.where))
-    if args.picture and args.metrics[0] in costs_of(runs):
-        raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
-    text = table(runs, args.by, args.metrics, args.setting, args.pivot, args.order, args.format)
+    conditions = _conditions(args.where)
+    _check_files(args)
     try:
-        if args.out:
-            Path(args.out).write_text(text, encoding="utf-8")
-        else:
-            print(text, end="", flush=True)
-        if args.record:
-            write_record(runs, args.record)
-        if args.picture:
-            picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
+        if args.html:
+            _write_page(args, conditions)
+        if not args.html or args.out or args.record or args.picture:
+            _write_table(args, conditions)
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
         ) from None
+
+
+def _check_files(args: Namespace) -> None:
+    problems = []
+    if args.picture and Path(args.picture).suffix.lower() != ".png":
+        problems.append(f"--picture expects a file that ends in .png, got '{args.picture}'.")
+    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
+        problems.append(f"--html expects a file that ends in .html, got '{args.html}'.")
+    elif args.html and not user_path(args.html).parent.is_dir():
+        problems.append(f"--html: there is no folder {user_path(args.html).parent}. Make it, or give another file.")
+    if args.html and not (args.out or args.picture):
+        for flag, value in (("--pivot", args.pivot), ("--format", args.format != "markdown")):
+            if value:
+                problems.append(f"{flag} is for the table, which --html replaces. Drop it, or give --out too.")
+    if problems:
+        raise UsageError(*problems)
+
+
+def _write_table(args: Namespace, conditions: dict[str, str]) -> None:
+    runs = select(load_runs(args.runs), conditions)
+    if args.picture and args.metrics[0] in costs_of(runs):
+        raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
+    text = table(runs, args.by, args.metrics, args.setting, args.pivot, args.order, args.format)
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+    elif not args.html:
+        print(text, end="", flush=True)
+    if args.record:
+        write_record(runs, args.record)
+    if args.picture:
+        picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
+
+
+def _write_page(args: Namespace, conditions: dict[str, str]) -> None:
+    """The page has all runs, also those that did not finish."""
+    said: list[str] = []
+    runs = select(all_runs(args.runs, said.append), conditions)
+    text = page.build(runs, args.runs, args.by, args.metrics, args.setting, args.order, notes=said)
+    for line in said:
+        complain(line)
+    write_text(user_path(args.html), text)
+    print(f"{args.html}: {len(runs):,} run(s), {len(text) / 1e6:.1f} MB", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

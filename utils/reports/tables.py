@@ -94,25 +94,34 @@ def _hashable(value: Any) -> Any:
 
 def mixtures(groups: Sequence[Group]) -> list[str]:
     """Groups whose runs differ in more than the seed, and in what: their mean is over unlike things."""
-    harmless = {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]} | {"seed"}
-    defaults = {
-        field.name: field.default for field in dataclasses.fields(EngineArgs)
-    }  # of flags that a run is from before
     lines = []
     for group in groups:
-        flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
-        flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
-        values = {name: {_hashable(own.get(name)) for own in flags} for name in flag_names}
-        several = {name: {comparable(value) for value in found} for name, found in values.items() if len(found) > 1}
-        mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in several.items() if len(found) > 1]
-        known = [run.code for run in group.runs if run.code is not None]
-        files = sorted({file for code in known for file in differences(known[0], code)})
-        if files:
-            mixed.append(f"different code in {', '.join(files)}")
+        mixed = mixture(group)
         if mixed:
             label = " ".join(written(value) for value in group.by.values() if value is not None)
             lines.append(f"note: {label} mixes runs of {'; '.join(mixed)}. Split them with --by or --where.")
     return list(dict.fromkeys(lines))
+
+
+def mixture(group: Group) -> list[str]:
+    """What the runs of a group differ in besides the seed: `n_epochs = 1, 2`, `different code in models/er.py`."""
+    no_result = harmless()
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(EngineArgs)
+    }  # of flags that a run is from before
+    flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
+    flag_names = dict.fromkeys(name for own in flags for name in own if name not in no_result)
+    values = {name: {_hashable(own.get(name)) for own in flags} for name in flag_names}
+    several = {name: {comparable(value) for value in found} for name, found in values.items() if len(found) > 1}
+    mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in several.items() if len(found) > 1]
+    known = [run.code for run in group.runs if run.code is not None]
+    files = sorted({file for code in known for file in differences(known[0], code)})
+    return [*mixed, f"different code in {', '.join(files)}"] if files else mixed
+
+
+def harmless() -> set[str]:
+    """Flags in which the runs of a group may differ: the seed, and those that change no number."""
+    return {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]} | {"seed"}
 
 
 def gaps(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
