@@ -26,6 +26,7 @@ from flatcl.utils.reports.tables import (
     Group,
     _cell,
     check_metrics,
+    check_setting,
     costs_of,
     group_runs,
     harmless,
@@ -70,6 +71,7 @@ def build(
     """
     if any(run.summary["metrics"] for run in runs):
         check_metrics(metrics, runs)
+    check_setting(setting, runs)
     keys = keys_of(runs, by)
     sections = sections_of(runs, given)
     content = _Content([run for section in sections for run in section.runs], keys, metrics)

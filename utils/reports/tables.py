@@ -55,9 +55,7 @@ def group_runs(
     runs: Sequence[Run], by: Sequence[str], setting: str | None = None, order: Sequence[str] = ()
 ) -> list[Group]:
     """Rows in the order of their keys; models in the order of `order`, then by name."""
-    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
-    if setting is not None and setting not in settings:
-        raise UsageError(f"unknown setting: '{setting}'. {nearest(setting, settings)}")
+    check_setting(setting, runs)
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         for name in run.summary["metrics"]:
@@ -189,6 +187,12 @@ def check_metrics(metrics: Sequence[str], runs: Sequence[Run]) -> None:
     problems = [f"unknown metric: '{name}'. {nearest(name, known)}" for name in metrics if name not in known]
     if problems:
         raise UsageError(*problems)
+
+
+def check_setting(setting: str | None, runs: Sequence[Run]) -> None:
+    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
+    if setting is not None and setting not in settings:
+        raise UsageError(f"unknown setting: '{setting}'. {nearest(setting, settings)}")
 
 
 def costs_of(runs: Sequence[Run]) -> set[str]:
