@@ -3,7 +3,7 @@
 // Everything that a run brings along is put into the page as text (text nodes, attributes that hold text), never as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const NOTHING = "–", CHUNK = 200, MOST_COLUMNS_OF_TASKS = 1000;
+const NOTHING = "–", CHUNK = 200, MOST_TASKS = 1000;
 const FINISHED = "finished", REPEATED = "repeated", TEST = "test split", OTHERS = "other flags";
 const byWords = new Intl.Collator("en", { numeric: true });
 const isCost = new Set(data.costs);
@@ -383,8 +383,9 @@ function seededOf(run) {
   const found = [plainTable("What the seed decided", ["what", "value"], [...flat(rest)].map(([name, value]) => [name, written(value)]))];
   if (tasks) {
     const names = [...new Set(tasks.flatMap(Object.keys))];
-    const rows = tasks.slice(0, MOST_COLUMNS_OF_TASKS).map((task, i) => [String(i + 1), ...names.map((name) => written(task[name]))]);
+    const rows = tasks.slice(0, MOST_TASKS).map((task, i) => [String(i + 1), ...names.map((name) => written(task[name]))]);
     found.push(plainTable("Tasks", ["task", ...names.map((name) => name.replaceAll("_", " "))], rows));
+    if (tasks.length > MOST_TASKS) found.push(quiet(`The first ${MOST_TASKS} of ${tasks.length} tasks.`));
   }
   return found;
 }

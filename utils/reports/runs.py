@@ -125,18 +125,15 @@ def _without_summary(folder: Path) -> Iterable[Run]:
         if "config.json" in files:
             folders.clear()  # a run folder holds no runs
             content = None if "summary.json" in files else _contents(Path(own), has_summary=False)
-            if content is not None:
-                run = _as_run(Path(own), content, say=complain)
-                if run is not None and run.flags:
-                    yield run
+            run = _as_run(Path(own), content, say=lambda line: None)  # a foreign config.json is none of our business
+            if run is not None and run.flags:
+                yield run
 
 
 def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
     """What a record keeps of a run folder; None where that is no run's. Of the summary without the matrix, which no
     table needs. The index keeps it, so that it is looked at once."""
     content: dict[str, Any] = {"folder": folder.name}
-    if not has_summary:
-        content["summary"] = {"status": NO_RESULT, "metrics": {}}
     for file in run_index.FILES[0 if has_summary else 1 :]:
         try:
             content[file.removesuffix(".json")] = read_json(folder / file)
@@ -144,7 +141,10 @@ def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
             continue
         except (OSError, ValueError):
             return None
-    if isinstance(content.get("summary"), dict):
+    if not has_summary:
+        config_hash = content["config"].get("config_hash") if isinstance(content.get("config"), dict) else None
+        content["summary"] = {"status": NO_RESULT, "metrics": {}, "config_hash": config_hash}
+    elif isinstance(content.get("summary"), dict):
         content["summary"].pop("accuracy", None)
     return content if _is_of_a_run(content) else None
 
