@@ -442,6 +442,29 @@ def test_two_runs_are_compared(opened):
     ]
 
 
+def test_files_of_other_shapes_are_shown_as_they_are(browser, tmp_path):
+    folders = [make_run(tmp_path / WHERE, seed=seed) for seed in range(5)]
+    (folders[0] / "environment.json").write_text('[1, {"__proto__": [2, null]}, "three"]')
+    (folders[1] / "benchmark.json").write_text('{"tasks": [1, {"classes": {}}], "class_order": null}')
+    (folders[2] / "benchmark.json").write_text('"word"')
+    (folders[3] / "environment.json").write_text("null")
+    (folders[4] / "config.json").unlink()
+    summary = json.loads((folders[4] / "summary.json").read_text())
+    summary["metrics"]["class-il"]["__proto__"] = None
+    (folders[4] / "summary.json").write_text(json.dumps({**summary, "cost": {}, "setting": 7, "notes": 8}))
+    (tmp_path / "page.html").write_text(built(tmp_path / WHERE), encoding="utf-8")
+    del browser.problems[:]
+    browser.open(tmp_path / "page.html")
+    assert sorted(column(browser, "measured on")) == ["split not known", *["test split"] * 4]
+    for number in range(5):
+        browser.js(f"document.querySelectorAll('#runs button.link')[{number}].click()")
+        assert browser.js("document.getElementById('panel').innerText.includes('End of the log')")
+        browser.js("document.getElementById('panel').close()")
+        browser.js(f"document.querySelectorAll('#runs tbody input')[{number}].click()")
+        browser.js("document.getElementById('compare')?.click(); document.getElementById('panel').close()")
+    assert browser.problems == []
+
+
 def test_a_phone_scrolls_tables_in_their_boxes(opened):
     browser = opened()
     browser.show(390, 844)

@@ -335,8 +335,10 @@ def _varying(runs: Sequence[Run]) -> list[str]:
 
 
 def _common(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Flags that have one value and origin in all runs."""
-    configs = [run.content.get("config", {}).get("flags", {}) for run in runs]
+    """Flags that have one value and origin in all runs whose flags are known."""
+    configs = [run.content["config"]["flags"] for run in runs if run.flags]
+    if not configs:
+        return {}
     return {name: {"value": entry["value"], "origin": entry.get("origin")} for name, entry in configs[0].items()
             if all(config.get(name) == entry for config in configs)}  # fmt: skip
 
