@@ -189,6 +189,7 @@ def test_the_packed_files_are_those_of_the_repository(packed):
     here |= {f"flatcl/{path.name}" for path in (ROOT / "flatcl").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == here
     assert "flatcl/utils/commands/targets.csv" in names
+    assert {f"flatcl/utils/reports/page.{kind}" for kind in ("css", "html", "js")} <= names
     with tarfile.open(archive) as inside:
         names = {name.partition("/")[2] for name in inside.getnames()}
     assert {"requirements.txt", "README.md", "LICENSE", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml"} <= names

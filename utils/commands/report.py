@@ -13,11 +13,12 @@ from pathlib import Path
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
+from flatcl.utils.files import user_path, write_text
 from flatcl.utils.registry import canonical
-from flatcl.utils.reports import comparison_tables, latex, rank_picture
+from flatcl.utils.reports import comparison_tables, latex, page, rank_picture
 from flatcl.utils.reports.comparisons import check_statsmodels
 from flatcl.utils.reports.groups import BY, METRICS, asked_keys, check_mixtures, costs_of, group_runs
-from flatcl.utils.reports.runs import RECORD, Run, load_runs, select, write_record
+from flatcl.utils.reports.runs import RECORD, Run, all_runs, load_runs, select, write_record
 from flatcl.utils.reports.tables import FORMATS, picture, table
 
 
@@ -70,6 +71,11 @@ def _parser() -> Parser:
     add("--out", metavar="FILE", help="write the table there instead of printing it")
     add("--record", metavar="FILE", help=f"write the runs into one file; as {RECORD} in a folder it can be read again")
     add("--picture", metavar="FILE.png", help="also draw the first metric as bars")
+    add(
+        "--html",
+        metavar="FILE.html",
+        help="instead of the table, one page for a browser: tables that sort and filter, all runs, their details",
+    )
     return parser
 
 
@@ -86,6 +92,14 @@ def _check(args: argparse.Namespace) -> None:
     problems = []
     if args.picture and Path(args.picture).suffix.lower() != ".png":
         problems.append(f"--picture expects a file that ends in .png, got '{args.picture}'.")
+    if args.html and Path(args.html).suffix.lower() not in (".html", ".htm"):
+        problems.append(f"--html expects a file that ends in .html, got '{args.html}'.")
+    elif args.html and not user_path(args.html).parent.is_dir():
+        problems.append(f"--html: there is no folder {user_path(args.html).parent}. Make it, or give another file.")
+    if args.html and not (args.out or args.picture):
+        for flag, value in (("--pivot", args.pivot), ("--format", args.format != "markdown")):
+            if value:
+                problems.append(f"{flag} is for the table, which --html replaces. Drop it, or give --out too.")
     if args.ranks and Path(args.ranks).suffix.lower() not in rank_picture.FORMATS:
         problems.append(
             f"--ranks expects a file that ends in {', '.join(rank_picture.FORMATS)}, got '{args.ranks}'. Give the "
@@ -137,25 +151,44 @@ def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
 def _report(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     _check(args)
-    runs = select(load_runs(args.runs), _conditions(args.where))
-    if args.picture and args.metrics[0] in costs_of(runs):
-        raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
-    text, ranks = _text_of(args, runs)
+    conditions = _conditions(args.where)
     try:
-        if args.out:
-            Path(args.out).write_text(text, encoding="utf-8")
-        else:
-            print(text, end="", flush=True)
-        if args.record:
-            write_record(runs, args.record)
-        if args.picture:
-            picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
-        if args.ranks:
-            rank_picture.save(ranks[0], args.ranks)
+        if args.html:
+            _write_page(args, conditions)
+        if not args.html or args.out or args.record or args.picture or args.ranks:
+            _write_table(args, conditions)
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
         ) from None
+
+
+def _write_table(args: argparse.Namespace, conditions: dict[str, str]) -> None:
+    runs = select(load_runs(args.runs), conditions)
+    if args.picture and args.metrics[0] in costs_of(runs):
+        raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
+    text, ranks = _text_of(args, runs)
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+    elif not args.html:
+        print(text, end="", flush=True)
+    if args.record:
+        write_record(runs, args.record)
+    if args.picture:
+        picture(runs, args.picture, args.by, args.metrics[0], args.setting, args.pivot, args.order)
+    if args.ranks:
+        rank_picture.save(ranks[0], args.ranks)
+
+
+def _write_page(args: argparse.Namespace, conditions: dict[str, str]) -> None:
+    """The page has all runs, also those that did not finish."""
+    said: list[str] = []
+    runs = select(all_runs(args.runs, said.append), conditions)
+    text = page.build(runs, args.runs, args.by, args.metrics, args.setting, args.order, notes=said)
+    for line in said:
+        complain(line)
+    write_text(user_path(args.html), text)
+    print(f"{args.html}: {len(runs):,} run(s), {len(text) / 1e6:.1f} MB", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

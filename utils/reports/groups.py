@@ -81,9 +81,7 @@ def group_runs(
     runs: Sequence[Run], by: Sequence[str], setting: str | None = None, order: Sequence[str] = ()
 ) -> list[Group]:
     """Rows in the order of their keys; models in the order of `order`, then by name."""
-    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
-    if setting is not None and setting not in settings:
-        raise UsageError(f"unknown setting: '{setting}'. {nearest(setting, settings)}")
+    check_setting(setting, runs)
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         for name in run.summary["metrics"]:
@@ -145,14 +143,19 @@ class Mixture:
 def result_flags(runs: Sequence[Run]) -> dict[str, set[str]]:
     """{name: values} of what can change a number and is no seed: flags, protocol version and split. Of an engine's flag
     that a run is from before, its default, which is what the program did then."""
-    harmless = {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]}
+    skipped = harmless() | {"validation"}
     defaults = {field.name: field.default for field in dataclasses.fields(EngineArgs)}
     own = [{**(defaults if run.flags else {}), **run.flags} for run in runs]
-    names = dict.fromkeys(name for flags in own for name in flags if name not in harmless | {"seed", "validation"})
+    names = dict.fromkeys(name for flags in own for name in flags if name not in skipped)
     distinct = {name: {_hashable(flags.get(name)) for flags in own} for name in names}
     values = {name: {comparable(value) for value in found} for name, found in distinct.items()}
     values["protocol_version"] = {comparable(run.protocol) for run in runs}
     return {**values, "split": {run.split for run in runs}}
+
+
+def harmless() -> set[str]:
+    """Flags in which the runs of a row may differ: the seed, and those that change no number."""
+    return {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]} | {"seed"}
 
 
 def mixtures(groups: Sequence[Group]) -> list[str]:
@@ -229,6 +232,12 @@ def check_metrics(metrics: Sequence[str], runs: Sequence[Run]) -> None:
     problems = [f"unknown metric: '{name}'. {nearest(name, known)}" for name in metrics if name not in known]
     if problems:
         raise UsageError(*problems)
+
+
+def check_setting(setting: str | None, runs: Sequence[Run]) -> None:
+    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
+    if setting is not None and setting not in settings:
+        raise UsageError(f"unknown setting: '{setting}'. {nearest(setting, settings)}")
 
 
 def costs_of(runs: Sequence[Run]) -> set[str]:

@@ -6,6 +6,7 @@ What is left out or counted once is said on stderr, so that no table hides what 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ from flatcl.utils.saved import other_code
 RECORD = "runs.jsonl"
 VALIDATION, TEST = "validation", "test"
 DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
+NO_RESULT = "no result"  # the status of a run that has written no summary: it ended before its first task did
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its summary, and the values of its flags."""
+    """One run: its summary, and the values of its flags."""
 
     path: Path
     summary: Mapping[str, Any]
@@ -102,6 +104,20 @@ def find_runs(
     return _by_age(found.values()) if with_repeats else _newest(list(found.values()), say)
 
 
+def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
+    """The runs in these folders, whatever their status, each run folder once, equal runs too; the newest last. Raises
+    `UsageError` where there are none."""
+    found: dict[Path, Run] = {}
+    for path in paths:
+        folder = user_path(path)
+        for run in (*_runs_in(folder, say), *_without_summary(folder)):
+            if run is not None:
+                found.setdefault(folder.resolve() / run.path.relative_to(folder), run)
+    if not found:
+        raise UsageError(f"no runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders.")
+    return _by_age(found.values())
+
+
 def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
     """Run folders, and records (`runs.jsonl`) of run folders that are not kept."""
     try:
@@ -121,18 +137,33 @@ def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
             yield _as_run(file / str(number), _parsed(line), say)
 
 
-def _contents(folder: Path) -> dict[str, Any] | None:
+def _without_summary(folder: Path) -> Iterable[Run]:
+    """Runs that ended before their first task did, or are still at it: their folders have a configuration alone."""
+    for own, folders, files in os.walk(folder):
+        folders.sort()
+        if "config.json" in files:
+            folders.clear()  # a run folder holds no runs
+            content = None if "summary.json" in files else _contents(Path(own), has_summary=False)
+            run = _as_run(Path(own), content, say=lambda line: None)  # a foreign config.json is none of our business
+            if run is not None and run.flags:
+                yield run
+
+
+def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
     """What a record keeps of a run folder; None where that is no run's. Of the summary without the matrix, which no
     table needs. The index keeps it, so that it is looked at once."""
     content: dict[str, Any] = {"folder": folder.name}
-    for file in run_index.FILES:
+    for file in run_index.FILES[0 if has_summary else 1 :]:
         try:
             content[file.removesuffix(".json")] = read_json(folder / file)
         except FileNotFoundError:
             continue
         except (OSError, ValueError):
             return None
-    if isinstance(content.get("summary"), dict):
+    if not has_summary:
+        config_hash = content["config"].get("config_hash") if isinstance(content.get("config"), dict) else None
+        content["summary"] = {"status": NO_RESULT, "metrics": {}, "config_hash": config_hash}
+    elif isinstance(content.get("summary"), dict):
         content["summary"].pop("accuracy", None)
     return content if _is_of_a_run(content) else None
 
