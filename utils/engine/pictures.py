@@ -79,7 +79,7 @@ def confusion(counts: np.ndarray, title: str) -> "Figure":
         ticks(places, [str(place) for place in places], fontsize=8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("class")
-    axes.set_title(f"{title}: confusion matrix", fontsize=11, wrap=True)
+    axes.set_title(title, fontsize=11, wrap=True)
     figure.colorbar(image, ax=axes, label="% of the class's images").outline.set_visible(False)
     return figure
 

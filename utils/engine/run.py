@@ -9,11 +9,12 @@ from flatcl.utils import launch
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import again, complain, reason, say
 from flatcl.utils.engine import checkpoint, predictions, ranks, results
+from flatcl.utils.engine.board import entries
 from flatcl.utils.engine.build import build, computing, resolve_device
 from flatcl.utils.engine.callbacks import Callbacks
 from flatcl.utils.engine.layout import has_convolutions
 from flatcl.utils.engine.lock import Busy
-from flatcl.utils.engine.logs import Logs, entries
+from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.ranks import Ranks
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.texts import closing_table, describe
