@@ -43,3 +43,14 @@ def _flag_spelling(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def conditions(pairs: Sequence[str]) -> dict[str, str]:
+    """{key: value} of the words after --where."""
+    bad = [pair for pair in pairs if "=" not in pair]
+    if bad:
+        raise UsageError(
+            *(f"--where expects key=value, got '{pair}'. Example: --where model=er,derpp." for pair in bad)
+        )
+    split = (pair.partition("=") for pair in pairs)
+    return {key.replace("-", "_"): value for key, _, value in split}

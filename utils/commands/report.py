@@ -7,7 +7,7 @@ once or mixed is said on stderr, so that no table hides what it stands on.
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatcl.utils.commands._parser import Parser
+from flatcl.utils.commands._parser import Parser, conditions
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import canonical
@@ -47,21 +47,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _conditions(pairs: Sequence[str]) -> dict[str, str]:
-    bad = [pair for pair in pairs if "=" not in pair]
-    if bad:
-        raise UsageError(
-            *(f"--where expects key=value, got '{pair}'. Example: --where model=er,derpp." for pair in bad)
-        )
-    split = (pair.partition("=") for pair in pairs)
-    return {key.replace("-", "_"): value for key, _, value in split}
-
-
 def _report(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     if args.picture and Path(args.picture).suffix.lower() != ".png":
         raise UsageError(f"--picture expects a file that ends in .png, got '{args.picture}'.")
-    runs = select(load_runs(args.runs), _conditions(args.where))
+    runs = select(load_runs(args.runs), conditions(args.where))
     if args.picture and args.metrics[0] in costs_of(runs):
         raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
     text = table(runs, args.by, args.metrics, args.setting, args.pivot, args.order, args.format)
