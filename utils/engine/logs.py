@@ -19,20 +19,28 @@ from flatcl.utils.console import complain, reason, say
 from flatcl.utils.engine.board import HPARAMS, Board, board_folder, hparams, layout
 from flatcl.utils.engine.labels import title
 from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.engine.trackers import TRACKERS
 from flatcl.utils.protocols import Config
 
 WRITTEN = {"class-il": "Class-IL", "task-il": "Task-IL", "domain-il": "Domain-IL", "general-continual": "Stream"}
 
 
 class Logs:
-    """Console, metrics.jsonl and TensorBoard of one run."""
+    """Console, metrics.jsonl, TensorBoard and tracker of one run."""
 
     def __init__(self, config: Config, folder: RunFolder | None, device: torch.device | None):
         self.config, self.folder, self.device = config, folder, device
         self.bar: tqdm | None = None
         self.board = None if folder is None else Board(board_folder(folder.path, config))
+        tracker = None if folder is None or config.log_to is None else TRACKERS[config.log_to]
+        self.tracker = None if tracker is None else tracker(config, folder)
         self._images, self._since = 0, time.monotonic()
         self._said: set[str] = set()
+
+    def begin(self) -> None:
+        """Training is about to begin, or to go on."""
+        if self.tracker is not None:
+            self.tracker.begin()
 
     def resume(self, steps: int) -> None:
         """TensorBoard forgets what was logged after the checkpoint."""
@@ -77,7 +85,7 @@ class Logs:
             return
         scalars = {**values, "train/lr": lr, "train/images_per_s": speed}
         for tag, value in scalars.items():
-            self.board.scalar(tag, value, step)
+            self._scalar(tag, value, step)
         finite = {
             tag: value if value == value and abs(value) != float("inf") else None for tag, value in scalars.items()
         }
@@ -91,15 +99,15 @@ class Logs:
         if count == 1:
             self.board.add(layout(list(row), has_each_task=len(next(iter(row.values()))) <= MANY_TASKS), 0)
         for setting, value in forgetting.items():
-            self.board.scalar(f"forgetting/{setting}", value, count)
+            self._scalar(f"forgetting/{setting}", value, count, "task")
         for setting, values in row.items():
-            self.board.scalar(f"accuracy/{setting}", averages[setting], count)
+            self._scalar(f"accuracy/{setting}", averages[setting], count, "task")
             if len(values) > MANY_TASKS:
                 continue  # a thousand curves show nothing, and cost more with each task
             for index, value in enumerate(values):
                 if value is not None:
-                    self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
-        self.board.flush()
+                    self._scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count, "task")
+        self._flush()
 
     def epoch(self, epochs: int, task: int, cost: Any, row: dict, averages: dict) -> None:
         """An evaluation inside a task, after so many of its epochs."""
@@ -108,13 +116,13 @@ class Logs:
         line = {"task": task, "epochs": epochs, "step": cost.steps}
         self._append({**line, "accuracy_inside": row, "average_accuracy_inside": averages})
         for setting, value in averages.items():
-            self.board.scalar(f"accuracy_inside/{setting}", value, cost.steps)
+            self._scalar(f"accuracy_inside/{setting}", value, cost.steps)
 
     def custom(self, name: str, value: float, step: int) -> None:
         """A number that a callback or the engine logs by its name."""
         if self.folder is None:
             return
-        self.board.scalar(name, value, step)
+        self._scalar(name, value, step)
         self._append({"step": step, name: value if abs(value) < float("inf") else None})
 
     def print_task(self, seen: int, averages: dict) -> None:
@@ -144,8 +152,12 @@ class Logs:
             prefix = "metrics" if len(summary["metrics"]) == 1 else f"metrics/{setting}"
             finals |= {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
         for tag in sorted(finals.keys() - there):
-            self.board.scalar(tag, finals[tag], len(next(iter(summary["accuracy"].values()))))
+            self._scalar(tag, finals[tag], len(next(iter(summary["accuracy"].values()))), "task")
             done.append(tag)
+        if self.tracker is not None:  # TensorBoard's curves are of accuracies and losses; costs are in summary.json
+            for name, value in summary["cost"].items():
+                if value is not None:
+                    self.tracker.scalar(f"cost/{name}", value, len(tasks), "task")
         if HPARAMS not in there:
             for part in hparams(self.config, self.folder.neighbours(self.config), finals):
                 self.board.add(part, 0)
@@ -165,7 +177,7 @@ class Logs:
                 if f"{name}.png" in missing:
                     pictures.save(figure, self.folder.path / f"{name}.png")
                 if name in missing:
-                    self.board.image(name, pictures.to_array(figure))
+                    self._image(name, pictures.to_array(figure))
                 done += sorted(missing)
         return done
 
@@ -175,9 +187,28 @@ class Logs:
 
         figure = pictures.confusion(counts, title(self.config, "confusion matrix"))
         pictures.save(figure, self.folder.path / "confusion_matrix.png")
-        self.board.image("confusion_matrix", pictures.to_array(figure))
+        self._image("confusion_matrix", pictures.to_array(figure))
 
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
+        """`status`: how the run ended."""
         self.close_bar()
         if self.board is not None:
             self.board.close()
+        if self.tracker is not None:
+            self.tracker.close(status)
+
+    def _scalar(self, tag: str, value: float, step: int, axis: str = "step") -> None:
+        """A point for TensorBoard and for the tracker. `axis`: what `step` counts, 'step' or 'task'."""
+        self.board.scalar(tag, value, step)
+        if self.tracker is not None:
+            self.tracker.scalar(tag, value, step, axis)
+
+    def _image(self, tag: str, image: Any) -> None:
+        self.board.image(tag, image)
+        if self.tracker is not None:
+            self.tracker.image(tag, image)
+
+    def _flush(self) -> None:
+        self.board.flush()
+        if self.tracker is not None:
+            self.tracker.flush()
