@@ -22,6 +22,7 @@ from flatcl.utils.extras import require
 from flatcl.utils.files import read_json
 
 FILE = "tracker.json"  # in the run folder: {tracker: the id of this run there}, with which a resumed run goes on
+LONGEST_END_S = 300.0  # that a finished run waits until all is sent, where the network has gone
 PROJECT = "flatcl"  # unless the tracker's own variable names another one
 
 
@@ -108,9 +109,10 @@ class Wandb(Tracker):
 
         number = known or uuid.uuid4().hex[:16]
         self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), id=number, resume="allow", name=run_name(self.config),
-            notes=self.config.notes or None, config=self.flags, dir=self.folder.path, reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True),
+            project=os.environ.get("WANDB_PROJECT", PROJECT), id=number, resume="allow" if known else None,
+            name=run_name(self.config), notes=self.config.notes or None, config=self.flags, dir=self.folder.path,
+            reinit="create_new",  # leaves alone the run that a caller may have open
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=LONGEST_END_S),
         )  # fmt: skip
         self._wandb, self._axes = wandb, {}
         return number
