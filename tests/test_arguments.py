@@ -1150,6 +1150,13 @@ def check_log_every(tmp_path, capsys, monkeypatch):
     assert [json.loads(line)["step"] for line in lines if "train/loss" in line] == [2, 4]
 
 
+def check_log_to(tmp_path, capsys, monkeypatch):
+    """With the package there, tests/test_trackers.py looks at what is logged."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*FAST, "--log_to", "wandb", "--results_path", str(tmp_path)]) == 2
+    assert 'pip install "flatcl[wandb]"' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def check_non_verbose(tmp_path, capsys, monkeypatch):
     argv = [*FAST, "--debug_mode", "--disable_log"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -1273,6 +1280,7 @@ OBSERVED = {
     "non_verbose": check_non_verbose,
     "disable_log": check_disable_log,
     "log_every": check_log_every,
+    "log_to": check_log_to,
     "checkpoint_minutes": check_checkpoint_minutes,
     "keep_checkpoint": check_keep_checkpoint,
     "dry_run": check_dry_run,

@@ -533,7 +533,8 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
     folder = start(tmp_path, "--model", "er", "--dataset", "seq-synth", "--debug_mode", "--n_tasks", "2")
 
     def final_entries():
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+        (place,) = (folder / "tensorboard").iterdir()
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
         scalars = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if tag.startswith("metrics/")}
         images = {tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()["images"]}
         return scalars, images, "_hparams_/session_end_info" in events.summary_metadata
@@ -554,7 +555,7 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
     (folder / "curves.png").write_bytes(pictures["curves.png"][:500])  # half written
     out = resumed()
     assert "what was missing is written: curves.png. Use" in out
-    for path in (*folder.glob("*.png"), *folder.glob("*tfevents*")):
+    for path in (*folder.glob("*.png"), *folder.rglob("*tfevents*")):
         path.unlink()
     out = resumed()
     assert all(name in out for name in (*PICTURES, "hparams", "metrics/class-il/final_average_accuracy"))

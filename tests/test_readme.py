@@ -177,11 +177,11 @@ def test_command_exists_and_answers_help(command):
 
 
 def with_parser(text):
-    return [words for words in commands(text, "-m flatcl") if words[0] in ("report", "reproduce")]
+    return [words for words in commands(text, "-m flatcl") if words[0] in ("export", "report", "reproduce")]
 
 
 @pytest.mark.parametrize("words", collected(with_parser))
-def test_flags_of_report_and_reproduce_are_known(words):
+def test_flags_of_these_commands_are_known(words):
     command = importlib.import_module(f"flatcl.utils.commands.{words[0]}")
     words = words[: words.index("--")] if "--" in words else words
     assert command._parser().parse_args(words[1:])

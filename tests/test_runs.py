@@ -76,6 +76,12 @@ def read(folder, name="summary.json"):
     return json.loads((folder / name).read_text())
 
 
+def board_folder(folder):
+    """Where a run has its event files."""
+    (found,) = (folder / "tensorboard").iterdir()
+    return found
+
+
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -135,7 +141,7 @@ def mgser(tmp_path_factory):
 def events(mgser):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(mgser), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    return EventAccumulator(str(board_folder(mgser)), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
 def test_the_run_folder_lies_where_the_design_says_and_has_every_file(mgser):
@@ -145,7 +151,7 @@ def test_the_run_folder_lies_where_the_design_says_and_has_every_file(mgser):
     names = {path.name for path in mgser.iterdir()}
     assert {"config.json", "environment.json", "metrics.jsonl", "accuracy.json", "summary.json", "checkpoint"} <= names
     assert {"accuracy_matrix.png", "accuracy_matrix_task-il.png", "curves.png"} <= names
-    assert any("tfevents" in name for name in names)
+    assert any("tfevents" in path.name for path in board_folder(mgser).iterdir())
     assert not list(mgser.rglob("*.new"))
 
 
@@ -492,7 +498,7 @@ def test_with_eval_tasks_seen_tasks_to_come_are_null_and_nothing_else_changes(tm
     assert re.search(r"fwt_gem17\s+–\s+–\s+not measured: only tasks seen are evaluated", said.out)
     assert re.search(r"\n   1 +[\d.]+      –      –      –      –\n", said.out)
     assert said.err == "" and len(list(folder.glob("*.png"))) == 4
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(board_folder(folder)), size_guidance={"scalars": 0}).Reload()
     assert [point.step for point in events.Scalars("accuracy/class-il/task_03")] == [3, 4, 5]
     assert not any(tag.endswith("fwt_gem17") for tag in events.Tags()["scalars"])
 
@@ -571,7 +577,7 @@ def test_of_many_tasks_only_those_seen_are_evaluated_and_that_is_said(many, tmp_
     assert content["tasks"] == list(range(60)) and content["untrained"] == {}
     for matrix in summary["accuracy"].values():
         assert np.array(matrix, float).shape == (60, 60) and matrix == below_the_diagonal(matrix)
-    tags = set(EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Tags()["scalars"])
+    tags = set(EventAccumulator(str(board_folder(folder)), size_guidance={"scalars": 0}).Reload().Tags()["scalars"])
     assert "accuracy/class-il" in tags and not any("/task_" in tag for tag in tags), "1,000 tasks: 1,000 curves"
     fewer = resolve([*many, "--n_tasks", "30"])
     assert fewer.evaluated == "all" and "eval_tasks" not in describe(fewer)
@@ -952,7 +958,7 @@ def test_tensorboard_of_a_resumed_run_has_each_point_once(tmp_path, interrupt):
     (config,) = tmp_path.rglob("config.json")
     METHODS.load("mortal").dies_at = None
     assert main(["--resume", str(config.parent)]) == 0
-    events = EventAccumulator(str(config.parent), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(board_folder(config.parent)), size_guidance={"scalars": 0}).Reload()
     assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 25))
     assert [point.step for point in events.Scalars("accuracy/class-il/task_03")] == [1, 2, 3]
 

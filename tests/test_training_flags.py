@@ -13,8 +13,8 @@ import flatcl
 from flatcl.utils.arguments import resolve
 from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import predictions, seeding
+from flatcl.utils.engine.board import entries
 from flatcl.utils.engine.early_stop import EarlyStop
-from flatcl.utils.engine.logs import entries
 from flatcl.utils.engine.program import Programs
 from flatcl.utils.errors import Interrupted, UsageError
 from flatcl.utils.optim._driver import norm

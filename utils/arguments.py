@@ -191,6 +191,10 @@ class EngineArgs:
     non_verbose: bool = flag(False, "no progress bar", result=False)
     disable_log: bool = flag(False, "write no run folder", result=False)
     log_every: int = flag(50, "steps between two points of the logged training curves", low=1, result=False)
+    log_to: str | None = flag(
+        None, "log to a tracker, too: its package must be installed, its own variables say where to",
+        choices=("wandb", "mlflow"), result=False,
+    )  # fmt: skip
     checkpoint_minutes: float = flag(
         10.0, "minutes between checkpoints inside a task (one is always written after a task); 0: only after tasks",
         low=0, result=False,
@@ -1015,6 +1019,11 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
     if config.pretrained_weights is not None and config.begun_by is None:
         problems += check_weights(config.pretrained_weights)
+    if config.log_to is not None and config.disable_log:
+        problems.append(
+            f"--log_to {config.log_to} and --disable_log exclude each other: the tracker's id is kept in the run "
+            "folder. Drop one of them."
+        )
     jointly = config.joint or config.learner.trains_jointly
     if jointly and (config.start_from or config.stop_after):
         given = "--joint" if config.joint else f"--model {config.model}"

@@ -3,8 +3,7 @@
 _SENTENCES = {
     "load_best_args": "Published values, if there are any, apply by default; --model_config default drops them.",
     "nowand wandb_name wandb_entity wandb_project": (
-        "Weights & Biases is not used: curves are logged for TensorBoard, in the run's folder. Drop it; --disable_log "
-        "writes no folder."
+        "Use --log_to wandb; $WANDB_PROJECT and $WANDB_ENTITY say where to. Without it nothing is sent."
     ),
     "tensorboard": "TensorBoard's files are always written, in the run's folder. Drop it; --disable_log writes none.",
     "csv_log": (

@@ -175,6 +175,7 @@ class Config(Protocol):
     non_verbose: bool
     disable_log: bool
     log_every: int
+    log_to: str | None
     checkpoint_minutes: float
     keep_checkpoint: bool
     dry_run: bool

@@ -43,3 +43,12 @@ def _flag_spelling(word: str) -> str:
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def conditions(pairs: Sequence[str], flag: str = "--where", example: str = "model=er,derpp") -> dict[str, str]:
+    """{key: value} of the words after a flag such as --where."""
+    bad = [pair for pair in pairs if "=" not in pair]
+    if bad:
+        raise UsageError(*(f"{flag} expects key=value, got '{pair}'. Example: {flag} {example}." for pair in bad))
+    split = (pair.partition("=") for pair in pairs)
+    return {key.replace("-", "_"): value for key, _, value in split}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flatcl.utils.commands._parser import Parser
+from flatcl.utils.commands._parser import Parser, conditions
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path, write_text
@@ -79,14 +79,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _conditions(pairs: Sequence[str], flag: str = "--where", example: str = "model=er,derpp") -> dict[str, str]:
-    bad = [pair for pair in pairs if "=" not in pair]
-    if bad:
-        raise UsageError(*(f"{flag} expects key=value, got '{pair}'. Example: {flag} {example}." for pair in bad))
-    split = (pair.partition("=") for pair in pairs)
-    return {key.replace("-", "_"): value for key, _, value in split}
-
-
 def _check(args: argparse.Namespace) -> None:
     """Flags that do not fit together, and files of a wrong kind, all at once and before any run is read."""
     problems = []
@@ -135,7 +127,7 @@ def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
     if not args.mix:
         check_mixtures(group_runs(runs, keys, args.setting), keys)
     if args.against is not None:
-        pairs = _conditions(args.against.split(","), "--against", "optimizer=sgd")
+        pairs = conditions(args.against.split(","), "--against", "optimizer=sgd")
         text = comparison_tables.against_table(
             runs, pairs, args.by, args.metrics, args.setting, args.order, args.format, complain, options
         )
@@ -151,20 +143,20 @@ def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
 def _report(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     _check(args)
-    conditions = _conditions(args.where)
+    where = conditions(args.where)
     try:
         if args.html:
-            _write_page(args, conditions)
+            _write_page(args, where)
         if not args.html or args.out or args.record or args.picture or args.ranks:
-            _write_table(args, conditions)
+            _write_table(args, where)
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
         ) from None
 
 
-def _write_table(args: argparse.Namespace, conditions: dict[str, str]) -> None:
-    runs = select(load_runs(args.runs), conditions)
+def _write_table(args: argparse.Namespace, where: dict[str, str]) -> None:
+    runs = select(load_runs(args.runs), where)
     if args.picture and args.metrics[0] in costs_of(runs):
         raise UsageError(f"--picture draws the first of --metrics in percent, got the cost '{args.metrics[0]}'.")
     text, ranks = _text_of(args, runs)
@@ -180,10 +172,10 @@ def _write_table(args: argparse.Namespace, conditions: dict[str, str]) -> None:
         rank_picture.save(ranks[0], args.ranks)
 
 
-def _write_page(args: argparse.Namespace, conditions: dict[str, str]) -> None:
+def _write_page(args: argparse.Namespace, where: dict[str, str]) -> None:
     """The page has all runs, also those that did not finish."""
     said: list[str] = []
-    runs = select(all_runs(args.runs, said.append), conditions)
+    runs = select(all_runs(args.runs, said.append), where)
     text = page.build(runs, args.runs, args.by, args.metrics, args.setting, args.order, notes=said)
     for line in said:
         complain(line)

@@ -4,13 +4,10 @@ All of it may fail without harm: what cannot be logged is said once, and the run
 """
 
 import contextlib
-import os
-import platform
 import sys
 import time
 from collections.abc import Set
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,99 +16,36 @@ from tqdm import tqdm
 from flatcl.utils import launch
 from flatcl.utils.arguments import MANY_TASKS
 from flatcl.utils.console import complain, reason, say
+from flatcl.utils.engine.board import HPARAMS, Board, board_folder, hparams, layout
+from flatcl.utils.engine.labels import title
 from flatcl.utils.engine.results import RunFolder
+from flatcl.utils.engine.trackers import TRACKERS
 from flatcl.utils.protocols import Config
 
-HPARAMS = "_hparams_/session_end_info"  # the last of TensorBoard's entries
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-FLUSH_S = 30.0
 WRITTEN = {"class-il": "Class-IL", "task-il": "Task-IL", "domain-il": "Domain-IL", "general-continual": "Stream"}
 
 
-class Board:
-    """TensorBoard's event file, opened with the first entry. `purge_step`: what the folder's other files say from this
-    step on does not count. (`SummaryWriter` writes in a thread, whose failure would be a traceback.)"""
-
-    def __init__(self, folder: Path, purge_step: int | None = None):
-        self.folder, self.purge_step = folder, purge_step
-        self._file: Any = None
-        self._failed = False
-        self._flushed = time.monotonic()
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        from torch.utils.tensorboard.summary import scalar  # slow to import
-
-        self.add(scalar(tag, value), step)
-
-    def image(self, tag: str, image: Any) -> None:
-        """`image` is (H, W, 3) uint8."""
-        from torch.utils.tensorboard.summary import image as summary
-
-        self.add(summary(tag, image, dataformats="HWC"), 0)
-
-    def add(self, summary: Any, step: int) -> None:
-        """A `Summary` of TensorBoard."""
-        if self._failed:
-            return
-        with self._harmless():
-            if self._file is None:
-                self._open()
-            self._write(step=step, summary=summary)
-            if time.monotonic() - self._flushed > FLUSH_S:
-                self.flush()
-
-    def flush(self) -> None:
-        with self._harmless():
-            if self._file is not None:
-                self._file.flush()
-                self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        with self._harmless():
-            if self._file is not None:
-                self._file.close()
-        self._file = None
-
-    @contextlib.contextmanager
-    def _harmless(self):
-        """After the first failure nothing more is written: readers stop at the first damaged entry anyway."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, it is not worth a run
-            self._failed, self._file = True, None
-            complain(f"warning: TensorBoard's file cannot be written ({reason(error)}): the run continues without it")
-
-    def _open(self) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self._file = RecordWriter(open(self.folder / name, "xb"))
-        self._write(file_version="brain.Event:2")
-        if self.purge_step is not None:
-            self._write(step=self.purge_step, file_version="brain.Event:2")
-            self._write(step=self.purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def _write(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._file.write(Event(wall_time=time.time(), **content).SerializeToString())
-
-
 class Logs:
-    """Console, metrics.jsonl and TensorBoard of one run."""
+    """Console, metrics.jsonl, TensorBoard and tracker of one run."""
 
     def __init__(self, config: Config, folder: RunFolder | None, device: torch.device | None):
         self.config, self.folder, self.device = config, folder, device
         self.bar: tqdm | None = None
-        self.board = None if folder is None else Board(folder.path)
+        self.board = None if folder is None else Board(board_folder(folder.path, config))
+        tracker = None if folder is None or config.log_to is None else TRACKERS[config.log_to]
+        self.tracker = None if tracker is None else tracker(config, folder)
         self._images, self._since = 0, time.monotonic()
         self._said: set[str] = set()
+
+    def begin(self) -> None:
+        """Training is about to begin, or to go on."""
+        if self.tracker is not None:
+            self.tracker.begin()
 
     def resume(self, steps: int) -> None:
         """TensorBoard forgets what was logged after the checkpoint."""
         if self.folder is not None:
-            self.board = Board(self.folder.path, purge_step=steps + 1)
+            self.board = Board(board_folder(self.folder.path, self.config), purge_step=steps + 1)
 
     def warn_once(self, what: str, text: str) -> None:
         if what not in self._said:
@@ -151,25 +85,29 @@ class Logs:
             return
         scalars = {**values, "train/lr": lr, "train/images_per_s": speed}
         for tag, value in scalars.items():
-            self.board.scalar(tag, value, step)
+            self._scalar(tag, value, step)
         finite = {
             tag: value if value == value and abs(value) != float("inf") else None for tag, value in scalars.items()
         }
         self._append({"step": step, **finite})
 
-    def task(self, count: int, task: int, cost: Any, row: dict, averages: dict) -> None:
-        """A task has ended: its line in metrics.jsonl, its points in TensorBoard."""
+    def task(self, count: int, task: int, cost: Any, row: dict, averages: dict, forgetting: dict) -> None:
+        """A task has ended: its line in metrics.jsonl, its points in TensorBoard. `forgetting`: {setting: fraction}."""
         if self.folder is None:
             return
         self._append({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
+        if count == 1:
+            self.board.add(layout(list(row), has_each_task=len(next(iter(row.values()))) <= MANY_TASKS), 0)
+        for setting, value in forgetting.items():
+            self._scalar(f"forgetting/{setting}", value, count, "task")
         for setting, values in row.items():
-            self.board.scalar(f"accuracy/{setting}", averages[setting], count)
+            self._scalar(f"accuracy/{setting}", averages[setting], count, "task")
             if len(values) > MANY_TASKS:
                 continue  # a thousand curves show nothing, and cost more with each task
             for index, value in enumerate(values):
                 if value is not None:
-                    self.board.scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count)
-        self.board.flush()
+                    self._scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count, "task")
+        self._flush()
 
     def epoch(self, epochs: int, task: int, cost: Any, row: dict, averages: dict) -> None:
         """An evaluation inside a task, after so many of its epochs."""
@@ -178,13 +116,13 @@ class Logs:
         line = {"task": task, "epochs": epochs, "step": cost.steps}
         self._append({**line, "accuracy_inside": row, "average_accuracy_inside": averages})
         for setting, value in averages.items():
-            self.board.scalar(f"accuracy_inside/{setting}", value, cost.steps)
+            self._scalar(f"accuracy_inside/{setting}", value, cost.steps)
 
     def custom(self, name: str, value: float, step: int) -> None:
         """A number that a callback or the engine logs by its name."""
         if self.folder is None:
             return
-        self.board.scalar(name, value, step)
+        self._scalar(name, value, step)
         self._append({"step": step, name: value if abs(value) < float("inf") else None})
 
     def print_task(self, seen: int, averages: dict) -> None:
@@ -214,15 +152,19 @@ class Logs:
             prefix = "metrics" if len(summary["metrics"]) == 1 else f"metrics/{setting}"
             finals |= {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
         for tag in sorted(finals.keys() - there):
-            self.board.scalar(tag, finals[tag], len(next(iter(summary["accuracy"].values()))))
+            self._scalar(tag, finals[tag], len(next(iter(summary["accuracy"].values()))), "task")
             done.append(tag)
+        if self.tracker is not None:  # TensorBoard's curves are of accuracies and losses; costs are in summary.json
+            for name, value in summary["cost"].items():
+                if value is not None:
+                    self.tracker.scalar(f"cost/{name}", value, len(tasks), "task")
         if HPARAMS not in there:
-            self._hparams(finals)
+            for part in hparams(self.config, self.folder.neighbours(self.config), finals):
+                self.board.add(part, 0)
             done.append("hparams")
-        title = f"{summary['model']} on {summary['dataset']}"
         for index, (setting, matrix) in enumerate(summary["accuracy"].items()):
             suffix = "" if index == 0 else f"_{setting}"
-            heading = f"{title}, {WRITTEN[setting]}"
+            heading = title(self.config, WRITTEN[setting])
             figures = {
                 f"accuracy_matrix{suffix}": partial(pictures.accuracy_matrix, matrix, heading, None if joint else tasks)
             }
@@ -235,7 +177,7 @@ class Logs:
                 if f"{name}.png" in missing:
                     pictures.save(figure, self.folder.path / f"{name}.png")
                 if name in missing:
-                    self.board.image(name, pictures.to_array(figure))
+                    self._image(name, pictures.to_array(figure))
                 done += sorted(missing)
         return done
 
@@ -243,36 +185,30 @@ class Logs:
         """The picture of a confusion matrix (K, K)."""
         from flatcl.utils.engine import pictures
 
-        title = f"{self.config.model} on {self.config.dataset}"
-        figure = pictures.confusion(counts, title)
+        figure = pictures.confusion(counts, title(self.config, "confusion matrix"))
         pictures.save(figure, self.folder.path / "confusion_matrix.png")
-        self.board.image("confusion_matrix", pictures.to_array(figure))
+        self._image("confusion_matrix", pictures.to_array(figure))
 
-    def _hparams(self, finals: dict[str, float]) -> None:
-        """hparams into this run's own event file (the writer's `add_hparams` would open a second run)."""
-        from torch.utils.tensorboard.summary import hparams
-
-        given = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in self.config.values.items()
-        }
-        for part in hparams(given, finals):
-            self.board.add(part, 0)
-
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
+        """`status`: how the run ended."""
         self.close_bar()
         if self.board is not None:
             self.board.close()
+        if self.tracker is not None:
+            self.tracker.close(status)
 
+    def _scalar(self, tag: str, value: float, step: int, axis: str = "step") -> None:
+        """A point for TensorBoard and for the tracker. `axis`: what `step` counts, 'step' or 'task'."""
+        self.board.scalar(tag, value, step)
+        if self.tracker is not None:
+            self.tracker.scalar(tag, value, step, axis)
 
-def entries(folder: Path) -> set[str]:
-    """What `Logs.finish` has left in a run folder: names of pictures that are whole, tags in TensorBoard's files."""
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
+    def _image(self, tag: str, image: Any) -> None:
+        self.board.image(tag, image)
+        if self.tracker is not None:
+            self.tracker.image(tag, image)
 
-    found = {path.name for path in folder.glob("*.png") if path.is_file() and path.read_bytes().endswith(PNG_END)}
-    for path in sorted(folder.glob("*tfevents*")):
-        with contextlib.suppress(Exception):  # a file that is damaged: what stands behind the damage is missing
-            for raw in RawEventFileLoader(str(path)).Load() if path.is_file() else ():
-                found |= {value.tag for value in Event.FromString(raw).summary.value}
-    return found
+    def _flush(self) -> None:
+        self.board.flush()
+        if self.tracker is not None:
+            self.tracker.flush()

@@ -79,38 +79,38 @@ def confusion(counts: np.ndarray, title: str) -> "Figure":
         ticks(places, [str(place) for place in places], fontsize=8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("class")
-    axes.set_title(f"{title}: confusion matrix", fontsize=11, wrap=True)
+    axes.set_title(title, fontsize=11, wrap=True)
     figure.colorbar(image, ax=axes, label="% of the class's images").outline.set_visible(False)
     return figure
 
 
 def curves(matrix: Matrix, title: str) -> "Figure":
     """Average accuracy over the tasks seen so far, and forgetting, after each task. Beside the average each task's own
-    accuracy, or, of many tasks, between which accuracies half and 90 % of those seen so far lie."""
+    accuracy, its number at its end, or, of many tasks, between which accuracies half and 90 % of those seen so far
+    lie."""
     percent = _percent(matrix)
     rows, columns = percent.shape
     joint = rows == 1 and columns > 1
-    figure = _figure(9.6, 3.9)
-    left, right = figure.subplots(1, 2)
+    figure = _figure(10.6, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(1.45, 1))
     figure.suptitle(title, fontsize=11)
 
     steps = np.arange(1, rows + 1)
     seen = percent.copy()
     if not joint:
         seen[np.arange(columns) > np.arange(rows)[:, None]] = np.nan  # before its training a task is not yet learned
+    left.set_ylim(-2, 102 if np.isnan(seen).all() else _top(np.nanmax(seen)))
     if columns <= MAX_LINES:
-        for j in range(columns):
-            left.plot(steps, seen[:, j], color=FAINT, lw=0.9, marker=".", ms=3, label="each task" if j == 0 else None)
+        _task_lines(left, seen)
     elif not joint:
         low, lower, upper, high = np.array([_percentiles(row, (5, 25, 75, 95)) for row in seen]).T
         left.fill_between(steps, low, high, color="#dbe4ee", lw=0, label="90 % of the tasks")
         left.fill_between(steps, lower, upper, color="#b4c7dc", lw=0, label="50 %")
-    style = {"lw": 2.4, "marker": "o", "ms": 5} if rows <= MAX_LINES else {"lw": 1.6}
+    style = {"lw": 2.6, "marker": "o", "ms": 5.5} if rows <= MAX_LINES else {"lw": 1.6}
     average = [_mean(row) for row in seen]
-    left.plot(steps, average, color=SERIES[0], label="average over tasks seen", **style)
-    left.set_ylim(-2, 102)
+    left.plot(steps, average, color=INK, label="average over tasks seen", zorder=3, **style)
     left.set_ylabel("accuracy (%)")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=9)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=9)
 
     right.plot(steps[1:], 100 * np.array(forgetting(matrix)), color=SERIES[1], **style)
     right.axhline(0, color=INK, lw=0.8)
@@ -126,6 +126,64 @@ def curves(matrix: Matrix, title: str) -> "Figure":
         axes.set_xticks(np.array(places) + 1, ["end"] if joint else names, fontsize=8 if rows > 12 else 9)
         axes.set_xlim(1 - 0.4 * max(1, rows / 40), rows + 0.4 * max(1, rows / 40))
     return figure
+
+
+def _task_lines(axes, seen: np.ndarray) -> None:
+    """A line for each task (column), told apart by colour, marker and dashes together, and its number at its end: the
+    colours of 20 lines alone cannot be, least of all in print or by colour-blind readers."""
+    rows, columns = seen.shape
+    ends = []
+    for j, style in zip(range(columns), _line_styles(), strict=False):
+        there = np.flatnonzero(~np.isnan(seen[:, j]))
+        if len(there) == 0:
+            continue
+        name = "task 1, 2, ..." if j == 0 else None
+        axes.plot(there + 1, seen[there, j], lw=1.1, ms=4.5, label=name, mfc="white", mew=1.1, **style)
+        ends.append((seen[there[-1], j], there[-1] + 1, f"{j + 1}", style))
+    top = axes.get_ylim()[1]
+    places = _spread([end for end, _, _, _ in ends], apart=top / MAX_LINES, low=0, high=top)
+    beside = rows + 0.05 * max(rows, 2)  # right of the frame
+    for (end, step, number, style), place in zip(ends, places, strict=True):
+        axes.plot((step, beside), (end, place), lw=0.5, ms=4, markevery=[1], mfc="white", clip_on=False,
+                  **{**style, "ls": "-"})  # fmt: skip
+        axes.text(beside + 0.02 * max(rows, 2), place, number, color=style["color"], fontsize=8, va="center")
+
+
+def _top(highest: float) -> float:
+    """Where an axis of accuracies in percent ends: lines that are all low would lie on each other."""
+    return next(1.02 * end for end in (25, 50, 100) if highest <= end)
+
+
+def _line_styles() -> Iterator[dict]:
+    """Styles of which neighbours share nothing, and no two are equal; 30 of them."""
+    colours, markers, dashes = SERIES, "os^Dv", ("-", "--", ":", "-.")
+    for number in range(len(colours) * len(markers)):
+        yield {"color": colours[number % len(colours)], "marker": markers[number % len(markers)],
+               "ls": dashes[number % len(dashes)]}  # fmt: skip
+
+
+def _spread(values: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+    """Places near these values, in their order, at least `apart` from each other, in low..high where that is possible:
+    labels that do not cover each other. Groups of labels that touch are centred on their values' mean."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    groups: list[list[int]] = []
+    centres: list[float] = []
+    for index in order:
+        groups.append([index])
+        centres.append(values[index])
+        while True:
+            half = (len(groups[-1]) - 1) * apart / 2
+            centres[-1] = min(max(centres[-1], low + half), high - half)
+            if len(groups) < 2 or centres[-1] - half - centres[-2] - (len(groups[-2]) - 1) * apart / 2 >= apart:
+                break
+            last, _ = groups.pop(), centres.pop()
+            groups[-1] += last
+            centres[-1] = sum(values[own] for own in groups[-1]) / len(groups[-1])
+    places = [0.0] * len(values)
+    for own, centre in zip(groups, centres, strict=True):
+        for rank, index in enumerate(own):
+            places[index] = centre + (rank - (len(own) - 1) / 2) * apart
+    return places
 
 
 def forgetting(matrix: Matrix) -> list[float]:

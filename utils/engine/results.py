@@ -1,6 +1,7 @@
 """The run folder. Every file in it is whole at any moment: a killed run keeps what it had finished."""
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import flatcl
 from flatcl.utils import launch
-from flatcl.utils.arguments import Config
+from flatcl.utils.arguments import Config, EngineArgs
 from flatcl.utils.console import complain, reason
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
@@ -28,6 +29,7 @@ PACKAGES = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "scipy", "kornia", "tensorboard", "matplotlib", "tqdm",
     "scikit-learn",
 )  # fmt: skip
+NEIGHBOURS = 100
 
 
 class RunFolder:
@@ -72,6 +74,20 @@ class RunFolder:
         """The run folders of this configuration, the newest first."""
         folders = (path for path in _parent(config).glob(f"*-{config.hash}*") if path.is_dir())
         return sorted(folders, key=lambda path: path.name, reverse=True)
+
+    def neighbours(self, config: Config) -> list[dict[str, Any]]:
+        """{flag: value} of the newest `NEIGHBOURS` other runs on this benchmark in the results folder; of what can
+        change a number. What cannot be read is passed over."""
+        without = {field.name for field in dataclasses.fields(EngineArgs) if not field.metadata["result"]}
+        files = sorted(_parent(config).parent.glob("*/*/config.json"), key=lambda file: file.parent.name)
+        found = []
+        for file in files[-NEIGHBOURS:]:
+            if file.parent.name == self.path.name:
+                continue
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                flags = read_json(file)["flags"].items()
+                found.append({name: entry["value"] for name, entry in flags if name not in without})
+        return found
 
     @classmethod
     @contextmanager

@@ -8,12 +8,13 @@ from pathlib import Path
 from flatcl.utils import launch
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import again, complain, reason, say
-from flatcl.utils.engine import checkpoint, predictions, ranks, results
+from flatcl.utils.engine import checkpoint, predictions, ranks, results, trackers
+from flatcl.utils.engine.board import entries
 from flatcl.utils.engine.build import build, computing, resolve_device
 from flatcl.utils.engine.callbacks import Callbacks
 from flatcl.utils.engine.layout import has_convolutions
 from flatcl.utils.engine.lock import Busy
-from flatcl.utils.engine.logs import Logs, entries
+from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.ranks import Ranks
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.texts import closing_table, describe
@@ -27,6 +28,7 @@ from flatcl.utils.saved import Parent, read_saved
 def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
     """One whole run, from an empty network. Raises `Interrupted`, `RunFailed`, `UsageError`."""
     ranks.check(config)
+    trackers.check(config)
     device = resolve_device(config.device)
     state = _state_of(config.continues)
     with computing(config, device), ranks.joined(device, config) as group, _new_folder(config, group) as folder:
@@ -51,6 +53,8 @@ def resume(
     device = resolve_device(config.device)
     ranks.check(config, is_new=False)
     is_finished, is_first = is_done(path), launch.number() == 0
+    if not is_finished:
+        trackers.check(config)
     folder = RunFolder(path) if is_first else None
     holding = nullcontext() if folder is None else folder.held()
     with computing(config, device), ranks.joined(device, config) as group, holding:
@@ -199,6 +203,7 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
     callbacks.trainer = trainer
     with SignalWatch(trainer):
         try:
+            trainer.logs.begin()
             summary = trainer.run()
             status = "finished"
             _finish(trainer, summary)
@@ -226,7 +231,7 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             trainer.status = status or "running"
             if folder is not None and status is not None and status != "finished" and folder.path.is_dir():
                 _write_status(trainer, folder, status)
-            trainer.logs.close()
+            trainer.logs.close(trainer.status)
 
 
 def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:

@@ -514,7 +514,8 @@ class Trainer:
         averages = {setting: self._average(setting) for setting in row}
         if self.folder is not None:
             self._try_to_keep(self._write_results_so_far, "the results so far")
-        self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages)
+        forgetting = {setting: value for setting in row if (value := self._forgetting(setting)) is not None}
+        self.logs.task(len(self.progress.tasks), task.index, self.cost, row, averages, forgetting)
         self._try_to_keep(self.save_checkpoint, "a checkpoint")
         self.logs.print_task(len(self.benchmark) if self.joint else len(self.progress.tasks), averages)
         if self.callbacks.given:
@@ -571,6 +572,13 @@ class Trainer:
     def _average(self, setting: str) -> float:
         row = self.progress.accuracy[setting][-1]
         return metrics.average_accuracy(_measured(row, self._columns), len(self._columns))
+
+    def _forgetting(self, setting: str) -> float | None:
+        """So far; None after one task, and of many tasks, whose matrix takes longer to look through with each."""
+        if self.joint or len(self.benchmark) > MANY_TASKS:
+            return None
+        rows = self.progress.accuracy[setting]
+        return metrics.forgetting_chaudhry18([[row[column] for column in self._columns] for row in rows])
 
     def _metrics(self, setting: str) -> dict[str, float | None]:
         def trained(row: list) -> list:

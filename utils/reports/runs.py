@@ -85,16 +85,20 @@ def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain
 
 
 def find_runs(
-    paths: Sequence[str | Path], say: Callable[[str], None] = complain, with_repeats: bool = False
+    paths: Sequence[str | Path],
+    say: Callable[[str], None] = complain,
+    with_repeats: bool = False,
+    with_unfinished: bool = False,
 ) -> list[Run]:
-    """As `load_runs`, but there may be none. `with_repeats`: all of equal runs, the newest last."""
+    """As `load_runs`, but there may be none. `with_repeats`: all of equal runs, the newest last. `with_unfinished`:
+    runs of any status; of equal runs a finished one counts rather than a newer one that is not."""
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
         folder = user_path(path)
         place = folder.resolve()
         for run in _runs_in(folder, say):
-            if run is not None and run.summary["status"] == "finished":
+            if run is not None and (with_unfinished or run.summary["status"] == "finished"):
                 found[place / run.path.relative_to(folder)] = run
             elif run is not None:
                 unfinished[run.summary["status"]] = unfinished.get(run.summary["status"], 0) + 1
@@ -243,8 +247,13 @@ def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
 
 
 def _by_age(runs: Iterable[Run]) -> list[Run]:
-    """The newest last. Folder names begin with the time, and copies keep them, unlike file times."""
-    return sorted(runs, key=lambda run: (run.content.get("folder") or run.path.name, str(run.path)))
+    """The newest last, those that did not finish first. Folder names begin with the time, and copies keep them, unlike
+    file times."""
+
+    def place(run: Run) -> tuple[bool, str, str]:
+        return run.summary["status"] == "finished", run.content.get("folder") or run.path.name, str(run.path)
+
+    return sorted(runs, key=place)
 
 
 def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
