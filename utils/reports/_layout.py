@@ -124,17 +124,14 @@ class Page:
     def fit(self, height: Callable[[float], float]) -> "Figure":
         """Makes the figure as high as it must be for panels of `height(their width)`, in inches, and keeps all things
         where they are from then on."""
-        wanted = 0.0
-        for _ in range(4):
-            self.figure.draw_without_rendering()
+        engine, dpi = self.figure.get_layout_engine(), self.figure.dpi
+        for _ in range(5):
+            engine.execute(self.figure)
             box = self.axes[0].get_window_extent()
-            dpi = self.figure.dpi
-            wanted = height(box.width / dpi)
-            missing = self.down * (wanted - box.height / dpi)
-            if abs(missing) < 0.005:
+            missing = self.down * (height(box.width / dpi) - box.height / dpi)
+            if abs(missing) < 0.01:
                 break
             self.figure.set_figheight(max(self.figure.get_figheight() + missing, 0.5))
-        self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
         return self.figure
 
@@ -199,24 +196,24 @@ def _write(figure: "Figure", file: Any, format: str) -> None:
 def _escaped(figure: "Figure") -> Iterator[None]:
     """Inside, the texts are TeX: what is special there is escaped. Labels of ticks come from a formatter."""
     from matplotlib.text import Text
-    from matplotlib.ticker import FixedFormatter
+    from matplotlib.ticker import FixedFormatter, FixedLocator
 
-    texts = [text for text in figure.findobj(Text) if text.get_text()]
-    before = [text.get_text() for text in texts]
     axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    fixed = [axis for axis in axes if isinstance(axis.get_major_formatter(), FixedFormatter)]
-    labels = [axis.get_major_formatter().seq for axis in fixed]
-    for text, plain in zip(texts, before, strict=True):
+    named = [axis for axis in axes if isinstance(axis.get_major_locator(), FixedLocator)]
+    formatters = [axis.get_major_formatter() for axis in named]
+    texts = {text: text.get_text() for text in figure.findobj(Text) if text.get_text()}
+    for axis in named:
+        labels = [latex_text(label.get_text()) for label in axis.get_ticklabels()]
+        axis.set_major_formatter(FixedFormatter(labels))
+    for text, plain in texts.items():
         text.set_text(latex_text(plain))
-    for axis, plain in zip(fixed, labels, strict=True):
-        axis.set_major_formatter(FixedFormatter([latex_text(label) for label in plain]))
     try:
         yield
     finally:
-        for text, plain in zip(texts, before, strict=True):
+        for text, plain in texts.items():
             text.set_text(plain)
-        for axis, plain in zip(fixed, labels, strict=True):
-            axis.set_major_formatter(FixedFormatter(plain))
+        for axis, formatter in zip(named, formatters, strict=True):
+            axis.set_major_formatter(formatter)
 
 
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
