@@ -288,7 +288,9 @@ def _compute(panels: Sequence[Panel], request: Request) -> "Figure":
         _cost_axis(axes, own)
         axes.grid(axis="y")
     head(page, panels)
-    _name_axes(page, panels, unit if page.across == 1 else unit.replace(" (", "\n("), request.label)
+    if page.across > 1:
+        unit = unit.replace(" (", "\n(").replace(" + ", " + " if page.panel_inches > LETTER * 26 else " +\n")
+    _name_axes(page, panels, unit, request.label)
     page.legend([*handles.values(), line], [*handles, "Pareto front"], handlelength=1.4)
     made = page.fit(lambda width: min(max(0.72 * width, 1.6), 2.2))
     for axes, own, front in zip(page.axes, data, fronts, strict=True):
@@ -637,7 +639,8 @@ def _heat(panels: Sequence[Panel], request: Request) -> "Figure":
         raise UsageError(f"no run has a value of {request.metric}. Choose another --metrics.")
     share = all(rows == shown[0][1] for _, rows, _, _ in shown)
     longest = LETTER * max(len(name) for _, rows, _, _ in shown for name in rows)
-    columns = 0.36 * max(len(names) for _, _, names, _ in shown) + 0.15
+    title = LETTER * max(len(part) for panel, *_ in shown for part in panel.parts)
+    columns = max(0.36 * max(len(names) for _, _, names, _ in shown), title) + 0.15
     room = WIDTHS[request.width] - (longest if share else 0)
     page = Page(request.width, len(shown), max(1, int(room / (columns + (0 if share else longest)))))
     page.panel_inches = room / page.across - (0.1 if share else longest)
