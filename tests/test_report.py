@@ -66,7 +66,7 @@ def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
     ]
 
 
-def test_costs_are_metrics_too_but_no_fractions(three_seeds, capsys):
+def test_costs_are_metrics_too_but_no_fractions(three_seeds):
     names = ["final_average_accuracy", "train_s", "forward_rows"]
     runs = finished.load_runs([three_seeds])
     head, _, row = tables.table(runs, metrics=names).splitlines()
@@ -76,8 +76,6 @@ def test_costs_are_metrics_too_but_no_fractions(three_seeds, capsys):
     assert row.endswith("| 83.00 ± 3.61 / 11.0 ± 1.0 / 2,400,512 |")
     assert footing.startswith("final_average_accuracy in % / train_s / forward_rows; mean")
     assert tables.table(runs, metrics=["train_s"], format="csv").splitlines()[1].endswith(",11.0,1.0,3")
-    argv = [str(three_seeds), "--metrics", "train_s", "--picture", str(three_seeds / "bars.png")]
-    assert report.main(argv) == 2 and "draws the first of --metrics in percent" in capsys.readouterr().err
 
 
 def test_one_run_has_no_std_and_a_missing_metric_is_a_dash(tmp_path):
@@ -225,7 +223,6 @@ def test_where_selects_by_summary_and_by_flag(grid):
         (["--setting", "class-li"], "unknown setting: 'class-li'."),
         (["--where", "model"], "--where expects key=value, got 'model'."),
         (["--pivot", "dataset", "--format", "csv"], "--pivot cannot be used with --format csv"),
-        (["--picture", "bars.pdf"], "--picture expects a file that ends in .png"),
         (["--nonsense"], "unknown flag: --nonsense"),
     ],
 )
@@ -243,12 +240,11 @@ def test_no_runs_and_no_folder(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
-def test_command_writes_table_and_picture(grid, tmp_path, capsys):
-    out, picture = tmp_path / "table.md", tmp_path / "bars.png"
-    assert report.main([str(grid), "--by", "model,buffer-size", "--out", str(out), "--picture", str(picture)]) == 0
+def test_command_writes_the_table_into_a_file(grid, tmp_path, capsys):
+    out = tmp_path / "table.md"
+    assert report.main([str(grid), "--by", "model,buffer-size", "--out", str(out)]) == 0
     assert capsys.readouterr().out == ""
     assert "| er | 200 | domain-il | 2 | 82.00 ± 2.83 |" in out.read_text(encoding="utf-8")
-    assert Image.open(picture).format == "PNG"
 
 
 MATRIX = [[0.9, 0.25, None], [0.7, 0.8, 0.1], [0.75, 0.5, 0.95]]

@@ -3,6 +3,7 @@
 What is left out or counted once is said on stderr, so that no table hides what it stands on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import Config, EngineArgs, flags_of
+from flatcl.utils.arguments import MANY_TASKS, Config, EngineArgs, flags_of
 from flatcl.utils.console import complain, reason
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import is_writable, parse_json, read_json, read_text, user_path
+from flatcl.utils.metrics import Matrix
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports import _run_index as run_index
 from flatcl.utils.saved import other_code
@@ -24,6 +26,7 @@ RECORD = "runs.jsonl"
 VALIDATION, TEST = "validation", "test"
 DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
 NO_RESULT = "no result"  # the status of a run that has written no summary: it ended before its first task did
+DECIMALS = 5  # of an accuracy (a fraction) in a record: enough for test sets of up to 100,000 images
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _without_summary(folder: Path) -> Iterable[Run]:
 
 def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
     """What a record keeps of a run folder; None where that is no run's. Of the summary without the matrix, which no
-    table needs. The index keeps it, so that it is looked at once."""
+    table needs (see `load_matrices`). The index keeps it, so that it is looked at once."""
     content: dict[str, Any] = {"folder": folder.name}
     for file in run_index.FILES[0 if has_summary else 1 :]:
         try:
@@ -167,16 +170,20 @@ def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
     if not has_summary:
         config_hash = content["config"].get("config_hash") if isinstance(content.get("config"), dict) else None
         content["summary"] = {"status": NO_RESULT, "metrics": {}, "config_hash": config_hash}
-    elif isinstance(content.get("summary"), dict):
-        content["summary"].pop("accuracy", None)
-    return content if _is_of_a_run(content) else None
+    return _checked(content)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        content = parse_json(line)
+        return _checked(parse_json(line))
     except ValueError:
         return None
+
+
+def _checked(content: Any) -> dict[str, Any] | None:
+    """Without the matrix, which takes more memory than all else; None for what is no run's."""
+    if isinstance(content, dict) and isinstance(content.get("summary"), dict):
+        content["summary"].pop("accuracy", None)
     return content if _is_of_a_run(content) else None
 
 
@@ -209,7 +216,7 @@ def _has_types(content: Mapping[str, Any]) -> bool:
     codes = [config.get("code") or {}, *(part["code"] or {} for part in parts)]
     numbers = [*summary["metrics"].values(), summary.get("cost", {})]
     values = [item for value in flags.values() for item in (value if isinstance(value, list) else [value])]
-    values += [value for key, value in summary.items() if key not in ("metrics", "cost", "accuracy")]
+    values += [value for key, value in summary.items() if key not in ("metrics", "cost")]
     names = [*flags, *summary, *summary["metrics"], *(name for part in numbers for name in part), summary["status"]]
     return (
         isinstance(summary["status"], str)
@@ -222,13 +229,78 @@ def _has_types(content: Mapping[str, Any]) -> bool:
     )
 
 
+def load_matrices(runs: Sequence[Run]) -> list[dict[str, Matrix]]:
+    """Of each run, in the order of `runs`, {setting: accuracy matrix}: fractions, a row and a column for each task that
+    was trained, None for what was not evaluated; of a joint run one row. Empty where neither the run folder nor the
+    record has it.
+
+    It is read now, from accuracy.json or summary.json in the run folder, or from the run's line of the record, each
+    record once: a `Run` does without it, so that tables of many runs are fast.
+    """
+    return [_trained(accuracy, run) for accuracy, run in zip(_accuracies(runs), runs, strict=True)]
+
+
+def _accuracies(runs: Sequence[Run]) -> list[dict[str, Matrix]]:
+    """As `load_matrices`, but with a column for each task of the benchmark, trained or not."""
+    records: dict[Path, list[str]] = {}
+    return [_folder_accuracy(run) if run.path.is_dir() else _record_accuracy(run, records) for run in runs]
+
+
+def _folder_accuracy(run: Run) -> dict[str, Matrix]:
+    for name in ("accuracy.json", "summary.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return _valid(read_json(run.path / name)["accuracy"], run)
+    return {}
+
+
+def _record_accuracy(run: Run, records: dict[Path, list[str]]) -> dict[str, Matrix]:
+    """`records`: the lines of the files that were read before. A line that has become another run's counts as none."""
+    file, number = run.path.parent, run.path.name
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        if file not in records:
+            records[file] = read_text(file).splitlines()
+        summary = parse_json(records[file][int(number) - 1])["summary"]
+        if summary.get("config_hash") == run.summary.get("config_hash"):
+            return _valid(summary["accuracy"], run)
+    return {}
+
+
+def _valid(accuracy: Any, run: Run) -> dict[str, Matrix]:
+    """The matrices of the settings that the run has metrics of. Raises `ValueError`, `KeyError` or `TypeError` for what
+    a run does not write."""
+    for setting in run.summary["metrics"]:
+        rows = accuracy[setting]
+        values = [value for row in rows for value in row if value is not None]
+        if len({len(row) for row in rows}) != 1 or not all(type(value) in (int, float) for value in values):
+            raise ValueError("not a matrix of numbers")
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError("not fractions")
+    return {setting: accuracy[setting] for setting in run.summary["metrics"]}
+
+
+def _trained(accuracy: dict[str, Matrix], run: Run) -> dict[str, Matrix]:
+    """The columns of the tasks that were trained: they follow each other, and a joint run has trained all of them."""
+    first, found = run.get("start_from") or 0, {}
+    for setting, rows in accuracy.items():
+        is_joint = len(rows) == 1 and run.summary["metrics"][setting].get("average_incremental_accuracy") is None
+        last = len(rows[0]) if is_joint else first + len(rows)
+        if 0 <= first < last <= len(rows[0]):
+            found[setting] = [row[first:last] for row in rows]
+    return found
+
+
 def write_record(runs: Sequence[Run], path: str | Path) -> None:
-    """One line of JSON for each run: summary, configuration and environment, without the accuracy matrix and without
-    the flags that cannot change a number (where files lay)."""
+    """One line of JSON for each run: summary, configuration and environment, without the flags that cannot change a
+    number (where files lay). Of at most `MANY_TASKS` tasks with the accuracy matrix, rounded to `DECIMALS` decimals."""
     places = {name for name, item in flags_of(EngineArgs, "engine").items() if not item.result}
     lines = []
-    for run in runs:
-        summary = {key: value for key, value in run.content["summary"].items() if key != "accuracy"}
+    for run, accuracy in zip(runs, _accuracies(runs), strict=True):
+        summary = dict(run.content["summary"])
+        if accuracy and all(len(rows[0]) <= MANY_TASKS for rows in accuracy.values()):
+            summary["accuracy"] = {
+                name: [[None if value is None else round(value, DECIMALS) for value in row] for row in rows]
+                for name, rows in accuracy.items()
+            }
         config = dict(run.content.get("config", {"flags": {}}))
         config["flags"] = {name: entry for name, entry in config["flags"].items() if name not in places}
         lines.append(json.dumps({**run.content, "summary": summary, "config": config}, sort_keys=True))

@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
@@ -182,31 +181,3 @@ def _text(head: list[str], body: Sequence[Sequence[Cell]], num_keys: int) -> str
 
 
 RENDER = {"markdown": _markdown, "text": _text, "latex": latex.tabular}
-
-
-def picture(
-    runs: Sequence[Run],
-    path: str | Path,
-    by: Sequence[str] | None = None,
-    metric: str = METRICS[0],
-    setting: str | None = None,
-    pivot: Sequence[str] = (),
-    order: Sequence[str] = (),
-) -> None:
-    """Writes bars of one metric as a PNG: a panel for each value of the pivot keys (dataset and buffer size)."""
-    from flatcl.utils.engine import pictures
-
-    check_metrics([metric], runs)
-    keys = keys_of(runs, by, pivot)
-    pivot = pivot or [key for key in ("dataset", "buffer_size") if key in keys]
-    rows, columns, cells = spread(group_runs(runs, keys, setting, order), pivot, order)
-    bars = []
-    for (i, column), group in cells.items():
-        stat = group.stat(metric)
-        method = " ".join(written(value) for value in rows[i].values() if value is not None)
-        bars.append(
-            {"panel": column.label, "method": method, "series": column.setting, "mean": stat.mean, "std": stat.std}
-        )
-    panels = {column.label: rank for rank, column in enumerate(columns)}
-    bars.sort(key=lambda bar: panels[bar["panel"]])
-    pictures.save(pictures.comparison(bars, f"{metric.replace('_', ' ')} (%)"), path)

@@ -1,0 +1,224 @@
+"""What the pictures of `plots` show: groups of runs, a panel for each dataset, buffer size and setting; their names."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import canonical, nearest
+from flatcl.utils.reports._layout import Page, Style
+from flatcl.utils.reports.runs import Run
+from flatcl.utils.reports.tables import Group, group_runs, mixtures, spread, written
+
+BY = ("model", "optimizer")
+PANELS = ("dataset", "buffer_size")
+LETTER = 0.068  # inches: the mean width of a letter, rounded up
+NAMES = {
+    "final_average_accuracy": "final average accuracy",
+    "final_overall_accuracy": "final overall accuracy",
+    "average_incremental_accuracy": "average incremental accuracy",
+    "forgetting_chaudhry18": "average forgetting",
+    "forgetting_mammoth": "average forgetting, as in Mammoth",
+    "bwt_gem17": "backward transfer",
+    "fwt_gem17": "forward transfer",
+    "train_s": "training time (s)",
+    "eval_s": "evaluation time (s)",
+    "wall_s": "wall time (s)",
+    "peak_memory_mib": "peak memory (MiB)",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `plots.figure` was asked for."""
+
+    metric: str
+    by: Sequence[str]
+    setting: str | None
+    order: Sequence[str]
+    names: Mapping[str, str]
+    width: str
+    x: str
+    costs: frozenset[str]
+    say: Callable[[str], None]
+
+    @property
+    def is_cost(self) -> bool:
+        return self.metric in self.costs
+
+    @property
+    def scale(self) -> int:
+        """Fractions are drawn in percent."""
+        return 1 if self.is_cost else 100
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.is_cost or self.metric.startswith("forgetting")
+
+    @property
+    def label(self) -> str:
+        name = NAMES.get(self.metric, self.metric.replace("_", " "))
+        return name if self.is_cost else f"{name} (%)"
+
+    def named(self, value: Any) -> str:
+        return self.names.get(canonical(written(value)), written(value))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One group in one panel. `place` counts labels: the same label has the same style in each panel."""
+
+    label: str
+    place: int
+    group: Group
+
+    @property
+    def style(self) -> Style:
+        return Style.number(self.place)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`parts` of its title: what all of its runs share."""
+
+    parts: tuple[str, ...]
+    setting: str
+    validation: bool
+    series: tuple[Series, ...]
+
+    def on_split(self, label: str) -> str:
+        """Which images were evaluated is said where they are not the test set."""
+        return f"{label},\nvalidation split" if self.validation else label
+
+
+def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
+    """Runs of the validation split and of the test set never share a panel. Raises `UsageError` for an unknown setting
+    and for a name of what is not there."""
+    settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
+    if request.setting is not None and request.setting not in settings:
+        raise UsageError(f"unknown setting: '{request.setting}'. {nearest(request.setting, settings)}")
+    shared = _shared(runs, request)
+    found = []
+    for validation in (False, True):
+        part = [run for run in runs if bool(run.get("validation")) == validation]
+        found += _panels(part, request, validation, shared)
+    _check_names(found, request)
+    labels = dict.fromkeys(series.label for panel in found for series in panel.series)
+    places = {label: place for place, label in enumerate(labels)}
+    return [
+        dataclasses.replace(panel, series=tuple(dataclasses.replace(s, place=places[s.label]) for s in panel.series))
+        for panel in found
+    ]
+
+
+def _shared(runs: Sequence[Run], request: Request) -> dict[str, Any]:
+    """{key: value} of model and optimizer where all runs have one and the groups differ in the other: it belongs into
+    the title, not into each label."""
+    values = {key: {run.get(key) for run in runs} for key in BY if key in request.by}
+    if len(values) < 2 or len(set(map(len, values.values())) - {1}) != 1:
+        return {}
+    return {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+
+
+def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Mapping[str, Any]) -> list[Panel]:
+    runs = [run for run in runs if request.setting is None or request.setting in run.summary["metrics"]]
+    if not runs:
+        return []
+    by = [key for key in request.by if key != "dataset"]
+    pivot = [key for key in PANELS if key not in by and any(run.get(key) is not None for run in runs)]
+    groups = group_runs(runs, [*by, *pivot], request.setting, request.order)
+    for line in mixtures(groups):
+        request.say(line)
+    rows, columns, cells = spread(groups, pivot, request.order)
+    panels = []
+    for column in columns:
+        values = dict(zip(pivot, column.values, strict=True))
+        parts = [request.named(value) for value in shared.values()]
+        parts += [_part(key, value, request) for key, value in values.items() if value is not None]
+        own = [(row, cells[i, column]) for i, row in enumerate(rows) if (i, column) in cells]
+        series = tuple(Series(_label(row, request, shared), 0, group) for row, group in own)
+        panels.append(Panel((*parts, request.named(column.setting)), column.setting, validation, series))
+    return panels
+
+
+def _part(key: str, value: Any, request: Request) -> str:
+    text = request.named(value)
+    return f"buffer {text}" if key == "buffer_size" and text == written(value) else text
+
+
+def _label(row: Mapping[str, Any], request: Request, shared: Mapping[str, Any]) -> str:
+    """`er + sam, lr 0.1`, with names in place of words; a name of the pair comes first."""
+    words = {key: written(value) for key, value in row.items() if value is not None}
+    pair = request.names.get(canonical("+".join(words[key] for key in BY if key in words)))
+    main = [request.named(words[key]) for key in BY if key in words and key not in shared]
+    rest = [request.names.get(canonical(word), f"{key.replace('_', ' ')} {word}")
+            for key, word in words.items() if key not in BY]  # fmt: skip
+    text = pair or " + ".join(main)
+    return ", ".join([*([text] if text else []), *rest]) or "all runs"
+
+
+def _check_names(panels: Sequence[Panel], request: Request) -> None:
+    """A name for something that is not there is a typing error."""
+    known: dict[str, None] = {}
+    for panel in panels:
+        for series in panel.series:
+            words = {key: written(value) for key, value in series.group.by.items()}
+            pair = "+".join(words[key] for key in BY if key in words)
+            known |= dict.fromkeys([*words.values(), panel.setting, *([pair] if "+" in pair else [])])
+    there = {canonical(word) for word in known}
+    unknown = [name for name in request.names if canonical(name) not in there]
+    if unknown:
+        raise UsageError(
+            *(f"--names: nothing here is called '{name}'. {nearest(name, list(known))}" for name in unknown)
+        )
+
+
+def listed(runs: Sequence[Run]) -> str:
+    """`er on seq-digits with sgd (seeds 0, 1, 2); ...`"""
+    seeds: dict[str, set[str]] = {}
+    for run in runs:
+        name = f"{run.get('model')} on {run.get('dataset')} with {run.get('optimizer')}"
+        seeds.setdefault(name, set()).add(written(run.get("seed")))
+    return "; ".join(
+        f"{name} (seeds {', '.join(sorted(own, key=lambda word: (len(word), word)))})" for name, own in seeds.items()
+    )
+
+
+def with_data(panels: Sequence[Panel], data: Sequence[Sequence[Any]]) -> tuple[list[Panel], list[list[Any]]]:
+    """The series that have something to draw, and the panels that have such series."""
+    kept, values = [], []
+    for panel, own in zip(panels, data, strict=True):
+        pairs = [(series, item) for series, item in zip(panel.series, own, strict=True) if item]
+        if pairs:
+            kept.append(dataclasses.replace(panel, series=tuple(series for series, _ in pairs)))
+            values.append([item for _, item in pairs])
+    return kept, values
+
+
+def say_single(panels: Sequence[Panel], what: str, request: Request) -> None:
+    alone = dict.fromkeys(series.label for panel in panels for series in panel.series if len(series.group.runs) == 1)
+    if alone:
+        request.say(f"note: no {what} where there is one run only: {', '.join(alone)}.")
+
+
+def titles(panels: Sequence[Panel], inches: float) -> list[str]:
+    """In as few lines as this width allows, broken in the same places where all have as many parts."""
+    alike = len({len(panel.parts) for panel in panels}) == 1
+    widest = [max(map(len, column)) for column in zip(*(panel.parts for panel in panels), strict=False)]
+    return [_broken(panel.parts, widest if alike else list(map(len, panel.parts)), inches) for panel in panels]
+
+
+def _broken(parts: Sequence[str], lengths: Sequence[int], inches: float) -> str:
+    text, used = parts[0], lengths[0]
+    for part, length in zip(parts[1:], lengths[1:], strict=True):
+        fits = (used + 2 + length) * LETTER <= inches
+        text += f", {part}" if fits else f"\n{part}"
+        used = used + 2 + length if fits else length
+    return text
+
+
+def head(page: Page, panels: Sequence[Panel]) -> None:
+    """A title above each panel."""
+    for axes, title in zip(page.axes, titles(panels, page.panel_inches), strict=True):
+        axes.set_title(title)
