@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path
-from flatcl.utils.reports.tables import latex_text
+from flatcl.utils.reports.latex import latex_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import Any
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports._layout import Page, Style
+from flatcl.utils.reports.groups import Group, group_runs, mixtures, spread, written
 from flatcl.utils.reports.runs import Run
-from flatcl.utils.reports.tables import Group, group_runs, mixtures, spread, written
 
 BY = ("model", "optimizer")
 PANELS = ("dataset", "buffer_size")

@@ -49,8 +49,8 @@ from flatcl.utils.reports._panels import (
     titles,
     with_data,
 )
+from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, written
 from flatcl.utils.reports.runs import Run, check_key, load_matrices
-from flatcl.utils.reports.tables import METRICS, Group, Stat, check_metrics, costs_of, gaps, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
