@@ -1003,15 +1003,15 @@ def _check_together(config: Config) -> list[str]:
         problems.append("--permute_classes and --custom_class_order exclude each other. Give one of them.")
     if config.pretrained_weights is not None and config.begun_by is None:
         problems += check_weights(config.pretrained_weights)
-    problems += _check_seeds(config)
     jointly = config.joint or config.learner.trains_jointly
+    problems += _check_seeds(config, jointly)
     if jointly and (config.start_from or config.stop_after):
         given = "--joint" if config.joint else f"--model {config.model}"
         problems.append(f"{given} trains all tasks at once: --start_from and --stop_after cannot be used. Drop them.")
     return problems
 
 
-def _check_seeds(config: Config) -> list[str]:
+def _check_seeds(config: Config, jointly: bool) -> list[str]:
     """Seeds of what the benchmark does not draw. Of a benchmark of others, only its code says that."""
     if DATASETS.file(config.dataset) is None:
         return []
@@ -1022,7 +1022,7 @@ def _check_seeds(config: Config) -> list[str]:
             f"--class_order_seed has no effect on {config.dataset}, whose classes have a fixed order. Add "
             "--permute_classes 1, or drop it."
         )
-    if config.data_order_seed is not None and setting == "general-continual" and not config.joint:
+    if config.data_order_seed is not None and setting == "general-continual" and not jointly:
         problems.append(
             f"--data_order_seed has no effect on {config.dataset}, whose stream the benchmark draws. Use "
             "--class_order_seed."
