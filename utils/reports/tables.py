@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import EngineArgs
+from flatcl.utils.arguments import SEEDS, EngineArgs
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import differences
@@ -103,6 +103,7 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
         flags = [{**(defaults if run.flags else {}), **run.flags, "protocol": run.protocol} for run in group.runs]
         flag_names = dict.fromkeys(name for own in flags for name in own if name not in harmless)
         values = {name: {_hashable(own.get(name)) for own in flags} for name in flag_names}
+        values = {name: found for name, found in values.items() if name not in SEEDS or None in found}  # or all vary
         several = {name: {comparable(value) for value in found} for name, found in values.items() if len(found) > 1}
         mixed = [f"{name} = {', '.join(sorted(found))}" for name, found in several.items() if len(found) > 1]
         known = [run.code for run in group.runs if run.code is not None]

@@ -18,6 +18,8 @@ LONGEST = 2**20  # bytes of a study file
 MOST = 100_000  # entries; a YAML file of a few lines can stand for more by its aliases
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
+PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")  # of collections in YAML
+
 Path_ = tuple[str | int, ...]  # of keys and positions, from the top
 
 
@@ -28,15 +30,19 @@ class Tree:
     file: str
     top: Any = None
     lines: dict[Path_, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (line or 0, what is wrong)
 
-    def where(self, path: Path_) -> str:
+    def where(self, path: Path_, line: int = 0) -> str:
         """`study.yaml, line 7, flags.lr`, as far as that is known."""
-        line = f", line {self.lines[path]}" if path in self.lines else ""
-        return f"{self.file}{line}, {_written(path)}" if path else f"{self.file}{line}"
+        line = line or self.lines.get(path, 0) if path else line
+        return ", ".join([self.file, *([f"line {line}"] if line else []), *([_written(path)] if path else [])])
 
-    def complain(self, path: Path_, problem: str) -> None:
-        self.problems.append(f"{self.where(path)}: {problem}")
+    def complain(self, path: Path_, problem: str, line: int = 0) -> None:
+        self.problems.append((line or self.lines.get(path, 0), f"{self.where(path, line)}: {problem}"))
+
+    def in_order(self) -> list[str]:
+        """The problems by their lines; those without a line come last."""
+        return [text for line, text in sorted(self.problems, key=lambda found: found[0] or MOST)]
 
 
 def _written(path: Path_) -> str:
@@ -150,6 +156,9 @@ class _Yaml:
         if self.number > MOST:
             raise UsageError(f"{self.tree.file}: it has more than {MOST:,} entries. Split the study.")
         self.tree.lines.setdefault(path, node.start_mark.line + 1)
+        if not isinstance(node, self.yaml.ScalarNode) and node.tag not in PLAIN:
+            self.tree.complain(path, f"expects a plain mapping or list, got {node.tag}. Write it without a tag.")
+            return None
         if isinstance(node, self.yaml.MappingNode):
             return dict(self._items(path, node))
         if isinstance(node, self.yaml.SequenceNode):
@@ -165,16 +174,12 @@ class _Yaml:
         seen: dict[str, int] = {}
         for key_node, value in node.value:
             if not isinstance(key_node, self.yaml.ScalarNode):
-                line = key_node.start_mark.line + 1
-                self.tree.problems.append(f"{self.tree.file}, line {line}: a key must be a name, got a collection.")
+                self.tree.complain(path, "a key must be a name, got a collection.", key_node.start_mark.line + 1)
                 continue
             key, line = key_node.value, key_node.start_mark.line + 1
             own = (*path, key)
             if key in seen:
-                self.tree.problems.append(
-                    f"{self.tree.file}, line {line}, {_written(own)}: the key is given twice, first in line "
-                    f"{seen[key]}. Give it once."
-                )
+                self.tree.complain(own, f"the key is given twice, first in line {seen[key]}. Give it once.", line)
                 continue
             seen[key] = self.tree.lines[own] = line
             yield key, self.taken(own, value)

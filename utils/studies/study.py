@@ -151,7 +151,7 @@ def read(path: str | Path) -> Study:
         raise UsageError(f"{tree.file}: expects keys such as models and datasets, got none. See docs/studies.md.")
     study = _Reader(tree).study()
     if tree.problems:
-        raise UsageError(*tree.problems)
+        raise UsageError(*tree.in_order())
     return study
 
 
@@ -292,7 +292,8 @@ class _Reader:
         elif name in also or name in flags_of_runs():
             return True
         else:
-            self.tree.complain(path, f"unknown flag: {name}. {nearest(name, sorted(flags_of_runs()))}")
+            hint = nearest(name, sorted(flags_of_runs()), "See flatcl train --model M --dataset D --help.")
+            self.tree.complain(path, f"unknown flag: {name}. {hint}")
         return False
 
     def _flags(self) -> tuple[dict[str, str], tuple[str, ...]]:
