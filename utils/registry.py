@@ -173,7 +173,7 @@ class Registry(Generic[T]):
         return parts(self.folder)
 
     def _entry_points(self) -> dict:
-        return {canonical(point.name): point for point in entry_points(group=self.group)}
+        return _installed(self.group, tuple(sys.path))
 
     def _load_entry_point(self, key: str) -> None:
         point = self._entry_points()[key]
@@ -186,6 +186,12 @@ class Registry(Generic[T]):
             ) from error
         if key not in self._objects:
             self.register(key)(obj)
+
+
+@functools.cache  # all installed packages are looked at, which for thousands of runs would take minutes
+def _installed(group: str, path: tuple[str, ...]) -> dict[str, Any]:
+    """The entry points of a group that are found on a path of Python (`sys.path`)."""
+    return {canonical(point.name): point for point in entry_points(group=group)}
 
 
 def parts(folder: str) -> dict[str, Path]:
