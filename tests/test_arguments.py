@@ -1246,6 +1246,9 @@ OBSERVED = {
         base=("--debug_mode", "0", "--n_epochs", "2", "--lr_scheduler", "multistep", "--lr_milestones", "1"),
     ),  # fmt: skip
     "seed": differs("--seed", "1"),
+    "class_order_seed": differs("--class_order_seed", "1", base=("--permute_classes",)),
+    "data_order_seed": differs("--data_order_seed", "1"),
+    "init_seed": differs("--init_seed", "1"),
     "n_tasks": check_n_tasks,
     "classes_per_task": check_classes_per_task,
     "start_from": check_start_from,

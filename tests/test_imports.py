@@ -1,4 +1,5 @@
-"""Imports point one way: commands -> contracts -> engine -> (by name) methods, benchmarks, optimizers ... -> utils."""
+"""Imports point one way: commands -> studies -> reports, contracts -> engine -> (by name) methods, benchmarks,
+optimizers ... -> utils."""
 
 import ast
 import importlib.util
@@ -53,10 +54,11 @@ def test_imports_point_one_way(module):
     needed = imports(module)
     if not is_in(module, "flatcl.utils.commands", "flatcl.__main__"):
         assert not [name for name in needed if is_in(name, "flatcl.utils.commands")]
-    for part in ("flatcl.utils.contracts", "flatcl.utils.reports"):
-        if not is_in(module, "flatcl.utils.commands", part):
-            assert not [name for name in needed if is_in(name, part)]
-    parts = tuple(f"flatcl.utils.{name}" for name in ("commands", "contracts", "engine", "reports"))
+    readers = {"contracts": (), "reports": ("studies",), "studies": ()}  # who needs them, besides commands
+    for part, others in readers.items():
+        if not is_in(module, *(f"flatcl.utils.{name}" for name in ("commands", part, *others))):
+            assert not [name for name in needed if is_in(name, f"flatcl.utils.{part}")]
+    parts = tuple(f"flatcl.utils.{name}" for name in ("commands", "contracts", "engine", "reports", "studies"))
     if is_in(module, "flatcl.utils") and not is_in(module, *parts, *CHOSEN):
         assert not [name for name in needed if is_in(name, "flatcl.utils.engine", *CHOSEN)]
     if is_in(module, *parts):

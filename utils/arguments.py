@@ -52,6 +52,7 @@ SELECTORS: dict[str, Registry[Any]] = {
     "backbone": BACKBONES,
     "optimizer": OPTIMIZERS,
 }
+SEEDS = ("class_order_seed", "data_order_seed", "init_seed")  # in place of --seed, for one source of random numbers
 
 
 def flag(
@@ -94,6 +95,19 @@ class EngineArgs:
     lr_milestones: tuple[int, ...] = flag((), "epochs at which 'multistep' multiplies the rate by --lr_gamma", low=1)
     lr_gamma: float = flag(0.1, "factor of 'multistep'", above=0)
     seed: int = flag(0, "seed of all random numbers", low=0, high=2**32 - 1, fixed=True)
+    class_order_seed: int | None = flag(
+        None,
+        "seed of what the benchmark draws: the order of the classes (--permute_classes), the permutations or angles of "
+        "its tasks, held-out images; default: --seed",
+        low=0, high=2**32 - 1, fixed=True,
+    )  # fmt: skip
+    data_order_seed: int | None = flag(
+        None, "seed of the order of the training images in each epoch; default: --seed",
+        low=0, high=2**32 - 1, fixed=True,
+    )  # fmt: skip
+    init_seed: int | None = flag(
+        None, "seed of the initial weights; default: --seed", low=0, high=2**32 - 1, fixed=True
+    )
     n_tasks: int | None = flag(None, "number of tasks; default: the benchmark's", low=1, fixed=True)
     classes_per_task: tuple[int, ...] = flag(
         (), "classes of each task of a class-incremental benchmark, e.g. 50,10,10; decides --n_tasks", low=1, fixed=True
@@ -1025,7 +1039,27 @@ def _check_together(config: Config) -> list[str]:
             "folder. Drop one of them."
         )
     jointly = config.joint or config.learner.trains_jointly
+    problems += _check_seeds(config, jointly)
     if jointly and (config.start_from or config.stop_after):
         given = "--joint" if config.joint else f"--model {config.model}"
         problems.append(f"{given} trains all tasks at once: --start_from and --stop_after cannot be used. Drop them.")
+    return problems
+
+
+def _check_seeds(config: Config, jointly: bool) -> list[str]:
+    """Seeds of what the benchmark does not draw. Of a benchmark of others, only its code says that."""
+    if DATASETS.file(config.dataset) is None:
+        return []
+    problems, setting = [], getattr(DATASETS.load(config.dataset), "setting", None)
+    draws = config.permute_classes or config.validation or config.early_stop is not None or setting != "class-il"
+    if config.class_order_seed is not None and not draws:
+        problems.append(
+            f"--class_order_seed has no effect on {config.dataset}, whose classes have a fixed order. Add "
+            "--permute_classes 1, or drop it."
+        )
+    if config.data_order_seed is not None and setting == "general-continual" and not jointly:
+        problems.append(
+            f"--data_order_seed has no effect on {config.dataset}, whose stream the benchmark draws. Use "
+            "--class_order_seed."
+        )
     return problems

@@ -141,6 +141,9 @@ class Config(Protocol):
     lr_milestones: tuple[int, ...]
     lr_gamma: float
     seed: int
+    class_order_seed: int | None
+    data_order_seed: int | None
+    init_seed: int | None
     n_tasks: int | None
     classes_per_task: tuple[int, ...]
     start_from: int

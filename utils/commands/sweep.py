@@ -1,9 +1,10 @@
-"""A grid of runs: `flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2`.
+"""A grid of runs: `flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2`, or `flatcl sweep study.yaml`.
 
 Each of N worker processes imports torch once and runs one command line of `train` after the other. What is finished
 below --results_path is not run again, so a sweep that was stopped is continued by the same command.
 """
 
+import argparse
 import dataclasses
 import itertools
 import multiprocessing
@@ -21,17 +22,20 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import PROTOCOL, SELECTORS, Config, Request, args_of, known_flags, resolve
+from flatcl.utils import studies
+from flatcl.utils.arguments import PROTOCOL, SEEDS, SELECTORS, Config, Request, args_of, known_flags, resolve
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import words
-from flatcl.utils.console import program, shown
+from flatcl.utils.console import complain, program, say, shown
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import UsageError
-from flatcl.utils.files import user_path
+from flatcl.utils.files import json_text, user_path
 from flatcl.utils.registry import METHODS, canonical, load_plugin
 from flatcl.utils.reports.groups import BY
 from flatcl.utils.reports.runs import Run, comparable, find_runs
 from flatcl.utils.reports.tables import table
+from flatcl.utils.studies import Study, status
+from flatcl.utils.studies.study import parse_seeds as seeds_of
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 RETRY_S = 2.0  # until a job that another sweep is at is tried again
@@ -68,15 +72,10 @@ class Job:
 
 def parse_seeds(text: str) -> list[int]:
     """`0-2,5` as [0, 1, 2, 5]."""
-    seeds: list[int] = []
-    for part in words(text):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UsageError(f"--seeds expects numbers and ranges, got '{part}'. Example: 0-2,5.")
-        seeds += range(int(first), int(last or first) + 1)
-    if not seeds:
-        raise UsageError("--seeds expects numbers and ranges, got none. Example: 0-2,5.")
-    return list(dict.fromkeys(seeds))
+    try:
+        return seeds_of(text)
+    except ValueError as error:
+        raise UsageError(f"--seeds {error}") from None
 
 
 def expand(
@@ -115,15 +114,26 @@ class Shared:
 
     def __init__(self, words: Sequence[str], grid: Sequence[Mapping[str, str]]):
         self.flags = _cut(words)
-        chosen = [word for name, part in self.flags if name in SELECTORS for word in part]
-        known = {tuple(axes.items()): known_flags(words_of(axes) + chosen) for axes in grid}
-        everywhere, somewhere = set.intersection(*known.values()), set.union(*known.values())
+        self._chosen = [word for name, part in self.flags if name in (*SELECTORS, "protocol") for word in part]
+        self._known: dict[tuple, set[str]] = {}
+        known = [self._flags_of(axes) for axes in grid]
+        everywhere, somewhere = set.intersection(*known), set.union(*known)
         self.partial = list(dict.fromkeys(name for name, _ in self.flags if name in somewhere - everywhere))
-        self._known = known
 
     def __call__(self, axes: Mapping[str, str]) -> list[str]:
-        own = self._known[tuple(axes.items())]
-        return [word for name, part in self.flags if name in own or name not in self.partial for word in part]
+        own = self._flags_of(axes)
+        return [
+            word for name, part in self.flags
+            if name not in axes and (name in own or name not in self.partial) for word in part
+        ]  # fmt: skip
+
+    def _flags_of(self, axes: Mapping[str, str]) -> set[str]:
+        """The flags of a run, which its parts decide: the same for all of its seeds."""
+        parts = {name: value for name, value in axes.items() if name in (*SELECTORS, "protocol")}
+        key = tuple(parts.items())
+        if key not in self._known:
+            self._known[key] = known_flags(words_of(parts) + self._chosen)
+        return self._known[key]
 
 
 def _cut(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -185,12 +195,18 @@ class Found:
         return lines
 
 
-def look(jobs: Sequence[Job], folders: Sequence[Path] | None = None, keep_changed: bool = False) -> Found:
-    """The finished runs of these jobs; `folders` in place of the jobs' own results_path."""
+def look(
+    jobs: Sequence[Job],
+    folders: Sequence[Path] | None = None,
+    keep_changed: bool = False,
+    may_write: bool = True,
+) -> Found:
+    """The finished runs of these jobs; `folders` in place of the jobs' own results_path. Without `may_write`, no index
+    is written."""
     if folders is None:
         folders = sorted({job.results_path for job in jobs if job.results_path.is_dir()})
     alike: dict[tuple, list[Run]] = {}
-    for run in reversed(find_runs(folders, say=lambda line: None, with_repeats=True)):  # the newest first
+    for run in reversed(find_runs(folders, lambda line: None, with_repeats=True, may_write=may_write)):  # newest first
         alike.setdefault(_selection(run.flags), []).append(run)
     found = Found({}, set(), {})
     for job in jobs:
@@ -364,15 +380,21 @@ def _run_claimed(argv: list[str], log: Path, label: str, runner: Runner | None) 
 def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
     with _console_to(log):
         print(f"{program()} {' '.join(argv)}")
-        try:
-            if runner is None:
-                from flatcl.utils.commands.train import main as runner
-            return runner(argv)
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        except Exception:  # whatever a run does wrong, the others go on
-            traceback.print_exc()
-            return FAILED
+        code = _run(argv, runner)
+        say(f"{status.LAST_LINE} {code}")
+        return code
+
+
+def _run(argv: list[str], runner: Runner | None) -> int:
+    try:
+        if runner is None:
+            from flatcl.utils.commands.train import main as runner
+        return runner(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:  # whatever a run does wrong, the others go on
+        traceback.print_exc()
+        return FAILED
 
 
 @contextmanager
@@ -412,7 +434,7 @@ def sweep(
     if found.changed and not interrupted:  # a file was edited meanwhile
         print("\n".join(found.notes()))
     if runs:
-        axes = dict.fromkeys(name for job in jobs for name in job.axes if name != "seed")
+        axes = dict.fromkeys(name for job in jobs for name in job.axes if name not in ("seed", *SEEDS))
         known = set().union(*(run.keys for run in runs.values()))
         by = [name for name in dict.fromkeys((*BY, *axes)) if name in known]
         print("\n" + table(list(runs.values()), by=by, format="text"))
@@ -483,17 +505,26 @@ def _parser() -> Parser:
             "--optimizers": "Write: --grid optimizer=sgd,sam.",
         },
         prog="flatcl sweep",
-        description="A grid of runs. Flags of `train` for all runs come after a separate --.",
-        epilog="example: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1",
+        description="A grid of runs, from flags or from a study file. Flags of `train` for all runs come after a "
+        "separate --.",
+        epilog="examples: flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2 -- --lr 0.1\n"
+        "          flatcl sweep study.yaml --jobs 2\n          flatcl sweep study.yaml --status",
     )
     add = parser.add_argument
-    add("--models", type=words, required=True)
-    add("--datasets", type=words, required=True)
+    add("study", nargs="?", help="a file (.yaml, .toml, .json) that says what follows; flags replace what it says")
+    add("--models", type=words)
+    add("--datasets", type=words)
     add("--buffer_sizes", type=words, default=[], help="for the methods that have a buffer")
-    add("--seeds", default="0", help="e.g. 0-2,5 (default: 0)")
+    add("--seeds", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
     add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
     add("--dry_run", action="store_true", help="print the runs, and which are finished, then stop")
+    add(
+        "--status", action="store_true",
+        help="print how far the runs are, also while they run elsewhere, then stop; exit code 0: all are finished, 1: "
+        "some failed, 3: not all are finished yet",
+    )  # fmt: skip
+    add("--json", action="store_true", help="with --status: print it as JSON")
     add_keep_changed(parser)
     return parser
 
@@ -561,16 +592,56 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
     """(jobs, number of workers, whether runs of changed code count)."""
     own = _own(argv)
     rest = list(argv[len(own) + 1 :])
-    args = _parser().parse_args(own)
-    check_jobs(args.jobs)
+    args = _parsed(own)
     grid = _grid(args.grid)
-    reserved = {"model": "", "dataset": "", "seed": "", **({"buffer_size": ""} if args.buffer_sizes else {}), **grid}
-    request = check_rest(rest, reserved)
-    points = expand(args.models, args.datasets, args.buffer_sizes, parse_seeds(args.seeds), grid)
+    if args.study is None:
+        sizes = {"buffer_size": ""} if args.buffer_sizes else {}
+        request = check_rest(rest, {"model": "", "dataset": "", "seed": "", **sizes, **grid})
+        seeds = parse_seeds("0" if args.seeds is None else args.seeds)
+        points, study = expand(args.models, args.datasets, args.buffer_sizes, seeds, grid), None
+    else:
+        study = _study(args, grid, rest)
+        points, rest = study.points(), [*study.words(), *rest]
+        request = check_rest(rest, dict.fromkeys(study.axes, ""))
     shared = Shared(rest, points)
-    if shared.partial:
+    if shared.partial and not args.status:
         print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
-    return plan(points, shared), args.jobs, bool(args.keep_changed) or request.keep_changed
+    try:
+        jobs = plan(points, shared)
+    except UsageError as error:
+        raise UsageError(*map(study.located, error.problems)) if study else error from None
+    return jobs, args.jobs, bool(args.keep_changed) or request.keep_changed
+
+
+def _parsed(own: Sequence[str]) -> argparse.Namespace:
+    """The flags of the sweep itself."""
+    args = _parser().parse_args(own)
+    missing = [f"--{name}" for name in ("models", "datasets") if getattr(args, name) is None]
+    if args.study is None and missing:
+        raise UsageError(
+            f"the following arguments are required: {', '.join(missing)}. Give them, or a study file; see flatcl sweep "
+            "--help."
+        )
+    check_jobs(args.jobs)
+    if args.json and not args.status:
+        raise UsageError("--json has no effect without --status. Give both, or drop it.")
+    if args.status and args.dry_run:
+        raise UsageError("--status and --dry_run exclude each other. Give one of them.")
+    return args
+
+
+def _study(args: argparse.Namespace, grid: Mapping[str, list[str]], rest: Sequence[str]) -> Study:
+    """The study of a file, with what the command line says in its place."""
+    given = Request.parse(list(rest))
+    for plugin in given.plugins:  # its names may be used in the file
+        load_plugin(plugin)
+    study = studies.read(args.study)
+    lists = {name: tuple(getattr(args, name)) for name in ("models", "datasets", "buffer_sizes") if getattr(args, name)}
+    seeds = {} if args.seeds is None else {"seeds": tuple(parse_seeds(args.seeds))}
+    axes = {name: tuple(values) for name, values in grid.items()}
+    parts = {f"{name}s": axes.pop(name) for name in ("optimizer", "backbone") if name in axes}
+    study = dataclasses.replace(study, **lists, **seeds, **parts, grid={**study.grid, **axes})
+    return study.without({*given.words, *axes})
 
 
 def _own(argv: Sequence[str]) -> list[str]:
@@ -585,11 +656,29 @@ def _show(jobs: Sequence[Job], found: Found) -> None:
     print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
 
 
+def _show_status(jobs: Sequence[Job], args: argparse.Namespace, keep_changed: bool) -> int:
+    """Prints how far the runs are; returns the exit code that says it too."""
+    found = look(jobs, keep_changed=keep_changed, may_write=False)
+    states = status.look(jobs, found.done, keep_changed)
+    left = status.left(states, args.jobs)
+    name = None if args.study is None else studies.read(args.study).name
+    for line in found.notes():
+        complain(line)
+    if args.json:
+        text = json_text(status.to_json(states, left, name)) + "\n"
+    else:
+        text = status.report(states, left, name)
+    return shown(lambda: print(text, end="")) or status.exit_code(states)
+
+
 def main(argv: Sequence[str], runner: Runner | None = None) -> int:
-    """0 all finished, 1 some failed, 2 bad input, 130 interrupted."""
+    """0 all finished, 1 some failed, 2 bad input, 130 interrupted; with --status, 3 not all finished yet."""
     try:
         jobs, num_workers, keep_changed = _prepare(list(argv))
-        if _parser().parse_args(_own(argv)).dry_run:
+        args = _parsed(_own(argv))
+        if args.status:
+            return _show_status(jobs, args, keep_changed)
+        if args.dry_run:
             return shown(lambda: _show(jobs, look(jobs, keep_changed=keep_changed)))
     except UsageError as error:
         for problem in error.problems:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -28,10 +29,10 @@ def build(
     """Benchmark, network, method, optimizer: each built once. Returns the trainer. `group`: the processes that train
     this run, if there are several. `is_new`: nothing is going to be loaded from a checkpoint."""
     given = weights.read(config.pretrained_weights) if is_new and config.pretrained_weights else None
-    benchmark = cast(type[Benchmark], config.benchmark)(config, "cpu")
+    benchmark = cast(type[Benchmark], config.benchmark)(_for_benchmark(config), "cpu")
     benchmark.check_tasks()
     _place(benchmark, config.data_device, device)
-    seeding.seed_everything(config.seed)
+    seeding.seed_everything(seeding.seed_of(config, "init"))
     augment = Augment(pipeline(benchmark) if config.augmentation else [], benchmark.mean, benchmark.std, device)
     look_at(augment, benchmark)
     backbone = BACKBONES.load(config.backbone)
@@ -46,6 +47,8 @@ def build(
     context = Context(benchmark, augment, device, seeding.generator(config.seed, "buffer"), config)
     learner = cast(type[Method], config.learner)
     method = learner(net, config.view(learner), context).to(device)
+    if config.init_seed is not None:  # what follows, such as augmentation, is not the initial weights'
+        seeding.seed_everything(config.seed)
     method.amp = torch.bfloat16 if config.amp == "bf16" else None
     method.channels_last = channels_last
     lay_out(method, channels_last)
@@ -65,6 +68,12 @@ def build(
     if group is None:
         _record_steps(config.cuda_graph, method, optimizer, device)
     return Trainer(config, benchmark, method, optimizer, augment, folder)
+
+
+def _for_benchmark(config: Config) -> Config:
+    """What a benchmark sees: of all seeds, the one of what it draws."""
+    seed = seeding.seed_of(config, "class_order")
+    return config if seed == config.seed else replace(config, values={**config.values, "seed": seed})
 
 
 def _synced(net: torch.nn.Module, name: str) -> torch.nn.Module:

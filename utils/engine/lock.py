@@ -135,20 +135,21 @@ class Lock:
                     os.utime(self.file)
 
 
-def holder(file: Path) -> Holder | None:
-    """The living process that holds the lock; None where nobody does, or where it cannot be told who."""
-    found, is_alive = _look(Path(file), None)
+def holder(file: Path, may_write: bool = True) -> Holder | None:
+    """The living process that holds the lock; None where nobody does, or where it cannot be told who. Without
+    `may_write`, the age of another machine's heartbeat is by this machine's clock."""
+    found, is_alive = _look(Path(file), None, may_write)
     return found if is_alive else None
 
 
-def _look(file: Path, probe: Path | None) -> tuple[Holder | None, bool]:
+def _look(file: Path, probe: Path | None, may_write: bool = True) -> tuple[Holder | None, bool]:
     """(who wrote the lock, if it can be read; whether it counts as alive). `probe` is a file of ours beside it."""
     found = _read(file)
     if found is not None and found.place == _place():
         state = _is_alive(found)
         if state is not None:
             return found, state
-    age = _age_s(file, probe)
+    age = _age_s(file, probe) if may_write else _age_by_our_clock_s(file)
     return found, age is not None and age < STALE_S
 
 
@@ -215,6 +216,14 @@ def _place() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
+
+
+def _age_by_our_clock_s(file: Path) -> float | None:
+    """Seconds since the last touch; None where the file cannot be seen."""
+    try:
+        return time.time() - file.lstat().st_mtime
+    except OSError:
+        return None
 
 
 def _age_s(file: Path, probe: Path | None) -> float | None:

@@ -2,6 +2,7 @@
 
 Data order, task transforms, validation split and buffer have generators of their own, so that switching one of them
 off does not shift the others. Augmentation (kornia), dropout and initial weights use torch's global generators.
+--class_order_seed, --data_order_seed and --init_seed each take one source out of the run's --seed.
 """
 
 import json
@@ -12,6 +13,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from flatcl.utils.protocols import Config
+
+
+def seed_of(config: Config, source: str) -> int:
+    """The seed of one source of random numbers ('class_order', 'data_order', 'init'): its own, else the run's."""
+    own = config.values[f"{source}_seed"]
+    return config.seed if own is None else own
 
 
 def seed_everything(seed: int) -> None:

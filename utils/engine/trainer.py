@@ -173,7 +173,7 @@ class Trainer:
         self.ranks = method.ranks
         self.evaluate = Evaluator(benchmark, augment, config.class_il_argmax, method.needs_task, self.ranks)
         self.sizes = self.evaluate.sizes  # test images of each task
-        rng = seeding.generator(config.seed, "order")
+        rng = seeding.generator(seeding.seed_of(config, "data_order"), "order")
         self.stream = Stream(augment, config.batch_size, rng, DEBUG_BATCHES if config.debug_mode else None)
         self.n_epochs = 1 if config.debug_mode else config.n_epochs
         self.joint = config.joint or method.trains_jointly

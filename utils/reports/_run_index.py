@@ -24,14 +24,17 @@ MOST_BYTES = 2**30
 Stamps = list[list[int] | None]  # of each of FILES; None where it is missing
 
 
-def read_runs(folder: Path, read: Callable[[Path], Any], record: str) -> tuple[list[tuple[Path, Any]], list[Path]]:
+def read_runs(
+    folder: Path, read: Callable[[Path], Any], record: str, may_write: bool = True
+) -> tuple[list[tuple[Path, Any]], list[Path]]:
     """([(run folder, what `read` makes of it)] of all run folders below `folder`, files named `record` there), both in
-    the order of their paths. What `read` gives must fit into JSON; None says that it is no run."""
+    the order of their paths. What `read` gives must fit into JSON; None says that it is no run. Without `may_write`, an
+    index is used, but none is written."""
     found, records = _walk(str(folder), record)
     known = _load(folder)
     contents = {path: known[path][1] for path, stamps in found if path in known and known[path][0] == stamps}
     missing = [path for path, _ in found if path not in contents]
-    fresh = _Fresh(folder) if len(missing) >= WORTHWHILE else None
+    fresh = _Fresh(folder) if may_write and len(missing) >= WORTHWHILE else None
     try:
         for path in missing:
             contents[path] = read(folder / path)

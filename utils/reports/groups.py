@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatcl.utils.arguments import EngineArgs
+from flatcl.utils.arguments import SEEDS, EngineArgs
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import differences
 from flatcl.utils.registry import canonical, nearest
@@ -148,6 +148,7 @@ def result_flags(runs: Sequence[Run]) -> dict[str, set[str]]:
     own = [{**(defaults if run.flags else {}), **run.flags} for run in runs]
     names = dict.fromkeys(name for flags in own for name in flags if name not in skipped)
     distinct = {name: {_hashable(flags.get(name)) for flags in own} for name in names}
+    distinct = {name: found for name, found in distinct.items() if name not in SEEDS or None in found}  # or all vary
     values = {name: {comparable(value) for value in found} for name, found in distinct.items()}
     values["protocol_version"] = {comparable(run.protocol) for run in runs}
     return {**values, "split": {run.split for run in runs}}

@@ -92,15 +92,17 @@ def find_runs(
     say: Callable[[str], None] = complain,
     with_repeats: bool = False,
     with_unfinished: bool = False,
+    may_write: bool = True,
 ) -> list[Run]:
     """As `load_runs`, but there may be none. `with_repeats`: all of equal runs, the newest last. `with_unfinished`:
-    runs of any status; of equal runs a finished one counts rather than a newer one that is not."""
+    runs of any status; of equal runs a finished one counts rather than a newer one that is not. Without `may_write`, no
+    index is written."""
     found: dict[Path, Run] = {}
     unfinished: dict[str, int] = {}
     for path in paths:
         folder = user_path(path)
         place = folder.resolve()
-        for run in _runs_in(folder, say):
+        for run in _runs_in(folder, say, may_write):
             if run is not None and (with_unfinished or run.summary["status"] == "finished"):
                 found[place / run.path.relative_to(folder)] = run
             elif run is not None:
@@ -125,13 +127,13 @@ def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain)
     return _by_age(found.values())
 
 
-def _runs_in(folder: Path, say: Callable[[str], None]) -> Iterable[Run | None]:
+def _runs_in(folder: Path, say: Callable[[str], None], may_write: bool = True) -> Iterable[Run | None]:
     """Run folders, and records (`runs.jsonl`) of run folders that are not kept."""
     try:
         next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
     except OSError as error:
         raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
-    runs, records = run_index.read_runs(folder, _contents, RECORD)
+    runs, records = run_index.read_runs(folder, _contents, RECORD, may_write)
     for path, content in runs:
         yield _as_run(path, content, say)
     for file in records:
