@@ -53,10 +53,10 @@ def test_imports_point_one_way(module):
     needed = imports(module)
     if not is_in(module, "flatcl.utils.commands", "flatcl.__main__"):
         assert not [name for name in needed if is_in(name, "flatcl.utils.commands")]
-    for part in ("flatcl.utils.contracts", "flatcl.utils.reports"):
+    for part in ("flatcl.utils.contracts", "flatcl.utils.reports", "flatcl.utils.studies"):
         if not is_in(module, "flatcl.utils.commands", part):
             assert not [name for name in needed if is_in(name, part)]
-    parts = tuple(f"flatcl.utils.{name}" for name in ("commands", "contracts", "engine", "reports"))
+    parts = tuple(f"flatcl.utils.{name}" for name in ("commands", "contracts", "engine", "reports", "studies"))
     if is_in(module, "flatcl.utils") and not is_in(module, *parts, *CHOSEN):
         assert not [name for name in needed if is_in(name, "flatcl.utils.engine", *CHOSEN)]
     if is_in(module, *parts):
