@@ -416,7 +416,7 @@ def _show(jobs: Sequence[Job], found: Found, engine: Engine | Slurm) -> None:
     print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
     pending = [job for job in jobs if job.hash not in found.done]
     if isinstance(engine, Slurm) and pending:
-        print("", engine.script(new_folder(pending), pending), sep="\n")
+        print("", engine.script(new_folder(pending), pending), sep="\n", end="")
 
 
 def main(argv: Sequence[str], runner: Runner = train.main) -> int:
