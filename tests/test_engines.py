@@ -3,6 +3,7 @@ stand in. Each study must end with the results of one that was made here by work
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flatcl.utils.commands import sweep, worker
-from flatcl.utils.engine.lock import Lock
+from flatcl.utils.engine.lock import Lock, holder
 from flatcl.utils.registry import ROOT
 from flatcl.utils.studies.engines import ray as ray_engine
 from flatcl.utils.studies.engines import slurm
@@ -50,8 +51,8 @@ def folders(results):
 
 
 def num_under_way(results):
-    """Runs that have been trained for at least one step, and are not finished."""
-    held = [folder / "checkpoint" for folder in folders(results) if (folder / "lock").exists()]
+    """Runs that a living process is at, and that have a checkpoint of their training."""
+    held = [folder / "checkpoint" for folder in folders(results) if holder(folder / "lock")]
     return sum(len(list(folder.iterdir())) > 1 for folder in held if folder.is_dir())
 
 
@@ -142,11 +143,13 @@ def cluster(ray):
 
     small = {"object_store_memory": 100 * 2**20}
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    folder = found.head_node.get_session_dir_path()
     try:
         found.workers = [found.add_node(num_cpus=1, **small) for _ in range(2)]
         yield found
     finally:
         found.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_run_that_no_node_has_room_for_is_refused(cluster, tmp_path):
@@ -164,6 +167,7 @@ def test_a_study_survives_its_driver_and_a_node(cluster, expected, tmp_path):
     wait_for(lambda: num_under_way(tmp_path) == 2, "two runs at the same time")
     driver.kill()
     driver.communicate()
+    wait_for(lambda: num_under_way(tmp_path) == 0, "the runs end with their driver")
     driver = start(tmp_path, *flags)
     wait_for(lambda: num_under_way(tmp_path) == 2, "two runs at the same time")
     cluster.remove_node(cluster.workers.pop(), allow_graceful=False)

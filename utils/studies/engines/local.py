@@ -35,6 +35,8 @@ class Local:
 
 @dataclass
 class Worker:
+    """A process that makes one run at a time, until one fails."""
+
     process: Any
     connection: Any
     job: Job | None = None
