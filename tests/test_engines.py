@@ -184,9 +184,9 @@ def test_an_interrupted_driver_leaves_checkpoints_and_no_lock(cluster, tmp_path)
     driver.send_signal(signal.SIGTERM)
     code, _, error = ended(driver)
     assert code == 130 and "the same command does the rest" in error
-    (folder,) = folders(tmp_path)
-    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
-    assert not (folder / "lock").exists()
+    ends = [json.loads(file.read_text())["status"] for file in tmp_path.glob("*/*/*/*/summary.json")]
+    assert "interrupted" in ends and set(ends) <= {"interrupted", "finished"}
+    assert not list(tmp_path.rglob("*lock"))
 
 
 def test_a_cluster_of_its_own_leaves_nothing_behind(ray, tmp_path):
