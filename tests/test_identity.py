@@ -19,6 +19,7 @@ from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import code_of, differences, meaning
 from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
+from flatcl.utils.studies.engines import BUSY, FAILED, local
 
 METHOD = '''"""ER with a scaled loss."""
 
@@ -494,11 +495,11 @@ def test_auto_of_a_run_that_is_alive_says_try_again(tmp_path, capsys):
     (folder,) = folders(tmp_path)
     (folder / "summary.json").unlink()
     with Lock(folder / "lock", "the run"):
-        assert main(argv) == sweep.BUSY
+        assert main(argv) == BUSY
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
     config = resolve(argv[:-4] + argv[-2:])
     with Lock(folder.parent / f".{config.hash}.lock", "the configuration"):  # before there is a run folder
-        assert main(argv) == sweep.BUSY
+        assert main(argv) == BUSY
     assert main(argv) == 0 and folders(tmp_path) == [folder]
 
 
@@ -577,8 +578,8 @@ def test_two_sweeps_on_one_folder_share_the_work(big, tmp_path):
 def test_a_job_that_another_process_is_at_waits_for_it(tmp_path):
     log = tmp_path / "job.log"
     with Lock(log.with_suffix(".lock"), "a job"):
-        code, why = sweep._run_claimed([], log, "a job", lambda argv: 1 / 0)
-        assert code == sweep.BUSY and f"a job is in use by process {os.getpid()}" in why
+        code, why = local.run_claimed([], log, "a job", lambda argv: 1 / 0)
+        assert code == BUSY and f"a job is in use by process {os.getpid()}" in why
     assert not log.exists()  # the other one's log is left alone
 
 
@@ -586,12 +587,12 @@ def die_when_told(argv):
     """A worker's run: a job of seed 1 is busy at first."""
     if argv[argv.index("--seed") + 1] == "1" and not Path(argv[-1]).exists():
         Path(argv[-1]).write_text(str(os.getpid()))
-        return sweep.BUSY
+        return BUSY
     return 0
 
 
 def test_an_idle_worker_that_dies_is_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "RETRY_S", 1.0)
+    monkeypatch.setattr(local, "RETRY_S", 1.0)
     argv = ["--model", "er", "--dataset", "seq-synth", "--seed", "1", "--results_path", str(tmp_path)]
     ended, waited = [], []
 
@@ -601,14 +602,14 @@ def test_an_idle_worker_that_dies_is_replaced(tmp_path, monkeypatch):
 
     job = sweep.Job({}, tuple(argv), resolve(argv))
     extra = ["--notes", str(tmp_path / "pid")]
-    sweep.run_all([job], 1, lambda *end: ended.append(end[1]), extra, die_when_told, on_wait)
+    local.run_all([job], 1, lambda *end: ended.append(end[1]), extra, die_when_told, on_wait)
     assert ended == [0] and len(waited) == 1
 
 
 def test_a_job_that_cannot_write_its_log_says_why(tmp_path):
     (tmp_path / "logs").write_text("a file in the folder's place")
-    code, why = sweep._run_claimed([], tmp_path / "logs" / "job.log", "a job", lambda argv: 0)
-    assert code == sweep.FAILED and "its log" in why and "cannot be written" in why
+    code, why = local.run_claimed([], tmp_path / "logs" / "job.log", "a job", lambda argv: 0)
+    assert code == FAILED and "its log" in why and "cannot be written" in why
 
 
 def test_load_plugin_takes_the_same_text_under_another_path_as_the_same(tmp_path, plugin):

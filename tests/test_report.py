@@ -25,6 +25,7 @@ from flatcl.utils.registry import ROOT
 from flatcl.utils.reports import _run_index as run_index
 from flatcl.utils.reports import runs as finished
 from flatcl.utils.reports import tables
+from flatcl.utils.studies.engines.local import Local
 
 
 def make_run(root, model="er", dataset="perm-mnist", seed=0, accuracy=0.8, forgetting=0.1, buffer_size=200,
@@ -555,7 +556,7 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
     make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
     grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])
     jobs = sweep.plan(grid, ["--results_path", str(tmp_path)], resolver)
-    assert sweep.sweep(jobs, 1, ["--threads", "1"], run_stub) == 1
+    assert sweep.sweep(jobs, Local(1), ["--threads", "1"], run_stub) == 1
     said = capsys.readouterr()
     assert "5 run(s), 1 of them already finished and skipped" in said.out
     assert "sgd perm-mnist seed 0 -> domain-il 75.00 %" in said.out

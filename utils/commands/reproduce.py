@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from flatcl.utils.arguments import EngineArgs, Request, flags_of, resolve
-from flatcl.utils.commands import sweep
+from flatcl.utils.commands import sweep, train
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import words
 from flatcl.utils.console import complain
@@ -28,6 +28,8 @@ from flatcl.utils.reports.cells import percent
 from flatcl.utils.reports.groups import METRICS, Stat, written
 from flatcl.utils.reports.runs import Run
 from flatcl.utils.reports.tables import FORMATS, RENDER
+from flatcl.utils.studies.engines import Runner
+from flatcl.utils.studies.engines.local import Local
 
 TARGETS = Path(__file__).with_name("targets.csv")
 METRIC = METRICS[0]
@@ -452,7 +454,7 @@ def _write(text: str, out: str | None) -> None:
         print(text, end="")
 
 
-def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> int:
+def _reproduce(argv: Sequence[str], runner: Runner, file: Path) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     rest = list(argv[cut + 1 :])
     args = _parser().parse_args(argv[:cut])
@@ -486,7 +488,7 @@ def _reproduce(argv: Sequence[str], runner: sweep.Runner | None, file: Path) -> 
     return code
 
 
-def _run(table: Table, num_workers: int, download: bool, runner: sweep.Runner | None, keep_changed: bool) -> int:
+def _run(table: Table, num_workers: int, download: bool, runner: Runner, keep_changed: bool) -> int:
     """Runs what is not finished and has its data; returns the exit code."""
     if download:
         table.download()
@@ -501,7 +503,7 @@ def _run(table: Table, num_workers: int, download: bool, runner: sweep.Runner | 
         complain(line)
     sweep.catch_stops()
     failed, interrupted = sweep.run_shown(
-        pending, num_workers, sweep.flags_of_all(keep_changed), runner, file=sys.stderr
+        pending, Local(num_workers), sweep.flags_of_all(keep_changed), runner, file=sys.stderr
     )
     if interrupted:
         complain("interrupted: this is what is finished; the same command does the rest")
@@ -509,7 +511,7 @@ def _run(table: Table, num_workers: int, download: bool, runner: sweep.Runner | 
     return sweep.INTERRUPTED if interrupted else sweep.FAILED if failed else sweep.OK
 
 
-def main(argv: Sequence[str], runner: sweep.Runner | None = None, file: Path = TARGETS) -> int:
+def main(argv: Sequence[str], runner: Runner = train.main, file: Path = TARGETS) -> int:
     """0 all finished or without its data, 1 some runs failed, 2 bad input, 130 interrupted."""
     try:
         return _reproduce(list(argv), runner, file)

@@ -1,33 +1,27 @@
 """A grid of runs: `flatcl sweep --models er,derpp --datasets perm-mnist --seeds 0-2`, or `flatcl sweep study.yaml`.
 
-Each of N worker processes imports torch once and runs one command line of `train` after the other. What is finished
-below --results_path is not run again, so a sweep that was stopped is continued by the same command.
+The runs, one command line of `train` each, are made by worker processes on this machine, or elsewhere (--engine). What
+is finished below --results_path is not run again, so a sweep that was stopped is continued by the same command.
 """
 
 import argparse
 import dataclasses
 import itertools
-import multiprocessing
-import os
 import signal
 import sys
 import threading
-import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from flatcl.utils import studies
 from flatcl.utils.arguments import PROTOCOL, SEEDS, SELECTORS, Config, Request, args_of, known_flags, resolve
+from flatcl.utils.commands import train
+from flatcl.utils.commands._engines import add_engines, chosen
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import words
-from flatcl.utils.console import complain, program, say, shown
-from flatcl.utils.engine.lock import Busy, Lock
+from flatcl.utils.console import complain, shown
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import json_text, user_path
 from flatcl.utils.registry import METHODS, canonical, load_plugin
@@ -35,12 +29,11 @@ from flatcl.utils.reports.groups import BY
 from flatcl.utils.reports.runs import Run, comparable, find_runs
 from flatcl.utils.reports.tables import table
 from flatcl.utils.studies import Study, status
+from flatcl.utils.studies.engines import FAILED, INTERRUPTED, OK, Engine, Runner
+from flatcl.utils.studies.engines.slurm import Slurm, new_folder
 from flatcl.utils.studies.study import parse_seeds as seeds_of
 
-OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
-RETRY_S = 2.0  # until a job that another sweep is at is tried again
-STOP_S = 30.0  # what an interrupted run may take to write what it has finished
-Runner = Callable[[list[str]], int]
+USAGE = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,191 +237,24 @@ def _same_run(config: Config, run: Run) -> bool:
     )
 
 
-@dataclass
-class _Worker:
-    process: Any
-    connection: Any
-    job: Job | None = None
-
-    @classmethod
-    def start(cls, runner: Runner | None) -> "_Worker":
-        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-        here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, runner), daemon=True)
-        process.start()
-        there.close()  # only the worker holds that end: its death is an end of file here
-        return cls(process, here)
-
-    def give(self, job: Job, extra: Sequence[str]) -> None:
-        self.job = job
-        self.connection.send(([*job.argv, *extra], str(job.log), job.label))
-
-    def result(self) -> tuple[int, str]:
-        """(exit code, why there is no log that says more)."""
-        try:
-            return self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
-
-
-def run_all(
-    jobs: Sequence[Job],
-    num_workers: int,
-    on_end: Callable[[Job, int, str], None],
-    extra: Sequence[str] = (),
-    runner: Runner | None = None,
-    on_wait: Callable[[Job, str], None] = lambda job, why: None,
-) -> None:
-    """Runs all jobs and calls `on_end(job, exit code, why there is no log)` after each; a negative code is the signal
-    that killed it.
-
-    A worker is replaced after a failed run, which may have left CUDA or memory unusable. A job that another process is
-    at is tried again until that one has finished it, or has died; `on_wait(job, why)` is called once for it.
-    """
-    waiting = deque(jobs)
-    busy: list[tuple[float, Job]] = []  # (when to try again, job), the earliest first
-    workers: list[_Worker] = []
-    idle: list[_Worker] = []
-    told: set[Job] = set()
-    try:
-        while waiting or busy or workers:
-            while busy and busy[0][0] <= time.monotonic():
-                waiting.append(busy.pop(0)[1])
-            while waiting and (idle or len(workers) < num_workers):
-                worker = idle.pop() if idle else _Worker.start(runner)
-                try:
-                    worker.give(waiting[0], extra)
-                except OSError:  # it has died while it had nothing to do
-                    worker.connection.close()
-                    continue
-                waiting.popleft()
-                workers.append(worker)
-            pause = max(0.0, busy[0][0] - time.monotonic()) if busy else None
-            if not workers:
-                time.sleep(pause or 0.0)
-            for connection in wait([worker.connection for worker in workers], pause) if workers else ():
-                worker = next(worker for worker in workers if worker.connection is connection)
-                job, (code, why) = worker.job, worker.result()
-                workers.remove(worker)
-                if code in (OK, BUSY):
-                    idle.append(worker)
-                else:
-                    connection.close()
-                if code == BUSY:
-                    busy.append((time.monotonic() + RETRY_S, job))
-                    if job not in told:
-                        told.add(job)
-                        on_wait(job, why)
-                else:
-                    on_end(job, code, why)
-    finally:
-        _stop([*workers, *idle])
-
-
-def _stop(workers: Sequence[_Worker]) -> None:
-    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not."""
-    for worker in workers:
-        if worker.process.is_alive():
-            os.kill(worker.process.pid, signal.SIGINT)
-    end = time.monotonic() + STOP_S
-    for worker in workers:
-        worker.process.join(max(0.0, end - time.monotonic()))
-    for worker in workers:
-        if worker.process.is_alive():
-            worker.process.terminate()
-
-
-def _work(connection, runner: Runner | None) -> None:
-    """A worker's life: runs until there are no more, or until one fails."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a sweep in the background has left it ignored
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C in the terminal reaches the sweep alone, which passes it on once
-    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-    try:
-        while True:
-            argv, log, label = connection.recv()
-            code, why = _run_claimed(argv, Path(log), label, runner)
-            connection.send((code, why))
-            if code not in (OK, BUSY):
-                return
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-
-
-def _end_with_parent() -> None:
-    """A sweep that was killed leaves no run behind: its run ends as by SIGTERM, with a checkpoint."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(STOP_S)
-    os._exit(FAILED)
-
-
-def _run_claimed(argv: list[str], log: Path, label: str, runner: Runner | None) -> tuple[int, str]:
-    """(exit code, why there is no log). One process at a time runs a job, whatever sweep it belongs to."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(log.with_suffix(".lock"), label):
-            code = _run_logged(argv, log, runner)
-            return code, f"see {log}" if code == BUSY else ""
-    except Busy as error:
-        return BUSY, str(error)
-    except OSError as error:
-        return FAILED, f"its log {log} cannot be written: {error.strerror or error}"
-
-
-def _run_logged(argv: list[str], log: Path, runner: Runner | None) -> int:
-    with _console_to(log):
-        print(f"{program()} {' '.join(argv)}")
-        code = _run(argv, runner)
-        say(f"{status.LAST_LINE} {code}")
-        return code
-
-
-def _run(argv: list[str], runner: Runner | None) -> int:
-    try:
-        if runner is None:
-            from flatcl.utils.commands.train import main as runner
-        return runner(argv)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception:  # whatever a run does wrong, the others go on
-        traceback.print_exc()
-        return FAILED
-
-
-@contextmanager
-def _console_to(log: Path):
-    """Sends the file descriptors 1 and 2 to `log`, what C libraries print included."""
-    with open(log, "wb") as file:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # a log that can be followed
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-
-
 def sweep(
     jobs: Sequence[Job],
-    num_workers: int,
+    engine: Engine | Slurm,
     extra: Sequence[str] = (),
-    runner: Runner | None = None,
+    runner: Runner = train.main,
     keep_changed: bool = False,
 ) -> int:
-    """Runs what is not finished yet, shows how far it is, ends with the table of all runs; returns the exit code."""
+    """Runs what is not finished yet, shows how far it is, ends with the table of all runs; returns the exit code. With
+    Slurm, submits what is not finished, and shows the table once all is."""
     found = look(jobs, keep_changed=keep_changed)
     pending = [job for job in jobs if job.hash not in found.done]
     print(f"{len(jobs)} run(s), {len(found.done)} of them already finished and skipped")
     for line in found.notes():
         print(line)
-    failed, interrupted = run_shown(pending, num_workers, extra, runner)
+    if isinstance(engine, Slurm) and pending:
+        engine.submit(pending, extra)
+        return OK
+    failed, interrupted = ({}, False) if isinstance(engine, Slurm) else run_shown(pending, engine, extra, runner)
     found = look(jobs, keep_changed=keep_changed)
     runs = found.done
     if found.changed and not interrupted:  # a file was edited meanwhile
@@ -445,10 +271,10 @@ def sweep(
 
 
 def run_shown(
-    jobs: Sequence[Job], num_workers: int, extra: Sequence[str] = (), runner: Runner | None = None, file=None
+    jobs: Sequence[Job], engine: Engine, extra: Sequence[str] = (), runner: Runner = train.main, file=None
 ) -> tuple[dict[Job, int], bool]:
-    """`run_all` with a progress bar, and a line for each run on `file` (default: stdout). Returns the exit codes of the
-    failed jobs, and whether the user interrupted."""
+    """Runs all jobs, with a progress bar, and a line for each run on `file` (default: stdout). Returns the exit codes
+    of the failed jobs, and whether the user interrupted."""
     from tqdm import tqdm
 
     failed: dict[Job, int] = {}
@@ -468,7 +294,7 @@ def run_shown(
                 print(f"{job.label} waits: {why}", file=file, flush=True)
 
         try:
-            run_all(jobs, num_workers, on_end, extra, runner, on_wait)
+            engine.run(jobs, on_end, extra, runner, on_wait)
         except KeyboardInterrupt:
             return failed, True
     return failed, False
@@ -517,7 +343,6 @@ def _parser() -> Parser:
     add("--buffer_sizes", type=words, default=[], help="for the methods that have a buffer")
     add("--seeds", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
-    add("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
     add("--dry_run", action="store_true", help="print the runs, and which are finished, then stop")
     add(
         "--status", action="store_true",
@@ -526,6 +351,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     add("--json", action="store_true", help="with --status: print it as JSON")
     add_keep_changed(parser)
+    add_engines(parser)
     return parser
 
 
@@ -588,11 +414,12 @@ def catch_stops() -> None:
                 signal.signal(getattr(signal, name), signal.default_int_handler)
 
 
-def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
-    """(jobs, number of workers, whether runs of changed code count)."""
+def _prepare(argv: Sequence[str]) -> tuple[list[Job], Engine | Slurm, bool]:
+    """(jobs, what executes them, whether runs of changed code count)."""
     own = _own(argv)
     rest = list(argv[len(own) + 1 :])
     args = _parsed(own)
+    engine = chosen(args)
     grid = _grid(args.grid)
     if args.study is None:
         sizes = {"buffer_size": ""} if args.buffer_sizes else {}
@@ -610,7 +437,7 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], int, bool]:
         jobs = plan(points, shared)
     except UsageError as error:
         raise UsageError(*map(study.located, error.problems)) if study else error from None
-    return jobs, args.jobs, bool(args.keep_changed) or request.keep_changed
+    return jobs, engine, bool(args.keep_changed) or request.keep_changed
 
 
 def _parsed(own: Sequence[str]) -> argparse.Namespace:
@@ -622,7 +449,6 @@ def _parsed(own: Sequence[str]) -> argparse.Namespace:
             f"the following arguments are required: {', '.join(missing)}. Give them, or a study file; see flatcl sweep "
             "--help."
         )
-    check_jobs(args.jobs)
     if args.json and not args.status:
         raise UsageError("--json has no effect without --status. Give both, or drop it.")
     if args.status and args.dry_run:
@@ -649,18 +475,21 @@ def _own(argv: Sequence[str]) -> list[str]:
     return list(itertools.takewhile(lambda word: word != "--", argv))
 
 
-def _show(jobs: Sequence[Job], found: Found) -> None:
-    """The runs of a sweep, and which of them are finished."""
+def _show(jobs: Sequence[Job], found: Found, engine: Engine | Slurm) -> None:
+    """The runs of a sweep, which of them are finished, and the script that Slurm would be given."""
     for job in jobs:
         print(f"{'finished' if job.hash in found.done else 'to do':9} {job.label}")
     print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
+    pending = [job for job in jobs if job.hash not in found.done]
+    if isinstance(engine, Slurm) and pending:
+        print("", engine.script(new_folder(pending), pending), sep="\n", end="")
 
 
 def _show_status(jobs: Sequence[Job], args: argparse.Namespace, keep_changed: bool) -> int:
     """Prints how far the runs are; returns the exit code that says it too."""
     found = look(jobs, keep_changed=keep_changed, may_write=False)
     states = status.look(jobs, found.done, keep_changed)
-    left = status.left(states, args.jobs)
+    left = status.left(states, args.jobs or args.array or 1)
     name = None if args.study is None else studies.read(args.study).name
     for line in found.notes():
         complain(line)
@@ -671,18 +500,18 @@ def _show_status(jobs: Sequence[Job], args: argparse.Namespace, keep_changed: bo
     return shown(lambda: print(text, end="")) or status.exit_code(states)
 
 
-def main(argv: Sequence[str], runner: Runner | None = None) -> int:
-    """0 all finished, 1 some failed, 2 bad input, 130 interrupted; with --status, 3 not all finished yet."""
+def main(argv: Sequence[str], runner: Runner = train.main) -> int:
+    """0 all finished or submitted, 1 some failed, 2 bad input, 130 interrupted; with --status, 3 not all finished."""
     try:
-        jobs, num_workers, keep_changed = _prepare(list(argv))
+        jobs, engine, keep_changed = _prepare(list(argv))
         args = _parsed(_own(argv))
         if args.status:
             return _show_status(jobs, args, keep_changed)
         if args.dry_run:
-            return shown(lambda: _show(jobs, look(jobs, keep_changed=keep_changed)))
+            return shown(lambda: _show(jobs, look(jobs, keep_changed=keep_changed), engine))
+        catch_stops()
+        return sweep(jobs, engine, flags_of_all(keep_changed), runner, keep_changed)
     except UsageError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return USAGE
-    catch_stops()
-    return sweep(jobs, num_workers, flags_of_all(keep_changed), runner, keep_changed)

@@ -21,13 +21,13 @@ from flatcl.utils.files import open_regular, read_json
 from flatcl.utils.reports.runs import Run
 from flatcl.utils.reports.tables import RENDER
 from flatcl.utils.saved import read_saved
+from flatcl.utils.studies.engines import LAST_LINE
 
 FINISHED, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = STATES = (
     "finished", "running", "failed", "interrupted", "not started",
 )  # fmt: skip
 OK, SOME_FAILED, NOT_ALL_YET = 0, 1, 3  # exit codes
 SHOWN = 20  # runs of each kind, one a line
-LAST_LINE = "exit code"  # of a log, written by the worker of a sweep; without it, the worker was killed
 TAIL = 256  # bytes of a log that hold its last line
 FOLDER = re.compile(r"\d{8}-\d{6}-([0-9a-f]{12})(-\d+)?")
 SIMILAR = {  # what runs must have in common to take a similar time, the nearest first

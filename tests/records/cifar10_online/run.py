@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from flatcl.utils.commands import sweep  # noqa: E402
+from flatcl.utils.studies.engines.local import Local  # noqa: E402
 
 LRS, RHOS, GUIDES, BUFFERS = ("0.01", "0.03", "0.1"), ("0.05", "0.1"), ("0.5", "1"), ("200", "500")
 READINGS = (
@@ -50,7 +51,7 @@ class Study:
 
     def run(self, jobs: list[sweep.Job]) -> None:
         """Ends the program where a run has failed or somebody has interrupted."""
-        code = sweep.sweep(jobs, self.num_jobs, sweep.flags_of_all(True), keep_changed=True)
+        code = sweep.sweep(jobs, Local(self.num_jobs), sweep.flags_of_all(True), keep_changed=True)
         if code:
             sys.exit(code)
 
