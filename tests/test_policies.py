@@ -535,7 +535,7 @@ def test_a_run_cannot_be_continued_with_another_policy(tmp_path, capsys):
 
 def test_replay_methods_share_one_way_to_remember():
     """A method that only keeps rows has no `remember` of its own."""
-    assert all(METHODS.load(name).remember is ReplayMethod.remember for name in ("er", "der", "mgser_sam", "agem_r"))
+    assert all(METHODS.load(name).remember is ReplayMethod.remember for name in ("er", "der", "derpp", "agem_r"))
 
 
 @pytest.mark.parametrize("title", policies.CONTRACTS)

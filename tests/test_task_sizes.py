@@ -194,6 +194,9 @@ def test_sweeps_and_reports_tell_runs_of_other_sizes_apart(tmp_path, capsys):
     jobs = [sweep.Job({}, words, resolve(list(words))) for words in (argv, other)]
     assert set(sweep.look(jobs).done) == {jobs[0].hash}
     capsys.readouterr()
-    assert report.main([str(tmp_path)]) == 0
-    captured = capsys.readouterr()
-    assert "classes_per_task = " in captured.out + captured.err, "the report says that it mixes them"
+    assert report.main([str(tmp_path)]) == 2
+    refusal = capsys.readouterr().err
+    assert "(classes_per_task = 2 8, 8 2)" in refusal and "--where 'classes_per_task=2 8'" in refusal
+    assert report.main([str(tmp_path), "--where", "classes_per_task=2 8"]) == 0
+    assert report.main([str(tmp_path), "--mix"]) == 0
+    assert "classes_per_task = " in capsys.readouterr().err, "the report says that it mixes them"

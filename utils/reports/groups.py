@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -186,7 +187,7 @@ def _refusal(alike: Sequence[Mixture], by: Sequence[str]) -> str:
     names = [*keys, *(["code_version"] if merged.files else [])]
     rows = ", ".join(_few([f"'{own.label}'" for own in alike], most=3))
     mix = "show them in rows of their own with --mix" if [*keys] == ["split"] else "average them all with --mix"
-    where = f"{names[0]}={keys[names[0]][0]}" if keys else "code_version=DIGEST"
+    where = shlex.quote(f"{names[0]}={keys[names[0]][0]}") if keys else "code_version=DIGEST"
     return (
         f"{len(alike)} row(s) would be a mean over runs that differ in more than the seed ({merged}): {rows}. Split "
         f"them with --by {','.join((*by, *names))}, choose with --where {where}, or {mix}."

@@ -351,7 +351,7 @@ def comparable(value: Any) -> str:
         return {"none": "none", "true": "1", "false": "0"}[str(value).lower()]
     try:
         return f"{float(value):.12g}"
-    except ValueError:
+    except (ValueError, OverflowError):
         return canonical(str(value))
 
 
