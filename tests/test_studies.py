@@ -23,6 +23,7 @@ from flatcl.utils.registry import METHODS, ROOT
 from flatcl.utils.reports.runs import find_runs
 from flatcl.utils.reports.tables import group_runs, mixtures
 from flatcl.utils.studies import status
+from flatcl.utils.studies.engines.local import Local
 
 YAML = """
 name: small
@@ -207,8 +208,8 @@ def test_a_value_that_a_run_refuses_is_named_with_its_place(write, capsys):
 def test_the_command_line_replaces_what_the_file_says(write):
     path = write(YAML + "results_path: somewhere\n")
     words = [path, "--seeds", "5", "--jobs", "3", "--models", "derpp,er", "--grid", "optimizer=sgd"]
-    jobs, workers, _ = sweep._prepare([*words, "--", "--n_epochs", "3", "--lr", "0.2", "--class_order_seed", "1"])
-    assert workers == 3 and len(jobs) == 4
+    jobs, engine, _ = sweep._prepare([*words, "--", "--n_epochs", "3", "--lr", "0.2", "--class_order_seed", "1"])
+    assert engine == Local(3) and len(jobs) == 4
     values = [job.config.values for job in jobs]
     assert {(own["model"], own["optimizer"], own["seed"]) for own in values} == {("derpp", "sgd", 5), ("er", "sgd", 5)}
     assert all((own["n_epochs"], own["lr"], own["class_order_seed"]) == (3, 0.2, 1) for own in values)
