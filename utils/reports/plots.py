@@ -6,7 +6,6 @@ of Okabe & Ito (2008); markers and dashes tell the groups apart too. What is lef
 """
 
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ KINDS = {
 WITH_METRIC = ("compute", "bars", "heat")
 OF_MATRICES = ("tasks", "forgetting", "matrix")
 ROWS = "rows"
-LEVEL = 0.95
 MANY = 10  # lines; more are hard to tell apart
 MARKED = 20  # tasks up to which each has a marker, and each cell a border
 CMAP = "YlGnBu"  # light to dark, so that grey prints and the colour-blind have the same order
@@ -477,15 +475,10 @@ def _values(group: Group, request: Request) -> list[float]:
     return [request.scale * value for value in numbers if value is not None]
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """(low, high): mean ± t quantile (n - 1 degrees of freedom) x sample std / sqrt(n); of one value no interval."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, mean
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean - half, mean + half
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(low, high) of the mean at 95 %; of one value, which has no interval, the value twice."""
+    stat = Stat.of(values)
+    return stat.interval or (stat.mean or 0.0, stat.mean or 0.0)
 
 
 SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": ""}
