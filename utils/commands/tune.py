@@ -21,6 +21,7 @@ from flatcl.utils.commands._parser import Parser
 from flatcl.utils.console import complain, shown
 from flatcl.utils.engine.results import environment
 from flatcl.utils.errors import RunFailed, UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.files import read_json
 from flatcl.utils.registry import load_plugin
 from flatcl.utils.studies import Study, status, tune
@@ -55,6 +56,8 @@ class Tuning:
 
     def _check(self, bases: Mapping[Cell, sweep.Job]) -> None:
         """What a search of this study would stumble over, before any work."""
+        if self.section.method == "tpe" and any(self._entry(cell) is None for cell in self.cells):
+            require("optuna", "tune", "tune.method: tpe")
         problems = []
         for cell, job in bases.items():
             own = job.config.benchmark.setting
@@ -249,8 +252,10 @@ class Tuning:
         entries = [
             tune.entry_of(cell, trials.get(cell, []), chosen.get(cell, Trial(0, {}, tune.FINISHED))) for cell in cells
         ]
+        self.record = tune.read_record(self.file) or self.record  # another process may have chosen meanwhile
         assert self.record is not None
-        self.record = {**self.record, "cells": [*self.record["cells"], *entries]}
+        new = [entry for cell, entry in zip(cells, entries, strict=True) if self._entry(cell) is None]
+        self.record = {**self.record, "cells": [*self.record["cells"], *new]}
         tune.write_record(self.file, self.record)
 
     def _say_lost(self, cell: Cell, trials: Sequence[Trial]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import UsageError
-from flatcl.utils.extras import require
 from flatcl.utils.studies import tune
 from flatcl.utils.studies._tune_section import Range, Section
 from flatcl.utils.studies.tune import Cell, Trial
@@ -34,10 +33,9 @@ class Taken:
 
 
 class Tpe:
-    """The trials of all cells of one study. `whole`: flags that take whole numbers."""
+    """The trials of all cells of one study. `whole`: flags that take whole numbers. Needs the package optuna."""
 
     def __init__(self, folder: Path, name: str, section: Section, whole: Collection[str], may_write: bool = True):
-        require("optuna", "tune", "method: tpe")
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
