@@ -148,6 +148,9 @@ class Tuning:
                 return False
             if not taken:  # other processes are at the last ones
                 time.sleep(RETRY_S)
+            for cell in cells if self.section.prune else ():  # also what others have tried is compared with
+                for flags in tpe.configurations(cell):
+                    self._jobs_of(cell, flags)
             try:
                 if self._make([job for one in taken for job in self._jobs_of(one.cell, one.flags)]):
                     return True
@@ -372,3 +375,6 @@ def main(argv: Sequence[str], runner: Runner = train.main) -> int:
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:  # between two runs
+        complain("interrupted: the same command goes on")
+        return INTERRUPTED

@@ -46,16 +46,16 @@ class Tpe:
             self.locks.mkdir(parents=True, exist_ok=True)
 
     def take(self, cells: Sequence[Cell], most: int) -> list[Taken]:
-        """At most so many trials to run now, first those of processes that have died, of all cells in turn. Empty where
-        none is left, or others are at what is left: see `is_over`."""
+        """At most so many trials to run now, of the cells with the fewest trials first; those of processes that have
+        died are taken over. Empty where none is left, or others are at what is left: see `is_over`."""
         taken: list[Taken] = []
         with self._alone():
             while len(taken) < most:
-                found = [self._next(cell) for cell in cells[: most - len(taken)]]
-                new = [one for one in found if one is not None]
-                if not new:
+                in_turn = sorted(cells, key=lambda cell: (sum(one.cell is cell for one in taken), self._num_over(cell)))
+                new = next((one for one in map(self._next, in_turn) if one is not None), None)
+                if new is None:
                     break
-                taken += new
+                taken.append(new)
         return taken
 
     def tell(self, one: Taken, trial: Trial) -> None:
@@ -100,6 +100,9 @@ class Tpe:
         trial = study.ask(self._distributions(cell))
         lock = self._claimed(cell, trial.number)
         return None if lock is None else Taken(cell, trial.number, self._flags(trial.params), lock)
+
+    def _num_over(self, cell: Cell) -> int:
+        return sum(trial.state.is_finished() for trial in self._all(cell))
 
     def _claimed(self, cell: Cell, number: int) -> Lock | None:
         lock = Lock(self.locks / f"{_short(cell)}-{number}.lock", f"trial {number} of {cell.label}")
