@@ -271,20 +271,27 @@ def sweep(
 
 
 def run_shown(
-    jobs: Sequence[Job], engine: Engine, extra: Sequence[str] = (), runner: Runner = train.main, file=None
+    jobs: Sequence[Job],
+    engine: Engine,
+    extra: Sequence[str] = (),
+    runner: Runner = train.main,
+    file=None,
+    stopped: Callable[[Job], str] = lambda job: "",
 ) -> tuple[dict[Job, int], bool]:
-    """Runs all jobs, with a progress bar, and a line for each run on `file` (default: stdout). Returns the exit codes
-    of the failed jobs, and whether the user interrupted."""
+    """Runs all jobs, with a progress bar, and a line for each run on `file` (default: stdout). `stopped` says of a run
+    that has not finished why that is no failure. Returns the exit codes of the failed jobs, and whether the user
+    interrupted."""
     from tqdm import tqdm
 
     failed: dict[Job, int] = {}
     with tqdm(total=len(jobs), unit="run", disable=None if jobs else True, dynamic_ncols=True) as bar:
 
         def on_end(job: Job, code: int, why: str) -> None:
-            if code != OK:
+            no_failure = stopped(job) if code != OK else _outcome(job)
+            if not no_failure:
                 failed[job] = code
             with bar.external_write_mode():
-                outcome = _outcome(job) if code == OK else f"FAILED ({code}), {why or f'see {job.log}'}"
+                outcome = no_failure or f"FAILED ({code}), {why or f'see {job.log}'}"
                 print(f"{job.label} -> {outcome}", file=file, flush=True)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
@@ -466,6 +473,8 @@ def _study(args: argparse.Namespace, grid: Mapping[str, list[str]], rest: Sequen
     seeds = {} if args.seeds is None else {"seeds": tuple(parse_seeds(args.seeds))}
     axes = {name: tuple(values) for name, values in grid.items()}
     parts = {f"{name}s": axes.pop(name) for name in ("optimizer", "backbone") if name in axes}
+    if study.tune is not None:
+        complain("note: the section tune is for flatcl tune; these runs have the other flags of the file alone")
     study = dataclasses.replace(study, **lists, **seeds, **parts, grid={**study.grid, **axes})
     return study.without({*given.words, *axes})
 

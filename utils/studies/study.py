@@ -17,12 +17,13 @@ from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import METHODS, canonical, load_plugin, nearest
 from flatcl.utils.studies import _tree
 from flatcl.utils.studies._tree import Tree
+from flatcl.utils.studies._tune_section import Section, TuneReader
 
 AXES = {  # keys of a file that have a flag of a run each
     "models": "model", "datasets": "dataset", "optimizers": "optimizer", "backbones": "backbone",
     "buffer_sizes": "buffer_size", "seeds": "seed", "results_path": "results_path",
 }  # fmt: skip
-KEYS = ("name", *AXES, "grid", "flags", "fix", "vary", "cells")
+KEYS = ("name", *AXES, "grid", "flags", "fix", "vary", "cells", "tune")
 OWN_KEYS = {flag: key for key, flag in AXES.items()}  # {flag: the key that it has in a study}
 CHOOSES = ("model", "dataset", "optimizer", "buffer_size")  # what a cell is chosen by
 SOURCES = tuple(name.removesuffix("_seed") for name in SEEDS)  # of what the seed decides
@@ -50,7 +51,7 @@ class Cell:
 class Study:
     """A grid of runs. All values are words, as on a command line; those of `flags`, `fix` and `cells` by the flags'
     names. `fix`: sources of random numbers with a seed of their own; `vary`: the only ones that `seeds` decide, all
-    else is that of seed 0. `places`: where a flag's value stands in the file."""
+    else is that of seed 0. `tune`: what `flatcl tune` searches. `places`: where a flag's value stands in the file."""
 
     name: str
     models: tuple[str, ...]
@@ -66,6 +67,7 @@ class Study:
     vary: tuple[str, ...] = ()
     cells: tuple[Cell, ...] = ()
     results_path: str | None = None
+    tune: Section | None = None
     places: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -97,15 +99,20 @@ class Study:
             for *values, seed in itertools.product(*own.values(), self.seeds):
                 point = {**chosen, **dict(zip(own, values, strict=True))}
                 extra = {name: value for cell in self.cells if cell.has(point) for name, value in cell.flags.items()}
-                found.append({**point, **extra, **self._seeds(seed)})
+                found.append({**point, **extra, **self.seed_axes(seed)})
         return found
+
+    def has_flag(self, point: Mapping[str, str], name: str) -> bool:
+        """Whether a run, given by its axes, has this flag."""
+        return name in self._flags_of({part: point[part] for part in SELECTORS if part in point})
 
     def _flags_of(self, chosen: Mapping[str, str]) -> set[str]:
         """The names of the flags of runs with these parts; also of the network that a protocol brings."""
         protocol = {name: value for name, value in self.flags.items() if name == "protocol"}
         return known_flags([f"--{name}={value}" for name, value in {**chosen, **protocol}.items()])
 
-    def _seeds(self, seed: int) -> dict[str, str]:
+    def seed_axes(self, seed: int) -> dict[str, str]:
+        """What a run with this seed is given."""
         if not self.vary:
             return {"seed": str(seed)}
         return {"seed": "0", **{f"{source}_seed": str(seed) for source in self.vary}}
@@ -162,7 +169,7 @@ def _value(point: Mapping[str, str], name: str) -> str | None:
     return point.get(name)
 
 
-class _Reader:
+class _Reader(TuneReader):
     """Collects what is wrong in `tree.problems` and goes on."""
 
     def __init__(self, tree: Tree):
@@ -190,6 +197,7 @@ class _Reader:
             fix=self._fix(flags),
             vary=self._vary(),
             cells=self._cells(),
+            tune=self._tune(),
             places=self.places,
         )
         if not self.tree.problems:
@@ -260,10 +268,11 @@ class _Reader:
                 self.tree.complain(path, problem)
 
     def _seeds(self) -> tuple[int, ...]:
+        return self._seeds_of(("seeds",), self.top["seeds"]) if "seeds" in self.top else (0,)
+
+    def _seeds_of(self, own: _tree.Path_, value: Any) -> tuple[int, ...]:
         found: list[int] = []
-        if "seeds" not in self.top:
-            return (0,)
-        for path, item in self._list(("seeds",), self.top["seeds"]):
+        for path, item in self._list(own, value):
             try:
                 found += parse_seeds(item)
             except ValueError as error:
@@ -387,7 +396,7 @@ class _Reader:
         return tuple(found)
 
     def _check_use(self, study: Study) -> None:
-        """Axes and cells that no run has, and cells that move an axis."""
+        """Axes, cells and searched flags that no run has, and cells that move an axis."""
         plain = dataclasses.replace(study, cells=())
         points, complain = plain.points(), self.tree.complain
         for name in study.grid:
@@ -404,6 +413,25 @@ class _Reader:
                 if any(name in point for point in own):
                     key = self._as_written(("cells", i), name)
                     complain(("cells", i, key), f"--{name} is an axis of the study. Give it in one place.")
+        if study.tune is not None:
+            self._check_tune_use(study)
+
+    def _check_tune_use(self, study: Study) -> None:
+        """Searched flags that no run has, seeds of the search on the test set, and a name that no file can have."""
+        complain, section, points = self.tree.complain, study.tune, study.points()
+        for name in section.space if section else ():
+            if not any(study.has_flag(point, name) for point in points):
+                key = self._as_written(("tune", "space"), name)
+                complain(("tune", "space", key), "none of the runs has this flag. Drop it.")
+        both = sorted({*section.seeds} & {*study.seeds}) if section and not section.same_seeds else ()
+        if both:
+            complain(
+                ("tune", "seeds") if "seeds" in self.top["tune"] else ("tune",),
+                f"seed {', '.join(map(str, both))} is both of the search (tune.seeds, default: 0) and of the study "
+                "(seeds, default: 0). Give others, or same_seeds: true.",
+            )
+        if not re.fullmatch(r"\w[\w.-]*", study.name):
+            complain(("name",), f"names a file of the search: letters, digits and ._- only, got '{study.name}'.")
 
     def _as_written(self, path: _tree.Path_, name: str) -> str:
         entry: Any = self.top

@@ -1,0 +1,355 @@
+"""flatcl tune: each choice is worked out again from the summaries of the runs."""
+
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import time
+
+import pytest
+
+from flatcl.utils import studies
+from flatcl.utils.commands import train, tune
+from flatcl.utils.engine import run
+from flatcl.utils.errors import RunFailed
+from flatcl.utils.registry import ROOT
+from flatcl.utils.reports.runs import find_runs
+from flatcl.utils.studies import _pruning
+from flatcl.utils.studies._tune_section import Range, Section
+from flatcl.utils.studies.engines import BUSY
+from flatcl.utils.studies.engines.local import Local
+from flatcl.utils.studies.tune import Cell, Trial, cells_of, choose, configurations, ends
+
+TUNE = """
+models: [er, sgd]
+datasets: [seq-synth]
+seeds: 1
+flags: {n_tasks: 2}
+tune:
+  space: {minibatch_size: [1, 16]}
+  seeds: [0, 3]
+"""
+TPE = """
+models: [er]
+datasets: [seq-synth]
+seeds: 1
+flags: {n_tasks: 2}
+tune:
+  space: {lr: {low: 0.001, high: 0.1, log: true}, minibatch_size: {low: 4, high: 16}}
+  method: tpe
+  trials: TRIALS
+"""
+
+
+class Here(Local):
+    """An engine that makes the runs in this process, since each worker would import torch anew."""
+
+    def run(self, jobs, on_end, extra, runner, on_wait):
+        for job in jobs:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            while (code := runner([*job.argv, *extra])) == BUSY:
+                time.sleep(0.05)
+            on_end(job, code, "")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study; returns the words of a command whose runs go to tmp_path/results."""
+
+    def write(text, name="study.yaml"):
+        (tmp_path / name).write_text(text)
+        return [str(tmp_path / name), "--", "--results_path", str(tmp_path / "results")]
+
+    return write
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs are made in this process; returns the command lines of those that were begun."""
+    begun = []
+
+    def runner(argv):
+        begun.append(argv)
+        return train.main(argv)
+
+    monkeypatch.setattr(tune, "chosen", lambda args: Here(args.jobs or 1))
+    monkeypatch.setattr(run, "_draw", lambda draw: None)  # pictures take most of the time of so short a run
+    return lambda argv: (tune.main(argv, runner), begun)[0], begun
+
+
+def runs_of(results):
+    return find_runs([results], lambda line: None)
+
+
+def record_of(results, name="study"):
+    return json.loads((results / "tune" / f"{name}.json").read_text())
+
+
+def accuracy(run):
+    return run.summary["metrics"]["class-il"]["final_average_accuracy"]
+
+
+def test_the_choice_is_the_argmax_of_the_validation_runs_and_the_test_runs_have_it(study, here, tmp_path, capsys):
+    main, begun = here
+    words, results = study(TUNE), tmp_path / "results"
+    assert main([words[0], "--until", "search", *words[1:]]) == 0
+    searched = runs_of(results)
+    assert len(searched) == len(begun) == 4  # 2 sizes, 2 seeds; sgd has no such flag
+    assert all(run.get("validation") and run.get("seed") in (0, 3) and run.get("model") == "er" for run in searched)
+    values = {}
+    for one in searched:
+        values.setdefault(str(one.get("minibatch_size")), []).append(accuracy(one))
+    best = max(values, key=lambda size: statistics.fmean(values[size]))
+    before = record_of(results)
+    er, sgd = before["cells"]
+    assert er["chosen"]["flags"] == {"minibatch_size": best} and before["commit"]
+    assert er["chosen"]["value"] == pytest.approx(statistics.fmean(values[best]))
+    assert er["num_configurations"] == 2 and (sgd["num_configurations"], sgd["chosen"]["flags"]) == (1, {})
+
+    assert main(words) == 0
+    assert record_of(results) == before
+    tested = {run.get("model"): run for run in runs_of(results) if not run.get("validation")}
+    assert len(begun) == 6, "something was run twice"
+    assert [tested[model].get("seed") for model in ("er", "sgd")] == [1, 1]
+    assert str(tested["er"].get("minibatch_size")) == best
+    assert tested["er"].get("notes") == "tuned: 2 configurations, best_mean on validation"
+    assert tested["sgd"].get("notes") == ""
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["er", "seq-synth", "2", "minibatch_size", best, f"{100 * er['chosen']['value']:.2f}"] in rows
+
+    assert main([words[0], "--show", *words[1:]]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("er ")]
+    means = sorted(((100 * statistics.fmean(own), size) for size, own in values.items()), reverse=True)
+    assert [(row[3], row[4]) for row in rows] == [(size, f"{mean:.2f}") for mean, size in means]
+    assert ["chosen" in row for row in rows] == [True, False]
+
+    for old, new, said in (  # under the same name
+        ("[1, 16]", "[1, 8]", 'tune.space was {"minibatch_size": ["1", "16"]} and is {"minibatch_size": ["1", "8"]}'),
+        ("n_tasks: 2", "n_tasks: 5", "--n_tasks was 2 and is 5"),
+    ):
+        assert main(study(TUNE.replace(old, new))) == 2
+        assert said in capsys.readouterr().err
+    assert main(study(TUNE.replace("[er, sgd]", "[er, sgd, ewc_on]"))) == 0 and len(begun) == 7
+    assert record_of(results)["cells"][:2] == before["cells"], "a further model changes what was chosen"
+
+
+def test_unequal_budgets_are_noted(study, capsys):
+    text = TUNE.replace("[er, sgd]", "[er, derpp]").replace("space: {", "space: {alpha: [0.1, 0.2, 0.3], ")
+    _, tuning = tune._prepare(study(text), train.main)
+    tuning._say_budget(tuning.cells)
+    out, error = capsys.readouterr()
+    assert "er seq-synth: 2 trials" in out and "derpp seq-synth: 6 trials" in out
+    assert "unequal numbers of trials" in error
+
+
+def test_draws_are_reproducible_and_the_same_for_all_cells():
+    space = {"lr": Range(0.001, 0.1, log=True), "rho": ("0.05", "0.1")}
+    section = Section(space, "random", trials=8, random_seed=3)
+    er, sam = Cell({"model": "er"}, {"lr": space["lr"]}, ()), Cell({"model": "sam"}, space, ())
+    plain, both = configurations(section, er, ()), configurations(section, sam, ())
+    assert plain == configurations(section, er, ()) and len(plain) == len(both) == 8
+    assert [flags["lr"] for flags in plain] == [flags["lr"] for flags in both]
+    assert all(0.001 <= float(flags["lr"]) <= 0.1 for flags in plain)
+    assert {flags["rho"] for flags in both} == {"0.05", "0.1"}
+    other = Section(space, "random", trials=8, random_seed=4)
+    assert configurations(other, er, ()) != plain
+    few = Cell({"model": "er"}, {"rho": ("1", "2", "3")}, ())
+    assert sorted(flags["rho"] for flags in configurations(section, few, ())) == ["1", "2", "3"]
+    whole = Cell({}, {"minibatch_size": Range(1, 5)}, ())
+    assert {flags["minibatch_size"] for flags in configurations(section, whole, {"minibatch_size"})} <= set("12345")
+    assert ends(sam, ()) == [{"lr": "0.001", "rho": "0.05"}, {"lr": "0.1", "rho": "0.1"}]
+
+
+def test_a_log_range_is_even_in_the_logarithm():
+    cell = Cell({}, {"lr": Range(1e-4, 1.0, log=True)}, ())
+    drawn = configurations(Section(cell.space, "random", trials=1000), cell, ())
+    logs = [math.log10(float(flags["lr"])) for flags in drawn]
+    # uniform on [-4, 0]: mean -2, standard error 4 / sqrt(12) / sqrt(1000) = 0.037
+    assert abs(statistics.fmean(logs) + 2) < 4 * 0.037
+
+
+def trial(number, value, **flags):
+    return Trial(number, flags, "finished" if value is not None else "failed", {} if value is None else {0: value})
+
+
+def test_a_shared_flag_has_the_highest_mean_over_the_models():
+    section = Section({"lr": ("1", "2"), "alpha": ("3", "4")}, share=("lr",))
+    a, b = (Cell({"model": name}, dict(section.space), (("dataset", "d"),)) for name in "ab")
+    trials = {
+        a: [trial(0, 0.9, lr="1", alpha="3"), trial(1, 0.1, lr="1", alpha="4"), trial(2, 0.7, lr="2", alpha="3")],
+        b: [trial(0, 0.1, lr="1", alpha="3"), trial(1, 0.6, lr="2", alpha="3"), trial(2, 0.65, lr="2", alpha="4")],
+    }
+    # lr 1: (0.9 + 0.1) / 2 = 0.5; lr 2: (0.7 + 0.65) / 2 = 0.675
+    assert {cell.axes["model"]: own.number for cell, own in choose(section, trials).items()} == {"a": 2, "b": 2}
+    alone = choose(Section(section.space), trials)
+    assert {cell.axes["model"]: own.number for cell, own in alone.items()} == {"a": 0, "b": 2}
+    with pytest.raises(RunFailed, match="no trial to choose for b"):
+        choose(Section(section.space), {b: [trial(0, None, lr="1", alpha="3")]})
+
+
+def test_cells_share_what_they_have_in_common_but_their_model(study):
+    text = "models: [er, derpp]\ndatasets: [seq-synth]\nbuffer_sizes: [50, 100]\nseeds: 1\n"
+    text += "tune: {space: {lr: [0.1, 0.2], alpha: [0.1]}, share: [lr]}\n"
+    cells = cells_of(studies.read(study(text)[0]))
+    assert [cell.label for cell in cells] == [f"{m} seq-synth {n}" for m in ("er", "derpp") for n in (50, 100)]
+    assert cells[0].group == cells[2].group != cells[1].group == cells[3].group
+    assert [list(cell.space) for cell in cells] == [["lr"], ["lr"], ["lr", "alpha"], ["lr", "alpha"]]
+
+
+WRONG = """
+models: [er]
+datasets: [seq-synth]
+flags: {n_epochs: 2, validation: 1}
+tune:
+  space:
+    lr: {low: 0.1, high: 0.01}
+    n_epochs: [1, 2]
+    rho: [0.1]
+    larning_rate: [1]
+    seed: [1]
+  method: tpee
+  metric: accuracy
+  trials: 0
+  share: [alpha]
+  serch: 1
+"""
+
+
+def test_all_mistakes_are_said_at_once_with_line_and_key(study, here, capsys):
+    main, begun = here
+    assert main(study(WRONG)) == 2 and not begun
+    error = capsys.readouterr().err
+    for said in (
+        "line 7, tune.space.lr: low must be less than high, got 0.1 and 0.01",
+        "line 8, tune.space.n_epochs: --n_epochs is also given at",
+        "line 10, tune.space.larning_rate: unknown flag",
+        "line 11, tune.space.seed: --seed cannot be searched",
+        "line 12, tune.method: expects one of grid, random, tpe, got 'tpee'. Did you mean",
+        "line 13, tune.metric: expects one of",
+        "line 14, tune.trials: expects a whole number from 1",
+        "line 15, tune.share: 'alpha' is not in the space",
+        "line 16, tune.serch: unknown key",
+        "--validation is set by the search, and also at",
+    ):
+        assert said in error, said
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("minibatch_size: [1, 16]", "rho: [0.1]", "tune.space.rho: none of the runs has this flag"),
+        ("minibatch_size: [1, 16]", "lr: [-1, 0.05]", "--lr must be greater than 0, got -1"),
+        ("seeds: [0, 3]", "seeds: [0, 1]", "line 8, tune.seeds: seed 1 is both of the search"),
+        ("seeds: [0, 3]", "setting: domain-il", "tune.setting is domain-il, its runs have class-il"),
+        ("seeds: [0, 3]", "prune: true", "a grid tries all of its values"),
+        ("seeds: [0, 3]", "method: random", "needs the number of trials"),
+        ("[1, 16]", "{low: 0.1, high: 1}", "a grid needs a list of values"),
+        ("models:", "name: a/b\nmodels:", "names a file of the search"),
+    ],
+)
+def test_a_mistake_is_said_before_any_work(old, new, said, study, here, tmp_path, capsys):
+    main, begun = here
+    assert main(study(TUNE.replace(old, new))) == 2 and not begun
+    assert said in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_what_does_not_fit_is_refused(study, tmp_path, capsys):
+    words = study(TUNE)
+    assert tune.main([words[0], "--engine", "slurm", *words[1:]]) == 2
+    assert "--engine slurm: a search waits for its runs" in capsys.readouterr().err
+    assert tune.main([*words, "--minibatch_size", "8"]) == 2
+    assert "--minibatch_size after -- is an axis of the grid" in capsys.readouterr().err
+    plain = study(TUNE.partition("tune:")[0], "plain.yaml")
+    assert tune.main(plain) == 2 and "has no section tune" in capsys.readouterr().err
+    (tmp_path / "results/tune").mkdir(parents=True)
+    (tmp_path / "results/tune/study.json").write_text("{}")
+    assert tune.main(words) == 2 and "cannot be read as the record of a search" in capsys.readouterr().err
+
+
+def test_without_optuna_one_message_says_what_to_install(study, here, tmp_path, monkeypatch, capsys):
+    main, begun = here
+    monkeypatch.setattr("flatcl.utils.extras.find_spec", lambda name: None)
+    assert main(study(TPE.replace("TRIALS", "2"))) == 2 and not begun
+    assert 'pip install "flatcl[tune]"' in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_diverges_is_a_trial_without_a_value_and_is_not_tried_again(study, here, tmp_path, capsys):
+    main, begun = here
+    text = TUNE.replace("minibatch_size: [1, 16]", "lr: [1e6, 0.05]").replace("[0, 3]", "0").replace("er, ", "")
+    words = study(text)
+    argv = [words[0], "--until", "search", *words[1:]]
+    assert main(argv) == 0
+    cell = record_of(tmp_path / "results")["cells"][0]
+    assert [own["state"] for own in cell["trials"]] == ["failed", "finished"], capsys.readouterr().err
+    assert cell["chosen"]["flags"] == {"lr": "0.05"}
+    number = len(begun)
+    os.remove(tmp_path / "results/tune/study.json")
+    assert main(argv) == 0 and len(begun) == number
+
+
+def test_tpe_goes_on_where_a_process_was_killed_and_two_share_the_rest(study, here, tmp_path, capsys):
+    pytest.importorskip("optuna", reason="optuna does not install here")
+    main, begun = here
+    words, results = study(TPE.replace("TRIALS", "5")), tmp_path / "results"
+    start = multiprocessing.get_context("fork").Process
+    first = start(target=main, args=(words,))
+    first.start()
+    end = time.monotonic() + 120
+    while not runs_of(results) if results.exists() else True:
+        assert time.monotonic() < end and first.is_alive()
+        time.sleep(0.02)
+    first.kill()
+    first.join()
+    before = {run.summary["config_hash"] for run in runs_of(results)}
+
+    other = start(target=lambda: os._exit(main(words)))
+    other.start()
+    assert main(words) == 0
+    other.join(120)
+    assert other.exitcode == 0
+    cell = record_of(results)["cells"][0]
+    assert [(own["number"], own["state"]) for own in cell["trials"]] == [(i, "finished") for i in range(5)]
+    hashes = {hash for own in cell["trials"] for hash in own["runs"]}
+    assert before <= hashes == {run.summary["config_hash"] for run in runs_of(results) if run.get("validation")}
+    assert cell["chosen"]["value"] == max(own["value"] for own in cell["trials"])
+    assert all(own["flags"]["minibatch_size"].isdecimal() for own in cell["trials"])
+    folders = [json.loads(file.read_text())["config_hash"] for file in results.glob("*/*/*/*/config.json")]
+    assert len(folders) == len(set(folders)) == 6, "a run was begun twice"
+
+
+def test_a_run_below_the_median_is_stopped_between_tasks(study, tmp_path, monkeypatch, capsys):
+    """Trials in order: a good one finishes, then one with a tiny rate is stopped; it keeps its files."""
+    monkeypatch.setattr(_pruning, "PRUNE_AFTER", 1)
+    monkeypatch.setattr(_pruning, "POLL_S", 0.02)
+    text = "models: [er]\ndatasets: [seq-synth]\nseeds: 1\nflags: {n_epochs: 12}\n"
+    text += "tune: {space: {lr: [0.05, 1e-9]}, method: random, trials: 2, prune: true, random_seed: SEED}\n"
+    seed = next(
+        seed for seed in range(99)
+        if configurations(Section({"lr": ("0.05", "1e-9")}, "random", trials=2, random_seed=seed),
+                          Cell({}, {"lr": ("0.05", "1e-9")}, ()), ())[0] == {"lr": "0.05"}
+    )  # fmt: skip
+    words, results = study(text.replace("SEED", str(seed))), tmp_path / "results"
+    assert tune.main([words[0], "--until", "search", *words[1:]]) == 0
+    out = capsys.readouterr().out
+    assert "pruned: below the median" in out
+    good, bad = record_of(results)["cells"][0]["trials"]
+    assert (good["state"], bad["state"], bad["value"]) == ("finished", "pruned", None)
+    (mark,) = (results / "tune/study.pruned").glob("*.json")
+    why = json.loads(mark.read_text())
+    assert mark.stem == bad["runs"][0] and why["value"] < why["median"] and 1 <= why["tasks"] < 5
+    (folder,) = results.glob(f"*/*/*/*{mark.stem}*")
+    assert len(json.loads((folder / "accuracy.json").read_text())["tasks"]) < 5
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    number = len(list(results.glob("*/*/*/*/summary.json")))
+    os.remove(results / "tune/study.json")
+    assert tune.main([words[0], "--until", "search", *words[1:]]) == 0
+    assert len(list(results.glob("*/*/*/*/summary.json"))) == number, "it was begun again"
+
+
+def test_the_example_is_the_one_of_the_page():
+    page, file = (ROOT / "docs/tuning.md").read_text(), ROOT / "examples/tune.yaml"
+    assert f"```yaml\n{file.read_text()}```" in page
+    study = studies.read(file)
+    assert len(cells_of(study)) == 3 and study.tune.space["alpha"] == ("0.1", "0.3")
