@@ -71,43 +71,42 @@ def test_each_record_has_its_pictures_and_so_have_validation_splits(results, tmp
 def test_groups_that_mix_unlike_runs_are_not_drawn_unless_asked(results):
     make_run(results, seed=5, lr=0.3)
     figures, (note,) = drawn(results)
-    assert figures == {} and note.startswith("These runs: no pictures. 1 row(s) would be a mean over runs")
-    figures, _ = drawn(results, by=["model", "optimizer", "lr"])
-    assert len(figures) == len(plots.KINDS) - 1, "a heat map has two keys"
+    assert note == (
+        "These runs: not drawn, since their runs differ in more than the seed (lr = 0.1, 0.3): er sgd seq-digits 100. "
+        "Split them with --by, or give --mix."
+    )
+    bars = next(svg for title, svg in figures.items() if "intervals" in title)
+    assert "derpp + sgd" in bars and "er + sam" in bars and ">er + sgd" not in bars
+    kinds = page_pictures._kinds(load_runs([results]), Choice("", by=["model", "optimizer", "lr"]))
+    assert kinds == (list(plots.KINDS), None)
     figures, notes = drawn(results, mix=True)
-    assert len(figures) == len(plots.KINDS) and any("mixes runs of lr" in line for line in notes)
+    bars = next(svg for title, svg in figures.items() if "intervals" in title)
+    assert ">er + sgd" in bars and any("mixes runs of lr" in line for line in notes)
 
 
 @pytest.mark.parametrize(
     ("limit", "value", "left", "note"),
     [
-        ("MOST_GROUPS", 3, 0, "no pictures of 4 groups in 1 combinations of benchmark, memory size and setting: drawn"),
-        ("MOST_PANELS", 0, 0, "no pictures of 4 groups in 1 combinations"),
-        ("MATRICES_OF", 7, 3, "accuracy matrices are read of at most 7 runs, here are 8."),
-        ("MOST_MATRICES", 3, 5, None),
-        ("MOST_BYTES", 1, 0, "not drawn, since all pictures together take at most 1e-06 MB."),
+        ("MOST_GROUPS", 3, [], "no pictures of 4 groups in 1 combinations of benchmark, memory size and setting"),
+        ("MOST_PANELS", 0, [], "no pictures of 4 groups in 1 combinations of benchmark, memory size and setting"),
+        ("MATRICES_OF", 7, ["compute", "bars", "heat"], "accuracy matrices are read of at most 7 runs, here are 8."),
+        ("MOST_MATRICES", 3, ["tasks", "forgetting", "compute", "bars", "heat"], None),
+        ("MANY", 3, ["bars", "heat"], "no lines and points of 4 groups: at most 3 can be told apart."),
     ],
 )
 def test_large_results_have_fewer_pictures_and_a_note(results, monkeypatch, limit, value, left, note):
-    monkeypatch.setattr(page_pictures, limit, value)
+    monkeypatch.setattr(plots if limit == "MANY" else page_pictures, limit, value)
+    kinds, said = page_pictures._kinds(load_runs([results]), Choice("final_average_accuracy"))
+    assert kinds == left and (said is None if note is None else said.startswith(note))
+
+
+def test_pictures_have_limited_room_and_notes_are_short(results, monkeypatch):
+    figures, _ = drawn(results / "seq-digits")
+    monkeypatch.setattr(page_pictures, "MOST_BYTES", len(next(iter(figures.values()))))
+    monkeypatch.setattr(page_pictures, "NOTE", 40)
     figures, notes = drawn(results)
-    assert len(figures) == left
-    assert any(note in line for line in notes) if note else notes == []
-
-
-def test_more_groups_than_can_be_told_apart_are_bars_alone(results, monkeypatch):
-    monkeypatch.setattr(plots, "MANY", 3)
-    figures, (note,) = drawn(results)
-    assert [title.split()[-1] for title in figures] == ["worst", "optimizer"]
-    assert "no lines and points of 4 groups: at most 3 can be told apart" in note
-
-
-def test_notes_are_short(results, monkeypatch):
-    for seed in range(100, 190):
-        make_run(results, seed=seed, matrix=None)
-    _, notes = drawn(results)
-    assert notes and all(len(line) <= page_pictures.NOTE for line in notes)
-    assert any(line.endswith(" ...") for line in notes)
+    assert len(figures) == 1 and len(notes) == len(plots.KINDS) - 1
+    assert all(len(line) <= 40 and line.endswith(" ...") for line in notes)
 
 
 def test_the_command_puts_them_into_the_page(results, tmp_path, capsys):

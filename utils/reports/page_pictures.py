@@ -99,8 +99,8 @@ def _without_mixtures(runs: Sequence[Run], choice: Choice) -> tuple[list[Run], l
         if mixture:
             mixed |= dict.fromkeys(map(id, group.runs))
             labels.setdefault(str(mixture), {})[group.label] = None
-    said = [f"not drawn, since they differ in more than the seed ({what}): {', '.join(names)}. Split them with --by, or "
-            "give --mix." for what, names in labels.items()]  # fmt: skip
+    said = [f"not drawn, since their runs differ in more than the seed ({what}): {', '.join(names)}. Split them with "
+            "--by, or give --mix." for what, names in labels.items()]  # fmt: skip
     return [run for run in runs if id(run) not in mixed], said
 
 
