@@ -48,9 +48,9 @@ def test_what_a_kind_needs_decides_whether_it_is_drawn(tmp_path):
     for seed in range(2):
         make_run(tmp_path / "one", seed=seed)
         make_run(tmp_path / "no matrix", "er", seed=seed, matrix=None)
-        make_run(tmp_path / "no matrix", "derpp", seed=seed, matrix=None)
+        make_run(tmp_path / "no matrix", "derpp", "sam", seed=seed, matrix=None)
     words = [[title.split()[0] for title in drawn(tmp_path / name)[0]] for name in ("one", "no matrix")]
-    assert words == [["Average", "Average", "Accuracy"], ["Final", "Final"]], "no heat map of one column"
+    assert words == [["Average", "Average", "Accuracy"], ["Final", "Final"]], "no heat map of one cell a row"
     file = make_run(tmp_path / "stopped") / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "crashed"}))
     assert drawn(tmp_path / "stopped") == ({}, [])

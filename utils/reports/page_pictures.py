@@ -108,29 +108,29 @@ def _kinds(runs: Sequence[Run], choice: Choice) -> tuple[list[str], str | None]:
     """(the kinds that can be read, what is to be said about the others)."""
     keys, apart = _keys(choice)
     groups = group_runs(runs, [*keys, *apart], choice.setting)
-    count = len({tuple(group.by[key] for key in keys) for group in groups})
+    names = {tuple(group.by[key] for key in keys) for group in groups}
     panels = len({(*(group.by[key] for key in apart), group.setting) for group in groups})
-    if count > MOST_GROUPS or panels > MOST_PANELS:
+    if len(names) > MOST_GROUPS or panels > MOST_PANELS:
         limits = f"drawn are at most {MOST_GROUPS} groups and {MOST_PANELS} combinations"
         return [], (
-            f"no pictures of {count:,} groups in {panels:,} combinations of benchmark, memory size and setting: "
+            f"no pictures of {len(names):,} groups in {panels:,} combinations of benchmark, memory size and setting: "
             f"{limits}. Choose with --where."
         )
-    return _readable(runs, keys, count, panels)
+    return _readable(len(runs), names, panels)
 
 
-def _readable(runs: Sequence[Run], keys: Sequence[str], count: int, panels: int) -> tuple[list[str], str | None]:
-    """As `_kinds`, for so many groups and panels."""
-    skipped, problem = set(), None
+def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], str | None]:
+    """As `_kinds`, for so many runs and panels, and groups of these names."""
+    skipped, problem, count = set(), None, len(names)
     if count == 1:
         skipped = {"compute", "bars"}
-    if any(len({run.get(key) for run in runs}) == 1 for key in keys):
-        skipped.add("heat")  # one column would show what the bars do
+    if count <= max((len(set(values)) for values in zip(*names, strict=True)), default=0):
+        skipped.add("heat")  # with one cell in each row it would show what the bars do
     if count * panels > MOST_MATRICES:
         skipped.add("matrix")
-    if len(runs) > MATRICES_OF:
+    if runs > MATRICES_OF:
         skipped |= {*plots.OF_MATRICES}
-        problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {len(runs):,}."
+        problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}."
     if count > plots.MANY:
         skipped |= {*plots.OF_MATRICES, "compute"}
         problem = f"no lines and points of {count} groups: at most {plots.MANY} can be told apart. Choose with --where."
