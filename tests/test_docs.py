@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from docs import pictures, tables
-from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, REGISTRIES, ROOT
+from flatcl.__main__ import COMMANDS
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, REGISTRIES, ROOT, parts
 from flatcl.utils.reports import plots
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *tables.PAGES]
@@ -177,6 +178,9 @@ def test_the_readme_names_and_counts_all_that_can_be_chosen():
     for registry in REGISTRIES:
         missing = [name for name in registry.names() if f"`{name}`" not in text]
         assert not missing, f"{registry.kind}: {missing}"
+    page = (ROOT / "docs/install.md").read_text()
+    for command in parts(COMMANDS):
+        assert f"`{command}`" in text and f"`flatcl {command}" in page, command
     counts = {"methods": METHODS, "optimizers": OPTIMIZERS, "benchmarks": DATASETS}
     for page in (text, (ROOT / "docs/index.md").read_text()):
         for number, what in re.findall(r"\b(\d+) (methods|optimizers|benchmarks)\b", page):
