@@ -91,7 +91,7 @@ def test_groups_that_mix_unlike_runs_are_not_drawn_unless_asked(results):
         ("MOST_PANELS", 0, [], "no pictures of 4 groups in 1 combinations of benchmark, memory size and setting"),
         ("MATRICES_OF", 7, ["compute", "bars", "heat"], "accuracy matrices are read of at most 7 runs, here are 8."),
         ("MOST_MATRICES", 3, ["tasks", "forgetting", "compute", "bars", "heat"], None),
-        ("MANY", 3, ["bars", "heat"], "no lines and points of 4 groups: at most 3 can be told apart."),
+        ("MANY", 3, ["bars", "heat"], "no lines, points and matrices of 4 groups: at most 3 can be told apart."),
     ],
 )
 def test_large_results_have_fewer_pictures_and_a_note(results, monkeypatch, limit, value, left, note):
