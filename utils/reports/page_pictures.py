@@ -133,5 +133,8 @@ def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], str
         problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}."
     if count > plots.MANY:
         skipped |= {*plots.OF_MATRICES, "compute"}
-        problem = f"no lines, points and matrices of {count} groups: at most {plots.MANY} can be told apart. Choose with --where."
+        problem = (
+            f"no lines, points and matrices of {count} groups: at most {plots.MANY} can be told apart. Choose with "
+            "--where."
+        )
     return [kind for kind in plots.KINDS if kind not in skipped], problem
