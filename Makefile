@@ -28,7 +28,7 @@ lint: .venv/.test .types/flatcl
 	mkdir -p $@
 	ln -s $(addprefix ../../,$^ backbone datasets models utils) $@
 
-docs: .venv/.docs
+docs: .venv/.run .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: .venv/.run

@@ -16,8 +16,9 @@ from flatcl.utils.arguments import resolve
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.pictures import save
 from flatcl.utils.optim._sharpness import dot, norm
+from flatcl.utils.reports import plots
 from flatcl.utils.reports.groups import Stat, group_runs
-from flatcl.utils.reports.runs import load_runs
+from flatcl.utils.reports.runs import load_runs, select
 
 DOCS = Path(__file__).resolve().parent
 RECORDS = DOCS.parent / "tests/records/sharpness"
@@ -76,6 +77,16 @@ def _strip(axes: Axes, place: int, own: Mapping[str, Stat]) -> None:
             text, side = (f"{name}  ", "right") if rank == 0 else (f"  {name}", "left")
             edge = mean - 100 * stat.std if rank == 0 else mean + 100 * stat.std
             axes.text(edge, y, text, ha=side, va="center", color=colour, fontsize=9)
+
+
+def of_records() -> dict[str, Figure]:
+    """{file: picture} of the page of results, as `flatcl report --plot` draws them."""
+    one, other = (select(load_runs([RECORDS / name]), {"model": "er"}) for name in PANELS)
+    options = {"width": "page", "names": {"er": "ER"}, "say": lambda line: None}
+    return {
+        "bars_perm-mnist_er.svg": plots.figure("bars", one, **options),
+        "compute_seq-fmnist_er.svg": plots.figure("compute", other, setting="class-il", **options),
+    }
 
 
 COMMAND = "--model mgser_sam --dataset seq-digits --stop_after 2 --rho 0.1 --device cpu --disable_log --non_verbose"
@@ -177,3 +188,5 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
 if __name__ == "__main__":
     save(overview(), DOCS / "overview.png")
     save(step_picture(), DOCS / "step.png")
+    for name, figure in of_records().items():
+        plots.save(figure, str(DOCS / name))

@@ -376,9 +376,7 @@ def test_validation_and_test_runs_never_meet(tmp_path, capsys):
     fill(tmp_path, "sgd", ADAM, validation=True)
     code, _, err = told(capsys, tmp_path)
     assert (
-        code == 2
-        and "split = test, validation" in err
-        and "--where split=test, or show them in rows of their own with --mix" in err
+        code == 2 and "split = test, validation" in err and "--where split=test, or show them apart with --mix" in err
     )
     for words in (["--mix"], ["--by", "optimizer,split"], ["--by", "optimizer,validation"]):
         code, lines, err = told(

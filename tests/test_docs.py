@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from docs import pictures, tables
-from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, REGISTRIES, ROOT
+from flatcl.__main__ import COMMANDS
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, REGISTRIES, ROOT, parts
+from flatcl.utils.reports import plots
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *tables.PAGES]
 SETTINGS = ("class-il", "domain-il", "general-continual")
@@ -129,6 +131,25 @@ def test_the_pictures_can_be_drawn(tmp_path):
         assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_the_pictures_of_results_are_those_of_the_records(tmp_path):
+    page = (ROOT / "docs/results.md").read_text()
+    for name, figure in pictures.of_records().items():
+        plots.save(figure, str(tmp_path / name))
+        made, kept = (folder / name for folder in (tmp_path, ROOT / "docs"))
+        texts, versions = zip(*map(read_svg, (made, kept)), strict=True)
+        assert texts[0] == texts[1], "run: python -m docs.pictures"
+        assert versions[0] != versions[1] or made.read_bytes() == kept.read_bytes(), "run: python -m docs.pictures"
+        assert f"]({name})" in page
+
+
+def read_svg(file):
+    """(the texts of a picture, the version of matplotlib that drew it)."""
+    text = file.read_text()
+    texts = re.findall(r"<text [^>]*>([^<]*)</text>", text)
+    assert len(texts) > 10
+    return texts, re.search(r"Matplotlib v([\w.]+)", text)[1]
+
+
 def test_the_site_builds_and_fetches_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)],
@@ -136,6 +157,9 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr.strip(), done.stderr
     built = {page.stem for page in tmp_path.glob("*.html")}
+    runs = (tmp_path / "records.html").read_text()
+    assert runs.count("<figure ") > 5 and all(str(ROOT) not in text for text in (runs, runs.replace("\\/", "/")))
+    assert '<a href="records.html">' in (tmp_path / "results.html").read_text()
     assert built >= {page.stem for page in tables.PAGES}
     for page in tmp_path.glob("*.html"):
         fetched = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"?(https?:)?//", page.read_text())
@@ -154,6 +178,9 @@ def test_the_readme_names_and_counts_all_that_can_be_chosen():
     for registry in REGISTRIES:
         missing = [name for name in registry.names() if f"`{name}`" not in text]
         assert not missing, f"{registry.kind}: {missing}"
+    page = (ROOT / "docs/install.md").read_text()
+    for command in parts(COMMANDS):
+        assert f"`{command}`" in text and f"`flatcl {command}" in page, command
     counts = {"methods": METHODS, "optimizers": OPTIMIZERS, "benchmarks": DATASETS}
     for page in (text, (ROOT / "docs/index.md").read_text()):
         for number, what in re.findall(r"\b(\d+) (methods|optimizers|benchmarks)\b", page):

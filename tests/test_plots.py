@@ -316,7 +316,7 @@ def test_the_validation_split_is_said_and_shares_no_panel(kind, tmp_path):
     words = " ".join(text.get_text() for text in figure.findobj(Text))
     assert "validation split" in words
     if kind == "tasks":
-        labels = [axes.get_xlabel() + axes.get_ylabel() for axes in draw(kind, tmp_path)[0].axes]
+        labels = [axes.get_xlabel() + axes.get_ylabel() for axes in draw(kind, tmp_path, mix=True)[0].axes]
         assert ["validation" in label for label in labels] == [False, True]
 
 
@@ -375,6 +375,35 @@ def test_texts_for_tex_are_escaped_and_come_back(two_by_two):
 
 
 # mistakes
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "flags", "config"),
+    [
+        ("tasks", "lr = 0.1, 0.3", {"lr": 0.3}, {}),
+        ("bars", "split = test, validation", {"validation": True}, {}),
+        ("heat", "protocol_version = 1, 2", {}, {"protocol": 2}),
+        ("matrix", "different code in models/er.py", {}, {"code": {"models/er.py": "12ab"}}),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_tables_refuse_to_average_is_not_drawn_either(kind, words, flags, config, two_by_two, tmp_path, capsys):
+    file = make_run(two_by_two, seed=7, **flags) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if "code" in config:
+        file = make_run(two_by_two, seed=8) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"code": {"models/er.py": "34cd"}}))
+    said = []
+    for more in ([], ["--plot", kind, "--out", str(tmp_path / "x.svg")]):
+        assert report.main([str(two_by_two), "--by", "model,optimizer", *more]) == 2
+        said.append(capsys.readouterr().err)
+    table, picture = said
+    assert words in table and picture.count("error: ") == 1
+    assert picture.replace("'er sgd seq-digits 100'", "'er sgd'") == table, "a panel is of one benchmark and memory"
+    assert not (tmp_path / "x.svg").exists()
+    assert report.main([str(two_by_two), "--mix", "--plot", kind, "--out", str(tmp_path / "x.svg")]) == 0
+    assert (tmp_path / "x.svg").exists()
+    assert ("mixes runs of" in capsys.readouterr().err) == ("validation" not in flags), "they have panels of their own"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import user_path, write_text
 from flatcl.utils.registry import canonical, nearest
-from flatcl.utils.reports import comparison_tables, latex, page, plots, rank_picture
+from flatcl.utils.reports import comparison_tables, latex, page, page_pictures, plots, rank_picture
 from flatcl.utils.reports.comparisons import check_statsmodels
 from flatcl.utils.reports.groups import BY, METRICS, asked_keys, check_mixtures, group_runs
 from flatcl.utils.reports.runs import RECORD, Run, all_runs, load_runs, select, write_record
@@ -68,7 +68,11 @@ def _parser() -> Parser:
         help="instead of means: mean ranks over benchmarks, memory sizes and settings (and --pivot keys), with the "
         "Friedman and Nemenyi tests; into FILE (.png, .pdf, .svg) goes the picture of the critical difference",
     )
-    add("--mix", action="store_true", help="also average runs that differ in more than their seed, with notes")
+    add(
+        "--mix",
+        action="store_true",
+        help="also average (and draw) runs that differ in more than their seed, with notes",
+    )
     add("--order", type=words, default=[], metavar="NAMES", help="models (in a picture also optimizers, ...) in order")
     add("--format", choices=FORMATS, help=f"of a table (default: {FORMATS[0]})")
     add("--caption", metavar="TEXT", help="with --format latex: a float with this caption")
@@ -85,7 +89,7 @@ def _parser() -> Parser:
     add(
         "--html",
         metavar="FILE.html",
-        help="instead of the table, one page for a browser: tables that sort and filter, all runs, their details",
+        help="instead of the table, one page for a browser: tables that sort and filter, pictures, all runs",
     )
     return parser
 
@@ -189,7 +193,7 @@ def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
 def _picture(args, runs: Sequence[Run], labels: dict[str, str]) -> None:
     figure = plots.figure(
         args.plot, runs, metric=args.metrics and args.metrics[0], by=args.by, setting=args.setting, order=args.order,
-        names=labels, width=args.width or next(iter(plots.WIDTHS)), x=args.x or plots.ROWS,
+        names=labels, width=args.width or next(iter(plots.WIDTHS)), x=args.x or plots.ROWS, mix=args.mix,
     )  # fmt: skip
     plots.save(figure, args.out)
 
@@ -229,7 +233,11 @@ def _write_page(args: argparse.Namespace, where: dict[str, str]) -> None:
     """The page has all runs, also those that did not finish."""
     said: list[str] = []
     runs = select(all_runs(args.runs, said.append), where)
-    text = page.build(runs, args.runs, args.by, args.metrics or METRICS, args.setting, args.order, notes=said)
+    metrics = args.metrics or METRICS
+    choice = page_pictures.Choice(metrics[0], args.by, args.setting, args.order, args.mix)
+    figures, left_out = page_pictures.draw(runs, args.runs, choice)
+    notes = [*said, *left_out]
+    text = page.build(runs, args.runs, args.by, metrics, args.setting, args.order, figures, notes)
     for line in said:
         complain(line)
     write_text(user_path(args.html), text)

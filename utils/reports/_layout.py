@@ -125,10 +125,11 @@ class Page:
         """Makes the figure as high as it must be for panels of `height(their width)`, in inches, and keeps all things
         where they are from then on."""
         engine, dpi = self.figure.get_layout_engine(), self.figure.dpi
+        rows = self.axes[0].get_gridspec().get_height_ratios()  # a change of the whole height is shared by these
         for _ in range(5):
             engine.execute(self.figure)
             box = self.axes[0].get_window_extent()
-            missing = self.down * (height(box.width / dpi) - box.height / dpi)
+            missing = sum(rows) / rows[0] * (height(box.width / dpi) - box.height / dpi)
             if abs(missing) < 0.01:
                 break
             self.figure.set_figheight(max(self.figure.get_figheight() + missing, 0.5))

@@ -8,7 +8,7 @@ from typing import Any
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports._layout import Page, Style
-from flatcl.utils.reports.groups import Group, group_runs, mixtures, spread, written
+from flatcl.utils.reports.groups import Group, check_mixtures, group_runs, mixtures, spread, written
 from flatcl.utils.reports.runs import Run
 
 BY = ("model", "optimizer")
@@ -41,6 +41,7 @@ class Request:
     width: str
     x: str
     costs: frozenset[str]
+    mix: bool
     say: Callable[[str], None]
 
     @property
@@ -93,11 +94,14 @@ class Panel:
 
 
 def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
-    """Runs of the validation split and of the test set never share a panel. Raises `UsageError` for an unknown setting
-    and for a name of what is not there."""
+    """Runs of the validation split and of the test set never share a panel. Raises `UsageError` for an unknown setting,
+    for a name of what is not there and, without `request.mix`, for groups whose runs differ in more than their seed."""
     settings = list(dict.fromkeys(name for run in runs for name in run.summary["metrics"]))
     if request.setting is not None and request.setting not in settings:
         raise UsageError(f"unknown setting: '{request.setting}'. {nearest(request.setting, settings)}")
+    if not request.mix:
+        keys = [*request.by, *(key for key in PANELS if key not in request.by)]
+        check_mixtures(group_runs(runs, keys, request.setting), request.by)
     shared = _shared(runs, request)
     found = []
     for validation in (False, True):

@@ -186,7 +186,7 @@ def _refusal(alike: Sequence[Mixture], by: Sequence[str]) -> str:
                      _few(sorted({file for own in alike for file in own.files})))  # fmt: skip
     names = [*keys, *(["code_version"] if merged.files else [])]
     rows = ", ".join(_few([f"'{own.label}'" for own in alike], most=3))
-    mix = "show them in rows of their own with --mix" if [*keys] == ["split"] else "average them all with --mix"
+    mix = "show them apart with --mix" if [*keys] == ["split"] else "average them all with --mix"
     where = shlex.quote(f"{names[0]}={keys[names[0]][0]}") if keys else "code_version=DIGEST"
     return (
         f"{len(alike)} row(s) would be a mean over runs that differ in more than the seed ({merged}): {rows}. Split "

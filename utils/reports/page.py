@@ -41,6 +41,7 @@ COSTS = ("train_s", "forward_rows", "backward_rows", "peak_memory_mib")  # colum
 MOST_FLAGS = 8  # flags that get a column of their own; more of them share one
 LOG_LINES, LOG_BYTES = 200, 20_000  # of the end of a run's log
 LOGS_BYTES, SEEDED_BYTES = 6_000_000, 4_000_000  # of all logs and of all that seeds decided, as they are in the page
+MOST_LINKS = 8  # pictures that have a link of their own in the contents
 README_BYTES, BENCHMARK_BYTES = 2**20, 2**20
 OTHERS = "other flags"  # those that vary and are not at their defaults
 
@@ -143,6 +144,12 @@ def repeats_in(runs: Sequence[Run]) -> set[int]:
     return old
 
 
+def counted_in(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one section that are in its means: finished, of equal ones the newest."""
+    old = repeats_in(runs)
+    return [run for number, run in enumerate(runs) if run.summary["status"] == "finished" and number not in old]
+
+
 def _folder(run: Run) -> str:
     """The name of the run folder, which begins with the time."""
     return run.content.get("folder") or run.path.name
@@ -159,9 +166,8 @@ def _tables(
 ) -> list[dict[str, Any]]:
     """The tables of a section's groups, one for each setting. Runs on validation splits have groups of their own. The
     runs have the numbers `first`, `first` + 1, ... in the page."""
-    old = repeats_in(runs)
-    content.repeated |= {first + number for number in old}
-    counted = [run for number, run in enumerate(runs) if run.summary["status"] == "finished" and number not in old]
+    content.repeated |= {first + number for number in repeats_in(runs)}
+    counted = counted_in(runs)
     if not counted:
         return []
     numbers = {id(run): first + number for number, run in enumerate(runs)}
@@ -387,7 +393,8 @@ def _html(
     blocks = [(f"place-{number}", "Groups" if single else section.title) for number, section in enumerate(sections)]
     pictures = [(f"picture-{number}", title) for number, title in enumerate(figures, start=1)]
     title = f"Runs: {sections[0].title}" if single else f"Runs of {len(sections)} folders"
-    linked = [*blocks, ("runs", "All runs"), *pictures, *([("notes", "What is not here")] if notes else [])]
+    few = pictures if len(pictures) <= MOST_LINKS else [("pictures", f"Pictures ({len(pictures)})")]
+    linked = [*blocks, ("runs", "All runs"), *few, *([("notes", "What is not here")] if notes else [])]
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -84,6 +84,7 @@ def figure(
     names: Mapping[str, str] = {},
     width: str = "column",
     x: str = ROWS,
+    mix: bool = False,
     say: Callable[[str], None] = complain,
 ) -> "Figure":
     """The picture of `kind` (see `KINDS`), of its final size in inches, bound to the Agg canvas.
@@ -91,8 +92,8 @@ def figure(
     `metric`: for compute, bars and heat, a metric or a cost (default: final_average_accuracy). `by`: the keys that make
     a group (default: model and optimizer). `order`: values of these keys in the order of drawing. `names`: labels in
     place of names ({"er": "ER"}), also of pairs ({"er+sam": "ER-SAM"}). `width`: column (3.5 inches) or page (7).
-    `x`: for compute, `rows` (forward + 2 x backward) or a cost, such as train_s. Raises `UsageError` for what cannot be
-    drawn.
+    `x`: for compute, `rows` (forward + 2 x backward) or a cost, such as train_s. `mix`: also draw groups whose runs
+    differ in more than their seed, with notes. Raises `UsageError` for what cannot be drawn, and for such groups.
     """
     problems = [] if kind in KINDS else [f"unknown kind of picture: '{kind}'. {nearest(kind, list(KINDS))}"]
     if width not in WIDTHS:
@@ -109,7 +110,8 @@ def figure(
     crossed = [key for key in keys if key != "dataset"]
     if kind == "heat" and len(crossed) != 2:
         raise UsageError(f"heat needs two keys, got {', '.join(crossed) or 'none'}. Example: --by model,optimizer.")
-    request = Request(metric or METRICS[0], list(keys), setting, order, names, width, x, frozenset(costs_of(runs)), say)
+    costs = frozenset(costs_of(runs))
+    request = Request(metric or METRICS[0], list(keys), setting, order, names, width, x, costs, mix, say)
     check_metrics([request.metric], runs)
     with style():
         panels = panels_of(runs, request)
