@@ -10,7 +10,8 @@ fixed before the first run:
   of the five tasks (as Chaudhry et al., 2019, choose on the first tasks), by the final average accuracy in class-il.
 - lr of er, er_ace and derpp: the best of 0.01, 0.03 and 0.1 (0.01 was added when 0.03 had turned out to be better than
   0.1 for all three). sgd and joint take er's, er_sam takes er's, derpp_sam and mgser_sam take derpp's.
-- rho: one for er_sam, derpp_sam and mgser_sam, of 0.05 and 0.1 the one with the higher mean over the first two.
+- rho: one for er_sam, derpp_sam and mgser_sam, the best of 0.01, 0.02, 0.05 and 0.1 for derpp_sam (0.01 and 0.02 were
+  added when 0.05 and 0.1 had turned out to be far worse than no perturbation).
 - guide of mgser_sam: the better of 0.5 and 1.
 - alpha and beta: those published for 50 epochs and the same memory.
 """
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from flatcl.utils.commands import sweep  # noqa: E402
 from flatcl.utils.studies.engines.local import Local  # noqa: E402
 
-LRS, RHOS, GUIDES, BUFFERS = ("0.01", "0.03", "0.1"), ("0.05", "0.1"), ("0.5", "1"), ("200", "500")
+LRS, RHOS, GUIDES, BUFFERS = ("0.01", "0.03", "0.1"), ("0.01", "0.02", "0.05", "0.1"), ("0.5", "1"), ("200", "500")
 READINGS = (
     {},
     {"ascent_on": "memory"},
@@ -77,10 +78,7 @@ def choice(study: Study) -> dict[str, Axes]:
         for model in ("derpp", "er", "er_ace")
     }
     lr |= {"sgd": lr["er"], "joint": lr["er"], "er_sam": lr["er"], "derpp_sam": lr["derpp"], "mgser_sam": lr["derpp"]}
-    sharp = [
-        {"model": model, **start, "lr": lr[model], "rho": rho} for model in ("derpp_sam", "er_sam") for rho in RHOS
-    ]
-    rho = study.choose(sharp, "rho")
+    rho = study.choose([{"model": "derpp_sam", **start, "lr": lr["derpp"], "rho": rho} for rho in RHOS], "rho")
     guided = [{"model": "mgser_sam", **start, "lr": lr["derpp"], "rho": rho, "guide": guide} for guide in GUIDES]
     guide = study.choose(guided, "guide")
     chosen = {model: {"lr": own} for model, own in lr.items()}
