@@ -10,15 +10,11 @@ from typing import Any
 from torch import nn
 
 from flatcl.backbone._packaged import Packaged
-from flatcl.utils.errors import UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.registry import BACKBONES
 
-try:
-    import timm
-except ModuleNotFoundError as error:
-    raise UsageError(
-        f"--backbone timm:NAME needs the package {error.name}. Install timm: pip install timm, or flatcl[timm]."
-    ) from None
+require("timm", "timm", "--backbone timm:NAME")
+import timm  # noqa: E402
 
 
 @BACKBONES.register("timm")

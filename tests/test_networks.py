@@ -370,7 +370,7 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path, capsys, mon
     assert "code would have to be run" in refused(capsys, *argv, tmp_path / "trap.pt")
     assert "must be a state dict, got list" in refused(capsys, *argv, tmp_path / "list.pt")
     assert "epoch, lr is not a tensor" in refused(capsys, *argv, tmp_path / "numbers.pt")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     assert "needs the package safetensors" in refused(capsys, *argv, tmp_path / "text.safetensors")
 
 

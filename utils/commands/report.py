@@ -13,10 +13,10 @@ from pathlib import Path
 from flatcl.utils.commands._parser import Parser, conditions
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.files import user_path, write_text
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports import comparison_tables, latex, page, page_pictures, plots, rank_picture
-from flatcl.utils.reports.comparisons import check_statsmodels
 from flatcl.utils.reports.groups import BY, METRICS, asked_keys, check_mixtures, group_runs
 from flatcl.utils.reports.runs import RECORD, Run, all_runs, load_runs, select, write_record
 from flatcl.utils.reports.tables import FORMATS, table
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(*problems)
     for name in ("against", "best"):
         if name in given:
-            check_statsmodels(f"--{name}")
+            require("statsmodels", "stats", f"--{name}")
     if args.plot:
         plots.check_path(args.out)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flatcl.models._incremental import classifier_of
 from flatcl.utils.console import reason
 from flatcl.utils.errors import UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.files import open_regular, user_path
 
 BEFORE = {"module", "net", "backbone", "body"}  # words that stand before the names of a network within another
@@ -52,13 +53,9 @@ def _read_torch(path: Any) -> Any:
 
 
 def _read_safetensors(path: Any) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"--pretrained_weights {path} needs the package {error.name}. Install it: pip install safetensors, or "
-            "flatcl[timm]."
-        ) from None
+    require("safetensors", "timm", f"--pretrained_weights {path}")
+    from safetensors.torch import load_file
+
     return load_file(path)
 
 

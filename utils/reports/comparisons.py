@@ -6,7 +6,6 @@ of a test come from statsmodels (the extra flatcl[stats]), all else from scipy.
 """
 
 import bisect
-import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -53,15 +52,6 @@ class Comparison:
     holm_t: float | None = None
     holm_wilcoxon: float | None = None
     verdict: str = OPEN
-
-
-def check_statsmodels(flag: str) -> None:
-    """Raises `UsageError` where the package is not installed."""
-    if importlib.util.find_spec("statsmodels") is None:
-        raise UsageError(
-            f'{flag} needs the package statsmodels. Install it: pip install "flatcl[stats]", or in a clone '
-            "pip install statsmodels."
-        )
 
 
 def lower_is_better(metric: str, costs: set[str]) -> bool:

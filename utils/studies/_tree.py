@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils.errors import UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.files import read_text, user_path
 
 LONGEST = 2**20  # bytes of a study file
@@ -122,13 +123,9 @@ def _toml(tree: Tree, text: str) -> Any:
 
 
 def _yaml(tree: Tree, text: str) -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise UsageError(
-            f'{tree.file}: reading YAML needs PyYAML. Install it by: pip install "flatcl[study]" (in a clone: pip '
-            "install PyYAML), or write the study as JSON."
-        ) from None
+    require("yaml", "study", str(tree.file), package="PyYAML", otherwise="or write the study as JSON")
+    import yaml
+
     loader = None
     try:
         loader = yaml.SafeLoader(text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils.errors import UsageError
+from flatcl.utils.extras import require
 from flatcl.utils.registry import HOME
 from flatcl.utils.studies.engines import BUSY, FAILED, Job, OnEnd, OnWait, Runner
 from flatcl.utils.studies.engines.local import RETRY_S, STOP_S
@@ -195,13 +196,9 @@ def _task(folder: str, runner: str, has_gpu: bool):
 def _connected(address: str) -> Iterator[None]:
     """Inside, this process is connected to the cluster, or to one of its own, of which nothing is left afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise UsageError(
-            '--engine ray needs the package ray, which is not installed: pip install "flatcl[ray]" (in a clone: pip '
-            "install ray)."
-        ) from None
+    require("ray", "ray", "--engine ray")
+    import ray
+
     found = _there(address)
     own = tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None) if found is None else None
     options = dict(address=found or "local", log_to_driver=False, logging_level="CRITICAL")
