@@ -209,6 +209,28 @@ def test_records_have_metrics_and_no_matrix(out, capsys):
     assert [path.name for path in out.iterdir()] == ["runs.csv"]
 
 
+def test_records_have_the_matrices_of_their_runs(two, tmp_path, out):
+    kept = out / "kept"
+    kept.mkdir()
+    words = ["--mix", "--metrics", "final_average_accuracy"]
+    code = main(["report", str(tmp_path), *words, "--record", str(kept / "runs.jsonl")])
+    assert code == 0
+    cells = ("config_hash", "setting", "after_task", "on_task", "accuracy")
+    found = [
+        [
+            tuple(row[name] for name in cells)
+            for row in rows(exported(runs, out / f"{runs.name}.csv", "--what", "matrix"))
+        ]
+        for runs in (tmp_path, kept)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 2 * 2 * 8
+    (lines, kept_lines) = (
+        [ast.literal_eval(line) for line in exported(runs, out / f"{runs.name}.pyd").read_text().splitlines()]
+        for runs in (tmp_path, kept)
+    )
+    assert [line["accmean_task3"] for line in kept_lines] == [line["accmean_task3"] for line in lines]
+
+
 def test_damaged_files_of_a_run_cost_only_its_rows(two, tmp_path, out, capsys):
     for damage in ("", "[]", '{"tasks": [0], "accuracy": {"class-il": [[0.5], [1]]}}', '{"tasks": 1, "accuracy": {}}',
                    '{"tasks": ["=1"], "accuracy": {"class-il": [[0.5]]}}'):  # fmt: skip

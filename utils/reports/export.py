@@ -16,9 +16,9 @@ from flatcl.utils.arguments import EngineArgs, flags_of
 from flatcl.utils.console import complain, reason
 from flatcl.utils.errors import UsageError
 from flatcl.utils.extras import require
-from flatcl.utils.files import parse_json, read_json, read_text
+from flatcl.utils.files import parse_json, read_text
 from flatcl.utils.registry import nearest
-from flatcl.utils.reports.runs import Run
+from flatcl.utils.reports.runs import Matrix, Run, is_joint, load_accuracies
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".parquet", ".pyd")
@@ -71,14 +71,18 @@ def export(
             return _write(path, lambda fresh: _write_lines(fresh, _lines(runs, setting, missing)))
         head, about = _identities(runs)
         columns = {**head, **NUMBER[what]}
-        of_run = {"metrics": _metrics, "matrix": _matrix, "curves": _curves}[what]
-        rows = ({**own, **row} for run, own in zip(runs, about, strict=True) for row in of_run(run, setting, missing))
+        numbers = {
+            "metrics": lambda: (_metrics(run, setting) for run in runs),
+            "matrix": lambda: (_matrix(*learned, setting) for learned in _matrices(runs, missing)),
+            "curves": lambda: (_curves(run, missing) for run in runs),
+        }[what]()
+        rows = ({**own, **row} for own, of_run in zip(about, numbers, strict=True) for row in of_run)
         write = _write_parquet if path.suffix.lower() == ".parquet" else _write_csv
         return _write(path, lambda fresh: write(fresh, columns, rows))
     finally:
         if missing:
-            say(f"note: {len(missing)} run(s) left out, since what is asked for cannot be read there (records do not "
-                f"have it). The first one: {missing[0]}")  # fmt: skip
+            say(f"note: {len(missing)} run(s) left out, since what is asked for cannot be read there (records have "
+                f"no curves, and old ones no matrices). The first one: {missing[0]}")  # fmt: skip
 
 
 def _write(path: Path, write: Callable[[Path], int]) -> int:
@@ -149,7 +153,7 @@ def _as(kind: type, value: Any) -> Any:
 # rows
 
 
-def _metrics(run: Run, setting: str | None, missing: list[str]) -> Iterator[Row]:
+def _metrics(run: Run, setting: str | None) -> Iterator[Row]:
     """The metrics of each setting, then the costs, which have none."""
     for name, values in run.summary["metrics"].items():
         if setting in (None, name):
@@ -158,9 +162,21 @@ def _metrics(run: Run, setting: str | None, missing: list[str]) -> Iterator[Row]
         yield {"setting": None, "metric": metric, "value": value}
 
 
-def _matrix(run: Run, setting: str | None, missing: list[str]) -> Iterator[Row]:
+def _matrices(runs: Sequence[Run], missing: list[str]) -> Iterator[tuple[list[int], dict[str, Matrix]]]:
+    """Of each run (the tasks trained, {setting: accuracies after each of them}); empty where there is no matrix. A
+    joint run has one row, after the last task."""
+    for run, matrices in zip(runs, load_accuracies(runs), strict=True):
+        if not matrices:
+            missing.append(str(run.path))
+            yield [], {}
+            continue
+        rows = next(iter(matrices.values()))
+        first = len(rows[0]) - 1 if is_joint(run) else run.get("start_from") or 0
+        yield [*range(first, first + len(rows))], matrices
+
+
+def _matrix(tasks: list[int], matrices: dict[str, Matrix], setting: str | None) -> Iterator[Row]:
     """The accuracies that were measured."""
-    tasks, matrices = _matrices(run, missing)
     for name, matrix in matrices.items():
         for task, row in zip(tasks, matrix, strict=True):
             for j, value in enumerate(row):
@@ -168,35 +184,11 @@ def _matrix(run: Run, setting: str | None, missing: list[str]) -> Iterator[Row]:
                     yield {"setting": name, "after_task": task, "on_task": j, "accuracy": value}
 
 
-def _matrices(run: Run, missing: list[str]) -> tuple[list[int], dict[str, list[list[float | None]]]]:
-    """(the tasks trained, {setting: accuracies after each of them}); nothing where a run has no matrix. A joint run has
-    one row, after the last task."""
-    try:
-        content = read_json(run.path / "accuracy.json")
-        tasks, matrices = content["tasks"], content["accuracy"]
-        cells = [cell for rows in matrices.values() for row in rows for cell in row]
-        fits = all(isinstance(cell, int | float | None) for cell in cells) and all(_is_count(task) for task in tasks)
-        if fits and all(len(rows) == len(tasks) for rows in matrices.values()):
-            return [len(cells) // len(matrices) - 1] if _is_joint(run) else tasks, matrices
-        problem = "it is not the matrix of a run"
-    except OSError as error:
-        problem = reason(error)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        problem = "it is not the matrix of a run"
-    missing.append(f"{run.path}, accuracy.json ({problem})")
-    return [], {}
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 <= value < 2**53
 
 
-def _is_joint(run: Run) -> bool:
-    """Whether all tasks were trained at once: then alone there is no average over what was learned before."""
-    return all(own.get("average_incremental_accuracy") is None for own in run.summary["metrics"].values())
-
-
-def _curves(run: Run, setting: str | None, missing: list[str]) -> Iterator[Row]:
+def _curves(run: Run, missing: list[str]) -> Iterator[Row]:
     """The points of the training curves; a number that was not finite has no value."""
     try:
         lines = read_text(run.path / "metrics.jsonl").splitlines()
@@ -264,9 +256,8 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> int:
 def _lines(runs: Sequence[Run], setting: str | None, missing: list[str]) -> Iterator[Row]:
     """Of each run its flags, under our names, which are Mammoth's where both have the flag, and its results under
     Mammoth's names and in percent, as there; tasks are counted from 1."""
-    for run in runs:
+    for run, (tasks, matrices) in zip(runs, _matrices(runs, missing), strict=True):
         name = setting or run.summary.get("setting")
-        tasks, matrices = _matrices(run, missing)
         if name not in matrices:
             continue
         metrics = run.summary["metrics"].get(name, {})
@@ -277,14 +268,14 @@ def _lines(runs: Sequence[Run], setting: str | None, missing: list[str]) -> Iter
         flags = {key: value for key, value in run.flags.items() if key not in _without_result()}
         about = {**_identities([run])[1][0], "setting": name, "notes": run.get("notes")}
         results = {key: 100 * value for key, value in theirs.items() if value is not None}
-        yield {**flags, **about, **_accuracies(tasks, matrices[name], _is_joint(run)), **results}
+        yield {**flags, **about, **_accuracies(tasks, matrices[name], is_joint(run)), **results}
 
 
-def _accuracies(tasks: list[int], matrix: list[list[float | None]], is_joint: bool) -> Row:
+def _accuracies(tasks: list[int], matrix: Matrix, at_once: bool) -> Row:
     """accmean_task2 after the second task, over the tasks trained so far; accuracy_1_task2 then of the first task."""
     found: Row = {}
     for count, (task, row) in enumerate(zip(tasks, matrix, strict=True), start=1):
-        trained = range(len(row)) if is_joint else tasks[:count]
+        trained = range(len(row)) if at_once else tasks[:count]
         cells = {j: row[j] for j in trained if j < len(row)}
         values = [value for value in cells.values() if value is not None]
         if values:

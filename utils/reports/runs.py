@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,13 +239,19 @@ def load_matrices(runs: Sequence[Run]) -> list[dict[str, Matrix]]:
     It is read now, from accuracy.json or summary.json in the run folder, or from the run's line of the record, each
     record once: a `Run` does without it, so that tables of many runs are fast.
     """
-    return [_trained(accuracy, run) for accuracy, run in zip(_accuracies(runs), runs, strict=True)]
+    return [_trained(accuracy, run) for accuracy, run in zip(load_accuracies(runs), runs, strict=True)]
 
 
-def _accuracies(runs: Sequence[Run]) -> list[dict[str, Matrix]]:
-    """As `load_matrices`, but with a column for each task of the benchmark, trained or not."""
+def load_accuracies(runs: Iterable[Run]) -> Iterator[dict[str, Matrix]]:
+    """As `load_matrices`, one after the other, with a column for each task of the benchmark, trained or not."""
     records: dict[Path, list[str]] = {}
-    return [_folder_accuracy(run) if run.path.is_dir() else _record_accuracy(run, records) for run in runs]
+    for run in runs:
+        yield _folder_accuracy(run) if run.path.is_dir() else _record_accuracy(run, records)
+
+
+def is_joint(run: Run) -> bool:
+    """Whether all tasks were trained at once: then alone there is no average over what was learned before."""
+    return all(own.get("average_incremental_accuracy") is None for own in run.summary["metrics"].values())
 
 
 def _folder_accuracy(run: Run) -> dict[str, Matrix]:
@@ -284,8 +290,7 @@ def _trained(accuracy: dict[str, Matrix], run: Run) -> dict[str, Matrix]:
     """The columns of the tasks that were trained: they follow each other, and a joint run has trained all of them."""
     first, found = run.get("start_from") or 0, {}
     for setting, rows in accuracy.items():
-        is_joint = len(rows) == 1 and run.summary["metrics"][setting].get("average_incremental_accuracy") is None
-        last = len(rows[0]) if is_joint else first + len(rows)
+        last = len(rows[0]) if len(rows) == 1 and is_joint(run) else first + len(rows)
         if 0 <= first < last <= len(rows[0]):
             found[setting] = [row[first:last] for row in rows]
     return found
@@ -296,7 +301,7 @@ def write_record(runs: Sequence[Run], path: str | Path) -> None:
     number (where files lay). Of at most `MANY_TASKS` tasks with the accuracy matrix, rounded to `DECIMALS` decimals."""
     places = {name for name, item in flags_of(EngineArgs, "engine").items() if not item.result}
     lines = []
-    for run, accuracy in zip(runs, _accuracies(runs), strict=True):
+    for run, accuracy in zip(runs, load_accuracies(runs), strict=True):
         summary = dict(run.content["summary"])
         if accuracy and all(len(rows[0]) <= MANY_TASKS for rows in accuracy.values()):
             summary["accuracy"] = {
