@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -169,7 +169,7 @@ class Registry(Generic[T]):
     def _module(self, key: str) -> str:
         return f"flatcl.{self.folder.replace('/', '.')}.{key}"
 
-    def _files(self) -> dict[str, Path]:
+    def _files(self) -> Mapping[str, Path]:
         return parts(self.folder)
 
     def _entry_points(self) -> dict:
@@ -195,9 +195,16 @@ def _installed(group: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {canonical(point.name): point for point in entry_points(group=group)}
 
 
-def parts(folder: str) -> dict[str, Path]:
+def parts(folder: str) -> Mapping[str, Path]:
     """{name: file} of what a user can name in a folder: the files whose names have no _ in front."""
-    return {path.stem: path for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
+    path = os.path.join(ROOT, folder)
+    return _listed(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=32)
+def _listed(folder: str, changed: int) -> Mapping[str, Path]:
+    """A large study asks for this tens of times for each run. `changed`: when the folder has got its newest file."""
+    return {path.stem: path for path in Path(folder).glob("*.py") if not path.stem.startswith("_")}
 
 
 def summary_of(file: Path) -> str:
