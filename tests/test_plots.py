@@ -288,6 +288,22 @@ def test_pictures_have_their_width_and_8_point_text_inside_the_page(kind, width,
         assert all(below.y1 <= axes.get_tightbbox().y0 + 1 for axes in figure.axes), "the legend covers data"
 
 
+@pytest.mark.parametrize("width", plots.WIDTHS)
+@pytest.mark.parametrize("kind", ["tasks", "compute", "bars", "matrix"])
+def test_long_labels_are_broken_so_that_nothing_is_cut(kind, width, tmp_path):
+    by = ["model", "optimizer", "buffer_size", "lr", "rho", "alpha", "guide_mode"]
+    for rho, seed in itertools.product((0.02, 0.05), (0, 1)):
+        flags = {"lr": 0.003 + rho, "rho": rho, "alpha": 0.1, "guide_mode": "align" if rho < 0.03 else "add"}
+        make_run(tmp_path, "mgser_sam", "friendly_sam", seed, cost={"forward_rows": 10**6, "backward_rows": 10**6}, **flags)
+    figure, _ = draw(kind, tmp_path, by=by, width=width)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert any("guide mode align" in text.get_text().replace("\n", " ") for text in texts)
+    boxes = [artist.get_tightbbox() for artist in (*figure.axes, *figure.legends)]
+    assert all(box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    assert all(box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1 for box in boxes)
+
+
 def test_names_label_values_and_pairs_and_are_checked(two_by_two):
     names = {"er": "ER", "sam": "SAM $x$", "derpp+sgd": "DER++"}
     assert legend_of(draw("tasks", two_by_two, names=names)[0]) == [
@@ -306,6 +322,13 @@ def test_what_all_groups_share_is_in_the_title(tmp_path):
     figure, _ = draw("bars", tmp_path, by=["model", "optimizer", "lr"])
     assert sorted(ticks(figure.axes[0].yaxis)) == ["sam, lr 0.1", "sam, lr 0.2", "sgd, lr 0.1", "sgd, lr 0.2"]
     assert figure.axes[0].get_title().startswith("er, ")
+    runs = finished.select(finished.load_runs([tmp_path]), {"lr": "0.1"})
+    figure = plots.figure("bars", runs, by=["model", "optimizer", "lr"])
+    assert sorted(ticks(figure.axes[0].yaxis)) == ["sam", "sgd"]
+    assert figure.axes[0].get_title().replace("\n", ", ").startswith("er, lr 0.1, ")
+    runs = finished.select(runs, {"optimizer": "sam"})
+    figure = plots.figure("bars", runs, by=["model", "optimizer", "lr"])
+    assert ticks(figure.axes[0].yaxis) == ["er, lr 0.1"], "one group keeps its name"
 
 
 @pytest.mark.parametrize("kind", ["tasks", "bars", "matrix", "heat"])

@@ -117,12 +117,14 @@ def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
 
 
 def _shared(runs: Sequence[Run], request: Request) -> dict[str, Any]:
-    """{key: value} of model and optimizer where all runs have one and the groups differ in the other: it belongs into
-    the title, not into each label."""
-    values = {key: {run.get(key) for run in runs} for key in BY if key in request.by}
-    if len(values) < 2 or len(set(map(len, values.values())) - {1}) != 1:
+    """{key: value} of what all runs have in common where the groups differ in something else: it belongs into the
+    title, not into each label. The model or the optimizer does only where the groups differ in the other one."""
+    values = {key: {written(run.get(key)) for run in runs} for key in request.by if key != "dataset"}
+    alike = {key: runs[0].get(key) for key, found in values.items() if len(found) == 1}
+    if len(alike) == len(values):
         return {}
-    return {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+    pair_varies = any(key in values and key not in alike for key in BY)
+    return {key: value for key, value in alike.items() if value is not None and (pair_varies or key not in BY)}
 
 
 def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Mapping[str, Any]) -> list[Panel]:
@@ -138,7 +140,7 @@ def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Map
     panels = []
     for column in columns:
         values = dict(zip(pivot, column.values, strict=True))
-        parts = [request.named(value) for value in shared.values()]
+        parts = [_part(key, value, request) for key, value in shared.items()]
         parts += [_part(key, value, request) for key, value in values.items() if value is not None]
         own = [(row, cells[i, column]) for i, row in enumerate(rows) if (i, column) in cells]
         series = tuple(Series(_label(row, request, shared), 0, group) for row, group in own)
@@ -148,7 +150,9 @@ def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Map
 
 def _part(key: str, value: Any, request: Request) -> str:
     text = request.named(value)
-    return f"buffer {text}" if key == "buffer_size" and text == written(value) else text
+    if key in (*BY, "dataset") or text != written(value):
+        return text
+    return f"{'buffer' if key == 'buffer_size' else key.replace('_', ' ')} {text}"
 
 
 def _label(row: Mapping[str, Any], request: Request, shared: Mapping[str, Any]) -> str:
@@ -157,7 +161,7 @@ def _label(row: Mapping[str, Any], request: Request, shared: Mapping[str, Any]) 
     pair = request.names.get(canonical("+".join(words[key] for key in BY if key in words)))
     main = [request.named(words[key]) for key in BY if key in words and key not in shared]
     rest = [request.names.get(canonical(word), f"{key.replace('_', ' ')} {word}")
-            for key, word in words.items() if key not in BY]  # fmt: skip
+            for key, word in words.items() if key not in BY and key not in shared]  # fmt: skip
     text = pair or " + ".join(main)
     return ", ".join([*([text] if text else []), *rest]) or "all runs"
 
@@ -211,6 +215,12 @@ def titles(panels: Sequence[Panel], inches: float) -> list[str]:
     alike = len({len(panel.parts) for panel in panels}) == 1
     widest = [max(map(len, column)) for column in zip(*(panel.parts for panel in panels), strict=False)]
     return [_broken(panel.parts, widest if alike else list(map(len, panel.parts)), inches) for panel in panels]
+
+
+def broken(label: str, inches: float) -> str:
+    """In lines of this width, as far as it has commas to break it at."""
+    parts = label.split(", ")
+    return _broken(parts, list(map(len, parts)), inches).replace("\n", ",\n")
 
 
 def _broken(parts: Sequence[str], lengths: Sequence[int], inches: float) -> str:

@@ -7,7 +7,8 @@ of Okabe & Ito (2008); markers and dashes tell the groups apart too. What is lef
 
 import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from flatcl.utils.reports._panels import (
     Panel,
     Request,
     Series,
+    broken,
     head,
     listed,
     panels_of,
@@ -199,7 +201,7 @@ def _lines(
         axes.grid(axis="y")
     head(page, panels)
     _name_axes(page, panels, "tasks learned", label)
-    page.legend(list(handles.values()), list(handles))
+    page.legend(list(handles.values()), _in_legend(handles, request))
     return page.fit(lambda width: min(max(0.62 * width, 1.3), 2.0))
 
 
@@ -291,7 +293,7 @@ def _compute(panels: Sequence[Panel], request: Request) -> "Figure":
     if page.across > 1:
         unit = unit.replace(" (", "\n(").replace(" + ", " + " if page.panel_inches > LETTER * 26 else " +\n")
     _name_axes(page, panels, unit, request.label)
-    page.legend([*handles.values(), line], [*handles, "Pareto front"], handlelength=1.4)
+    page.legend([*handles.values(), line], [*_in_legend(handles, request), "Pareto front"], handlelength=1.4)
     made = page.fit(lambda width: min(max(0.72 * width, 1.6), 2.2))
     for axes, own, front in zip(page.axes, data, fronts, strict=True):
         _name_points(axes, own, front, request.scale)
@@ -442,8 +444,12 @@ def _bars(panels: Sequence[Panel], request: Request) -> "Figure":
     if not panels:
         raise UsageError(f"no run has a value of {request.metric}. Choose another --metrics.")
     say_single(panels, "interval", request)
-    longest = max(len(series.label) for panel in panels for series in panel.series)
-    page = Page(request.width, len(panels), max(1, int(WIDTHS[request.width] / (LETTER * longest + 1.3))))
+    width = WIDTHS[request.width]
+    labels = {series.label: broken(series.label, width / 2) for panel in panels for series in panel.series}
+    lines = [line for label in labels.values() for line in label.split("\n")]
+    longest = LETTER * max(map(len, lines))
+    page = Page(request.width, len(panels), max(1, int(width / (longest + 1.3))))
+    page.panel_inches = width / page.across - longest - 0.1
     most = max(len(panel.series) for panel in panels)
     for axes, panel, own in zip(page.axes, panels, data, strict=True):
         pairs = sorted(
@@ -452,14 +458,15 @@ def _bars(panels: Sequence[Panel], request: Request) -> "Figure":
         )
         for row, (_, numbers) in enumerate(pairs):
             _interval(axes, row, numbers)
-        axes.set_yticks(range(len(pairs)), [series.label for series, _ in pairs])
+        axes.set_yticks(range(len(pairs)), [labels[series.label] for series, _ in pairs])
         axes.set_ylim((most if page.across > 1 else len(pairs)) - 0.4, -0.6)
         _value_axis(axes, own, request)
     head(page, panels)
     for axes, panel in zip(page.axes, panels, strict=True):
-        axes.set_xlabel(panel.on_split(request.label))
+        axes.set_xlabel(panel.on_split(textwrap.fill(request.label, int(page.panel_inches / LETTER))))
     page.legend(_interval_key(), ["mean", "95 % t interval", "each seed"], handlelength=1.4)
-    heights = [max(ROW * len(panel.series), 2 * ROW) for panel in panels]
+    row = ROW * max(1 + label.count("\n") for label in labels.values())
+    heights = [max(row * len(panel.series), 2 * ROW) for panel in panels]
     return _fit_rows(page, heights)
 
 
@@ -481,6 +488,10 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """(low, high) of the mean at 95 %; of one value, which has no interval, the value twice."""
     stat = Stat.of(values)
     return stat.interval or (stat.mean or 0.0, stat.mean or 0.0)
+
+
+def _in_legend(labels: Iterable[str], request: Request) -> list[str]:
+    return [broken(label, WIDTHS[request.width] - 0.5) for label in labels]
 
 
 SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": ""}
@@ -531,7 +542,7 @@ def _matrix(panels: Sequence[Panel], request: Request) -> "Figure":
     for axes, (panel, series, values) in zip(page.axes, cells, strict=True):
         image = _mesh(axes, values, 0, 100, CMAP)
         above = "" if len(panels) == 1 else "\n" + titles([panel], page.panel_inches)[0]
-        axes.set_title(series.label + above)
+        axes.set_title(broken(series.label, page.panel_inches) + above)
         for axis, count in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
             _task_labels(axis, count, int(page.panel_inches / 0.3))
     for place, axes in enumerate(page.axes):
