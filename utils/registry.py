@@ -103,7 +103,7 @@ class Registry(Generic[T]):
         key, colon, _ = _split(name)
         if key not in self._keys():
             hint = nearest(self.written(key) + colon, self.choices())
-            own = "" if hint.startswith("Choose") else f" A {self.kind} of your own needs --plugin FILE."
+            own = "" if hint.startswith("Choose") else f" Your own {self.kind} needs --plugin FILE."
             raise UsageError(f"unknown {self.kind}: '{name}'. {hint}{own}")
 
     def load(self, name: str) -> type[T]:
