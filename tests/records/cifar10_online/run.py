@@ -91,8 +91,8 @@ def choice(study: Study) -> dict[str, Axes]:
 def table(study: Study, chosen: dict[str, Axes], seeds: int) -> None:
     cells = [
         {"model": model, "seed": str(seed), **size, **flags}
-        for seed in range(seeds)
         for buffer_size in reversed(BUFFERS)
+        for seed in range(seeds)
         for model, flags in sorted(chosen.items(), key=lambda item: item[0], reverse=True)
         for size in [{} if model in ("sgd", "joint") else {"buffer_size": buffer_size}]
     ]
