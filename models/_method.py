@@ -332,3 +332,12 @@ def ours(base: Published, why: str, **values: Any) -> Published:
     """The published values of another method, with values added that are marked as ours."""
     added = {name: (value, f"ours: {why}") for name, value in values.items()}
     return {key: {**row, **added} for key, row in base.items()}
+
+
+ONLINE = ("seq-cifar10", "seq-cifar100", "seq-tinyimg")  # benchmarks with the protocol `online`
+
+
+def ours_online(base: Published, why: str, **values: Any) -> Published:
+    """Values for `--protocol online` with the memory sizes of `base`, all marked as ours."""
+    keys = [(f"{dataset}:online", size) for dataset, size in base if dataset in ONLINE]
+    return ours(dict.fromkeys(keys, {}), why, **values)

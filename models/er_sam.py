@@ -3,7 +3,7 @@
 Nothing but `er` with the optimizer `sam` as its default.
 """
 
-from flatcl.models._method import ours
+from flatcl.models._method import ours, ours_online
 from flatcl.models.er import ER
 from flatcl.utils.registry import METHODS
 
@@ -11,4 +11,7 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("er_sam")
 class ErSam(ER):
     default_optimizer = "sam"
-    published = ours(ER.published, "one rho for all methods under SAM", rho=0.1)
+    published = {
+        **ours(ER.published, "one rho for all methods under SAM", rho=0.1),
+        **ours_online(ER.published, "that of derpp_sam", rho=0.01),
+    }

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatcl.models._method import Batch, Grads, Loss, Objective, ours
+from flatcl.models._method import Batch, Grads, Loss, Objective, ours, ours_online
 from flatcl.models.derpp import DerPP
 from flatcl.utils.arguments import flag
 from flatcl.utils.optim._sharpness import dot, norm
@@ -35,9 +35,14 @@ from flatcl.utils.registry import METHODS
 @METHODS.register("mgser_sam")
 class MgserSam(DerPP):
     default_optimizer = "sam"
-    published = ours(
-        DerPP.published, "validation splits of four MNIST streams, tests/records/mgser_validation", rho=0.1, guide=1.0
-    )
+    published = {
+        **ours(
+            DerPP.published, "validation splits of MNIST streams, tests/records/mgser_validation", rho=0.1, guide=1.0
+        ),
+        **ours_online(
+            DerPP.published, "validation split of seq-cifar10, tests/records/cifar10_online", rho=0.01, guide=0.5
+        ),
+    }
 
     @dataclass(frozen=True)
     class Args(DerPP.Args):

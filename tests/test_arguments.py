@@ -173,6 +173,15 @@ def test_a_protocol_gives_network_epochs_batches_and_rate_and_argv_beats_it(data
         assert typed.hash == config.hash
 
 
+@pytest.mark.parametrize("dataset", ["seq-cifar10", "seq-cifar100", "seq-tinyimg"])
+def test_methods_under_sam_have_a_rho_for_the_online_protocol(dataset):
+    for model, guide in (("er_sam", None), ("derpp_sam", None), ("mgser_sam", 0.5)):
+        config = resolve(["--model", model, "--dataset", dataset, "--protocol", "online", "--buffer_size", "500"])
+        assert config.rho == 0.01 and config.origins["rho"].startswith("ours: ")
+        assert guide is None or config.guide == guide
+    assert resolve(["--model", "er_sam", "--dataset", dataset, "--buffer_size", "500"]).rho == 0.1
+
+
 def test_what_a_protocol_leaves_open_comes_from_the_published_values_as_ours():
     plain = resolve(["--model", "derpp", "--dataset", "seq-cifar10", "--buffer_size", "500"])
     config = resolve(["--model", "derpp", *ONLINE, "--buffer_size", "500"])

@@ -294,7 +294,9 @@ def test_long_labels_are_broken_so_that_nothing_is_cut(kind, width, tmp_path):
     by = ["model", "optimizer", "buffer_size", "lr", "rho", "alpha", "guide_mode"]
     for rho, seed in itertools.product((0.02, 0.05), (0, 1)):
         flags = {"lr": 0.003 + rho, "rho": rho, "alpha": 0.1, "guide_mode": "align" if rho < 0.03 else "add"}
-        make_run(tmp_path, "mgser_sam", "friendly_sam", seed, cost={"forward_rows": 10**6, "backward_rows": 10**6}, **flags)
+        make_run(
+            tmp_path, "mgser_sam", "friendly_sam", seed, cost={"forward_rows": 10**6, "backward_rows": 10**6}, **flags
+        )
     figure, _ = draw(kind, tmp_path, by=by, width=width)
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
