@@ -75,7 +75,17 @@ class Study:
         """The flags that differ between its runs by the grid."""
         named = {"optimizer": self.optimizers, "backbone": self.backbones, "buffer_size": self.buffer_sizes}
         given = (name for name, values in named.items() if values)
-        return {"model", "dataset", "seed", *given, *self.grid, *(f"{source}_seed" for source in self.vary)}
+        return {"model", "dataset", *given, *self.grid, *self.seed_flags}
+
+    @property
+    def seed_flags(self) -> set[str]:
+        """The flags that `seeds` decides: what tells the runs of one cell apart."""
+        return {"seed", *(f"{source}_seed" for source in self.vary)}
+
+    def group(self, point: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """What a run has in common with those of other models: its axes without the model and the seeds."""
+        names = self.axes - {"model"} - self.seed_flags
+        return tuple((name, value) for name, value in point.items() if name in names)
 
     def words(self) -> list[str]:
         """The flags of all runs, as words of a command line. Those that only some runs have are among them."""
