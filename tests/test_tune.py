@@ -23,7 +23,7 @@ from flatcl.utils.studies import _pruning, _tpe
 from flatcl.utils.studies._tune_section import Range, Section
 from flatcl.utils.studies.engines import BUSY, INTERRUPTED
 from flatcl.utils.studies.engines.local import Local
-from flatcl.utils.studies.tune import Cell, Trial, cells_of, choose, configurations, ends
+from flatcl.utils.studies.tune import Cell, Trial, cells_of, choose, configurations, ends, entry_of
 
 TUNE = """
 models: [er, sgd]
@@ -503,7 +503,7 @@ def test_two_processes_lose_nothing_of_the_record(study, here, tmp_path):
     assert {*record()} == {"er", "derpp"} and record()["er"] == first["er"]
     late = tunings["[er, derpp]"]
     cell = late.cells[0]
-    late._update([tune.tune.entry_of(cell, [], Trial(7, {"minibatch_size": "1"}, "finished"))])
+    late._update([entry_of(cell, [], Trial(7, {"minibatch_size": "1"}, "finished"))])
     assert record()["er"] == first["er"] == late._entry(cell), "what was chosen is fixed"
 
 
@@ -612,6 +612,89 @@ def hold(lock):
             time.sleep(60)
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
+
+
+def test_words_that_mean_the_same_value_are_one_trial(study):
+    text = TUNE.replace("minibatch_size: [1, 16]", "lr: [0.1, 1e-1, 0.05], minibatch_size: [8, 08]")
+    _, tuning = tune._prepare(study(text.replace("[er, sgd]", "[er]")), train.main)
+    (cell,) = tuning.cells
+    assert configurations(tuning.section, cell, ()) == [
+        {"lr": "0.1", "minibatch_size": "8"}, {"lr": "0.05", "minibatch_size": "8"},
+    ]  # fmt: skip
+
+
+def test_a_shared_flag_must_be_one_of_all_that_share_it(study, here, capsys):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er, derpp]").replace("minibatch_size: [1, 16]", "lr: [0.1], alpha: [0.1]")
+    assert main(study(text + "  share: [lr, alpha]\n")) == 2 and not begun
+    error = capsys.readouterr().err
+    assert "line 9, tune.share: er on seq-synth has no --alpha, so it cannot share one with derpp. Drop" in error
+    assert "--lr" not in error
+
+
+def test_a_shared_flag_is_the_best_one_for_all_and_a_model_that_is_added_has_it(study, here, tmp_path, capsys):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er, derpp]").replace("[0, 3]", "0") + "  share: [minibatch_size]\n"
+    words, results = study(text), tmp_path / "results"
+    argv = [words[0], "--until", "search", *words[1:]]
+    assert main(argv) == 0 and len(begun) == 4
+    cells = record_of(results)["cells"]
+    values = {size: statistics.fmean(own["value"] for cell in cells for own in cell["trials"]
+                                     if own["flags"]["minibatch_size"] == size) for size in ("1", "16")}  # fmt: skip
+    best = max(values, key=values.__getitem__)
+    assert [cell["chosen"]["flags"]["minibatch_size"] for cell in cells] == [best] * 2
+    assert main([study(text.replace("[er, derpp]", "[er, derpp, er_ace]"))[0], *argv[1:]]) == 0 and len(begun) == 5
+    added = record_of(results)["cells"][2]
+    assert added["chosen"]["flags"] == {"minibatch_size": best} and len(added["trials"]) == 1
+
+    (worse,) = {"1", "16"} - {best}  # which another process chooses for er alone, after this one has looked
+    late, first = (
+        tune._prepare(study(own, "other.yaml"), train.main)[1] for own in (text, text.replace(", derpp", ""))
+    )
+    first._update([entry_of(first.cells[0], [], Trial(0, {"minibatch_size": worse}, "finished", {0: 0.5}))])
+    with pytest.raises(RunFailed, match="derpp seq-synth yet: another process has chosen --minibatch_size"):
+        late.run("search")
+    assert main([study(text, "other.yaml")[0], *argv[1:]]) == 0
+    cells = record_of(results, "other")["cells"]
+    assert [cell["chosen"]["flags"]["minibatch_size"] for cell in cells] == [worse] * 2
+
+
+SEEDED = """
+models: [er]
+datasets: [seq-synth]
+seeds: 1-2
+flags: {n_tasks: 2, permute_classes: 1}
+tune: {space: {minibatch_size: [8]}}
+"""
+
+
+def test_a_seed_is_an_axis_unless_the_seeds_of_the_study_decide_it(study, here, tmp_path, capsys):
+    main, begun = here
+    words = study(SEEDED + "vary: [init]\ngrid: {class_order_seed: [5, 6]}\n")
+    _, tuning = tune._prepare(words, train.main)
+    assert [dict(cell.axes) for cell in tuning.cells] == [
+        {"model": "er", "dataset": "seq-synth", "class_order_seed": order} for order in ("5", "6")
+    ]
+    for cell in tuning.cells:
+        (job,) = tuning._jobs_of(cell, {"minibatch_size": "8"})
+        values = (job.config.seed, job.config.init_seed, job.config.class_order_seed)
+        assert values == (0, 0, int(cell.axes["class_order_seed"]))
+    _, tuning = tune._prepare(study(SEEDED + "cells: [{model: er, data_order_seed: 7}]\n", "b.yaml"), train.main)
+    (job,) = tuning._jobs_of(tuning.cells[0], {"minibatch_size": "8"})
+    assert (job.config.seed, job.config.data_order_seed) == (0, 7)
+    assert main(words) == 0
+    seeds = {
+        (run.get("init_seed"), run.get("class_order_seed")) for run in runs_of(tmp_path) if not run.get("validation")
+    }
+    assert seeds == {(1, 5), (2, 5), (1, 6), (2, 6)}
+
+
+def test_another_seed_of_the_file_is_another_search(study, here, capsys):
+    main, begun = here
+    words = study(SEEDED + "fix: {class_order: 3}\n")
+    assert main([words[0], "--until", "search", *words[1:]]) == 0
+    assert main(study(SEEDED + "fix: {class_order: 4}\n")) == 2 and len(begun) == 1
+    assert "--class_order_seed was 3 and is 4" in capsys.readouterr().err
 
 
 def test_the_example_is_the_one_of_the_page():

@@ -48,21 +48,33 @@ class Tuning:
         assert study.tune is not None
         self.study, self.section, self.engine, self.runner = study, study.tune, engine, runner
         self.keep_changed, self.extra = keep_changed, sweep.flags_of_all(keep_changed)
-        self.cells = tune.cells_of(study)
         self.shared = sweep.Shared([*study.words(), *rest], study.points())
         self._jobs: dict[tuple[Cell, tuple], list[sweep.Job]] = {}
         self._codes: dict[str, int] = {}  # of runs that have failed here, by their hashes
         self._again: set[str] = set()  # runs that were hit by a signal for another run
-        bases = {cell: self._plan([self._point(cell, {}, self.section.seeds[0])])[0] for cell in self.cells}
-        self.results = bases[self.cells[0]].results_path
-        self.whole = {name for cell, job in bases.items() for name in cell.space if job.config.flags[name].kind is int}
+        found = [(cell, self._plan([self._point(cell, {}, self.section.seeds[0])])[0]) for cell in tune.cells_of(study)]
+        self.results = found[0][1].results_path
         self.file = tune.record_file(self.results, study)
+        self.record = tune.read_record(self.file)
+        bases = {self._narrowed(cell, job): job for cell, job in found}
+        self.cells = list(bases)
+        self.whole = {name for cell, job in bases.items() for name in cell.space if job.config.flags[name].kind is int}
         section = self.section.to_json()
         self.pruned = tune.folder_of(self.results) / f"{study.name}.pruned" / tune.digest(section)
         self.flags = {cell: tune.flags_of_cell(job.config, study.seed_flags) for cell, job in bases.items()}
         self.digests = {cell: tune.digest(section, dict(cell.axes), own) for cell, own in self.flags.items()}
-        self.record = tune.read_record(self.file)
         self._check(bases)
+
+    def _narrowed(self, cell: Cell, job: sweep.Job) -> Cell:
+        """Each value once, and of a flag that is shared with cells that are chosen for, theirs alone."""
+        chosen = tune.fixed(self.study, self.record, cell.axes)
+        space = {
+            name: values if isinstance(values, tune.Range) else tune.distinct(values, job.config.flags[name])
+            for name, values in cell.space.items()
+        }
+        return dataclasses.replace(
+            cell, space={name: (chosen[name],) if name in chosen else values for name, values in space.items()}
+        )
 
     def _check(self, bases: Mapping[Cell, sweep.Job]) -> None:
         """What a search of this study would stumble over, before any work."""
@@ -131,9 +143,14 @@ class Tuning:
                 tune.check_same(self.file, record, self.study, self.flags)
             record = tune.begun(record, self.study, self.flags, _code())
             known = [entry["axes"] for entry in record["cells"]]
-            return {**record, "cells": [*record["cells"], *(own for own in entries if own["axes"] not in known)]}
+            new = [own for own in entries if own["axes"] not in known and self._fits(own, record)]
+            return {**record, "cells": [*record["cells"], *new]}
 
         self.record = tune.update_record(self.file, changed)
+
+    def _fits(self, entry: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+        """Whether its shared flags are those that another process may have chosen meanwhile."""
+        return tune.fixed(self.study, record, entry["axes"]).items() <= entry["chosen"]["flags"].items()
 
     def _entry(self, cell: Cell) -> dict[str, Any] | None:
         """What the record says of a cell whose search is over."""
@@ -332,6 +349,11 @@ class Tuning:
             except RunFailed as error:
                 problems.append(str(error))
         self._update([tune.entry_of(cell, trials.get(cell, []), chosen[cell]) for cell in cells if cell in chosen])
+        problems += [
+            f"nothing is chosen for {cell.label} yet: another process has chosen --{', --'.join(self.section.share)} "
+            "for it and others meanwhile. Give the same command again."
+            for cell in chosen if self._entry(cell) is None
+        ]  # fmt: skip
         return problems
 
     def _say_states(self, trials: Mapping[Cell, Sequence[Trial]]) -> None:

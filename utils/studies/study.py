@@ -427,12 +427,23 @@ class _Reader(TuneReader):
             self._check_tune_use(study)
 
     def _check_tune_use(self, study: Study) -> None:
-        """Searched flags that no run has, seeds of the search on the test set, and a name that no file can have."""
+        """Searched flags that no run has, shared ones that only some have, seeds of the search on the test set, and a
+        name that no file can have."""
         complain, section, points = self.tree.complain, study.tune, study.points()
         for name in section.space if section else ():
             if not any(study.has_flag(point, name) for point in points):
                 key = self._as_written(("tune", "space"), name)
                 complain(("tune", "space", key), "none of the runs has this flag. Drop it.")
+        for name in section.share if section else ():
+            having = {study.group(point): point["model"] for point in points if study.has_flag(point, name)}
+            without = (point for point in points if study.group(point) in having and not study.has_flag(point, name))
+            point = next(without, None)
+            if point is not None:
+                complain(
+                    ("tune", "share"),
+                    f"{point['model']} on {point['dataset']} has no --{name}, so it cannot share one with "
+                    f"{having[study.group(point)]}. Drop it here, or give such models a study of their own.",
+                )
         both = sorted({*section.seeds} & {*study.seeds}) if section and not section.same_seeds else ()
         if both:
             complain(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import Config
+from flatcl.utils.arguments import Config, Flag
 from flatcl.utils.console import reason
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import RunFailed, UsageError
@@ -78,6 +78,26 @@ def cells_of(study: Study) -> list[Cell]:
         space = {name: values for name, values in study.tune.space.items() if study.has_flag(point, name)}
         found.setdefault(tuple(axes.items()), Cell(axes, space, study.group(axes)))
     return list(found.values())
+
+
+def distinct(words: Sequence[str], flag: Flag) -> tuple[str, ...]:
+    """Of words that mean the same value, such as 0.1 and 1e-1, the first."""
+    first: dict[Any, str] = {}
+    for own in words:
+        try:
+            first.setdefault(flag.parse([own]), own)
+        except ValueError:  # what is wrong with it is said when a run with it is resolved
+            first.setdefault(own, own)
+    return tuple(first.values())
+
+
+def fixed(study: Study, record: Mapping[str, Any] | None, axes: Flags) -> dict[str, str]:
+    """The shared flags of a cell that have been chosen already, with another cell of its group."""
+    assert study.tune is not None
+    for entry in record["cells"] if record else ():
+        if study.group(entry["axes"]) == study.group(axes):
+            return {name: own for name, own in entry["chosen"]["flags"].items() if name in study.tune.share}
+    return {}
 
 
 def word(value: float, is_whole: bool) -> str:
