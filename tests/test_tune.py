@@ -162,6 +162,12 @@ def test_unequal_budgets_are_noted(study, capsys):
     out, error = capsys.readouterr()
     assert "er seq-synth: 2 trials" in out and "derpp seq-synth: 6 trials" in out
     assert "unequal numbers of trials" in error
+    drawn = text.replace("minibatch_size: [1, 16]", "minibatch_size: [1]") + "  method: random\n  trials: 3\n"
+    _, tuning = tune._prepare(study(drawn), train.main)
+    tuning._say_budget(tuning.cells)
+    out, error = capsys.readouterr()
+    assert "er seq-synth: 1 trial\n" in out and "derpp seq-synth: 3 trials\n" in out
+    assert error == "note: the space of er seq-synth has only 1 configuration\n"
 
 
 def test_draws_are_reproducible_and_the_same_for_all_cells():
@@ -695,6 +701,49 @@ def test_another_seed_of_the_file_is_another_search(study, here, capsys):
     assert main([words[0], "--until", "search", *words[1:]]) == 0
     assert main(study(SEEDED + "fix: {class_order: 4}\n")) == 2 and len(begun) == 1
     assert "--class_order_seed was 3 and is 4" in capsys.readouterr().err
+
+
+def test_test_runs_read_the_test_set_whatever_the_flags_come_from(study, here, tmp_path):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er]").replace("[0, 3]", "0").replace("[1, 16]", "[16]")
+    words = study(text)
+    assert main([words[0], "--until", "search", *words[1:]]) == 0
+    (searched,) = runs_of(tmp_path)
+    words = study(text.replace("{n_tasks: 2}", f"{{from: {searched.path}/config.json}}"), "b.yaml")
+    assert main(words) == 0
+    assert [(run.get("seed"), run.get("validation")) for run in runs_of(tmp_path)] == [(0, True), (1, False)]
+
+
+def test_joint_runs_have_no_incremental_accuracy_to_choose_by(study, here, capsys):
+    main, begun = here
+    assert main(study(TUNE.replace("[er, sgd]", "[er, joint]") + "  metric: average_incremental_accuracy\n")) == 2
+    error = capsys.readouterr().err
+    assert "joint seq-synth: tune.metric is average_incremental_accuracy, which a run on all tasks" in error
+    assert not begun and "er seq-synth:" not in error
+
+
+def test_notes_of_a_cell_are_kept(study, here, tmp_path):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er, derpp]").replace("[0, 3]", "0").replace("[1, 16]", "[16]")
+    assert main(study(text + "cells: [{model: er, notes: mine}]\n")) == 0
+    notes = {run.get("model"): run.get("notes") for run in runs_of(tmp_path) if not run.get("validation")}
+    assert notes == {"er": "mine", "derpp": "tuned: 1 configuration, best_mean on validation"}
+
+
+def test_budget_and_stop_are_those_of_the_search_alone(study, here, tmp_path, capsys):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er]").replace("[0, 3]", "0").replace("{n_tasks: 2}", "{n_tasks: 5}")
+    words = study(text + "  budget_rows: 200\n  stop_after: 2\n")
+    for name, value in (("budget_rows", "100"), ("validation", "1")):
+        assert main([*words, f"--{name}", value, "--seed", "3"]) == 2 and not begun
+        error = capsys.readouterr().err
+        assert f"error: --{name} is set by the search, and also given after --. Drop it." in error
+        assert "--seed after -- is an axis" in error, "not all problems at once"
+    assert main(words) == 0
+    tested, *searched = sorted(runs_of(tmp_path), key=lambda run: run.get("validation"))
+    assert [(run.get("budget_rows"), run.get("stop_after")) for run in searched] == [(200, 2)] * 2
+    assert (tested.get("budget_rows"), tested.get("stop_after"), tested.get("validation")) == (None, None, False)
+    assert "after 2 task(s)" in capsys.readouterr().out
 
 
 def test_the_example_is_the_one_of_the_page():

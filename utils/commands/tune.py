@@ -27,6 +27,7 @@ from flatcl.utils.files import read_json
 from flatcl.utils.registry import load_plugin
 from flatcl.utils.studies import Study, status, tune
 from flatcl.utils.studies._pruning import Pruner, marked
+from flatcl.utils.studies._tune_section import INCREMENTAL, Range
 from flatcl.utils.studies.engines import FAILED, INTERRUPTED, OK, Engine, Runner
 from flatcl.utils.studies.engines.local import RETRY_S, Local
 from flatcl.utils.studies.engines.slurm import Slurm
@@ -39,6 +40,7 @@ WHY = {
     tune.DIVERGED: "diverged: this trial has no value",
 }
 STOPPED = tuple(WHY)
+NO_AXES = ("notes", "validation")  # of the test runs: said to them, and not shown as a column
 
 
 class Tuning:
@@ -63,25 +65,31 @@ class Tuning:
         self.pruned = tune.folder_of(self.results) / f"{study.name}.pruned" / tune.digest(section)
         self.flags = {cell: tune.flags_of_cell(job.config, study.seed_flags) for cell, job in bases.items()}
         self.digests = {cell: tune.digest(section, dict(cell.axes), own) for cell, own in self.flags.items()}
-        self._check(bases)
+        self.bases = bases  # a run of each cell, without searched flags
+        self._check()
 
     def _narrowed(self, cell: Cell, job: sweep.Job) -> Cell:
         """Each value once, and of a flag that is shared with cells that are chosen for, theirs alone."""
         chosen = tune.fixed(self.study, self.record, cell.axes)
         space = {
-            name: values if isinstance(values, tune.Range) else tune.distinct(values, job.config.flags[name])
+            name: values if isinstance(values, Range) else tune.distinct(values, job.config.flags[name])
             for name, values in cell.space.items()
         }
         return dataclasses.replace(
             cell, space={name: (chosen[name],) if name in chosen else values for name, values in space.items()}
         )
 
-    def _check(self, bases: Mapping[Cell, sweep.Job]) -> None:
+    def _check(self) -> None:
         """What a search of this study would stumble over, before any work."""
         if self.section.method == "tpe" and any(cell.space and self._entry(cell) is None for cell in self.cells):
             require("optuna", "tune", "tune.method: tpe")
         problems = []
-        for cell, job in bases.items():
+        for cell, job in self.bases.items():
+            if self.section.metric == INCREMENTAL and (job.config.joint or job.config.learner.trains_jointly):
+                problems.append(
+                    f"{cell.label}: tune.metric is {INCREMENTAL}, which a run on all tasks at once has not. Give "
+                    "metric: final_average_accuracy, or such models a study of their own."
+                )
             own = job.config.benchmark.setting
             if self.section.setting not in (own, *(["task-il"] if own == "class-il" else [])):
                 problems.append(f"{cell.label}: tune.setting is {self.section.setting}, its runs have {own}. Set it.")
@@ -92,7 +100,7 @@ class Tuning:
             for cell in self.cells for flags in tune.ends(cell, self.whole)
         ])  # fmt: skip
         self._plan([
-            {**cell.axes, **flags, **self.study.seed_axes(seed)}
+            self._test_point(cell, flags, seed)
             for cell in self.cells for flags in tune.ends(cell, self.whole)[:1] for seed in self.study.seeds
         ])  # fmt: skip
         if self.record is not None:
@@ -109,6 +117,10 @@ class Tuning:
         given = {"stop_after": self.section.stop_after, "budget_rows": self.section.budget_rows}
         forced = {name: str(value) for name, value in given.items() if value is not None}
         return {**cell.axes, **flags, **self.study.seed_axes(seed), **forced, "validation": "1"}
+
+    def _test_point(self, cell: Cell, flags: Mapping[str, str], seed: int) -> dict[str, str]:
+        """A run on the test set, also where the study's flags come `from` a run of a validation split."""
+        return {**cell.axes, **flags, **self.study.seed_axes(seed), "validation": "0"}
 
     def _jobs_of(self, cell: Cell, flags: Mapping[str, str]) -> list[sweep.Job]:
         """The runs of one trial, in the order of the seeds of the search."""
@@ -165,8 +177,12 @@ class Tuning:
             counts = {cell: len(tune.configurations(self.section, cell, self.whole)) for cell in cells if cell.space}
         print(f"search by {self.section.method} on the validation split, {len(self.section.seeds)} run(s) a trial:")
         for cell in cells:
-            print(f"  {cell.label}: {f'{counts[cell]} trials' if cell in counts else 'no flag of the space, as it is'}")
-        if len({*counts.values()}) > 1:
+            number = _number(counts[cell], "trial") if cell in counts else "no flag of the space, as it is"
+            print(f"  {cell.label}: {number}")
+        for cell, count in counts.items():
+            if count < (self.section.trials or 0):
+                complain(f"note: the space of {cell.label} has only {_number(count, 'configuration')}")
+        if self.section.method == "grid" and len({*counts.values()}) > 1:
             complain("note: the cells have unequal numbers of trials; method: random with trials makes them equal")
         sys.stdout.flush()
 
@@ -406,12 +422,12 @@ class Tuning:
         """The chosen flags on the test set, and what stands behind each number."""
         entries = [(cell, self._entry(cell)) for cell in self.cells]
         points = [
-            {**cell.axes, **entry["chosen"]["flags"], **self.study.seed_axes(seed), **self._notes(entry)}
+            {**self._test_point(cell, entry["chosen"]["flags"], seed), **self._notes(cell, entry)}
             for cell, entry in entries for seed in self.study.seeds if entry is not None
         ]  # fmt: skip
         planned = self._plan(points)
         jobs = [
-            dataclasses.replace(job, axes={name: value for name, value in job.axes.items() if name != "notes"})
+            dataclasses.replace(job, axes={name: own for name, own in job.axes.items() if name not in NO_AXES})
             for job in planned
         ]
         print("\nthe chosen flags on the test set:", flush=True)
@@ -420,11 +436,12 @@ class Tuning:
             print(f"\n{tune.configuration_table([entry for _, entry in entries if entry])}", end="", flush=True)
         return code
 
-    def _notes(self, entry: Mapping[str, Any]) -> dict[str, str]:
-        if any(name == "notes" for name, _ in self.shared.flags) or not entry["trials"]:
+    def _notes(self, cell: Cell, entry: Mapping[str, Any]) -> dict[str, str]:
+        """What stands behind a test run, unless the study gives it notes of its own."""
+        if self.bases[cell].config.origins["notes"] == "argv" or not entry["trials"]:
             return {}
-        number = entry["num_configurations"]
-        return {"notes": f"tuned: {number} configuration{'s' * (number > 1)}, {self.section.rule} on validation"}
+        number = _number(entry["num_configurations"], "configuration")
+        return {"notes": f"tuned: {number}, {self.section.rule} on validation"}
 
 
 def _number(count: int, noun: str) -> str:
@@ -482,9 +499,18 @@ def _prepare(argv: Sequence[str], runner: Runner) -> tuple[argparse.Namespace, T
     if study.tune is None:
         raise UsageError(f"{args.study} has no section tune. Write one as in docs/tuning.md, or use flatcl sweep.")
     engine = _engine(args, study)
-    searched = dict.fromkeys([*study.axes, *study.tune.space, "validation"], "")
+    searched = dict.fromkeys([*study.axes, *study.tune.space], "")
+    decided = ("validation", *(["budget_rows"] if study.tune.budget_rows else []))
+    problems = [
+        f"--{name} is set by the search, and also given after --. Drop it." for name in decided if name in given.words
+    ]
     study = study.without({*given.words})
-    request = sweep.check_rest([*study.words(), *rest], searched)
+    try:
+        request = sweep.check_rest([*study.words(), *rest], searched)
+    except UsageError as error:
+        raise UsageError(*problems, *error.problems) from None
+    if problems:
+        raise UsageError(*problems)
     keep_changed = bool(args.keep_changed) or request.keep_changed
     return args, Tuning(study, rest, engine, keep_changed, runner)
 
