@@ -129,7 +129,8 @@ def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], str
         skipped.add("heat")  # with one cell in each row it would show what the bars do
     if count * panels > MOST_MATRICES:
         skipped.add("matrix")
-        problem = f"no accuracy matrices: drawn are at most {MOST_MATRICES}, here are {count * panels:,}. Choose with --where."
+        number = count * panels
+        problem = f"no accuracy matrices: drawn are at most {MOST_MATRICES}, here are {number:,}. Choose with --where."
     if runs > MATRICES_OF:
         skipped |= {*plots.OF_MATRICES}
         problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}."
