@@ -716,7 +716,8 @@ def test_test_runs_read_the_test_set_whatever_the_flags_come_from(study, here, t
 
 def test_joint_runs_have_no_incremental_accuracy_to_choose_by(study, here, capsys):
     main, begun = here
-    assert main(study(TUNE.replace("[er, sgd]", "[er, joint]") + "  metric: average_incremental_accuracy\n")) == 2
+    text = TUNE.replace("[er, sgd]", "[er, joint]").replace("minibatch_size: [1, 16]", "lr: [0.1]")
+    assert main(study(text + "  metric: average_incremental_accuracy\n")) == 2
     error = capsys.readouterr().err
     assert "joint seq-synth: tune.metric is average_incremental_accuracy, which a run on all tasks" in error
     assert not begun and "er seq-synth:" not in error

@@ -85,9 +85,10 @@ class Tuning:
             require("optuna", "tune", "tune.method: tpe")
         problems = []
         for cell, job in self.bases.items():
-            if self.section.metric == INCREMENTAL and (job.config.joint or job.config.learner.trains_jointly):
+            is_joint = job.config.joint or job.config.learner.trains_jointly
+            if cell.space and is_joint and self.section.metric == INCREMENTAL:
                 problems.append(
-                    f"{cell.label}: tune.metric is {INCREMENTAL}, which a run on all tasks at once has not. Give "
+                    f"{cell.label}: tune.metric is {INCREMENTAL}, which a run on all tasks at once does not have. Give "
                     "metric: final_average_accuracy, or such models a study of their own."
                 )
             own = job.config.benchmark.setting
@@ -385,8 +386,10 @@ class Tuning:
         lines = [f"nothing is chosen for {labels} yet. The same command makes these runs of the search again:"]
         open_ = [(cell, trial) for cell, own in trials.items() for trial in own if trial.state not in tune.OVER]
         jobs = [job for cell, trial in open_ for job in self._jobs_of(cell, trial.flags) if job.hash not in found.done]
-        for state in status.look(jobs, {}, self.keep_changed):
+        for state in status.look(jobs[: status.SHOWN], {}, self.keep_changed):
             lines.append(f"  {state.job.label}: {self._why_open(state, found)}")
+        if len(jobs) > status.SHOWN:
+            lines.append(f"  and {len(jobs) - status.SHOWN} more")
         return "\n".join(lines)
 
     def _why_open(self, state: status.State, found: sweep.Found) -> str:
