@@ -23,7 +23,17 @@ from flatcl.utils.studies import _pruning, _tpe
 from flatcl.utils.studies._tune_section import Range, Section
 from flatcl.utils.studies.engines import BUSY, INTERRUPTED
 from flatcl.utils.studies.engines.local import Local
-from flatcl.utils.studies.tune import Cell, Trial, cells_of, choose, configurations, ends, entry_of
+from flatcl.utils.studies.tune import (
+    Cell,
+    Trial,
+    cells_of,
+    choose,
+    configurations,
+    ends,
+    entry_of,
+    read_record,
+    update_record,
+)
 
 TUNE = """
 models: [er, sgd]
@@ -347,13 +357,11 @@ def test_tpe_goes_on_where_a_process_was_killed_and_two_share_the_rest(study, he
 
 
 def test_a_run_below_the_median_is_stopped_between_tasks(study, tmp_path, monkeypatch, capsys):
-    """Trials in order: a good one finishes, then one with a tiny rate is stopped; it keeps its files, and its run with
-    another seed is not begun."""
+    """Trials in order: a good one finishes, then one with a tiny rate is stopped; it keeps its files."""
     monkeypatch.setattr(_pruning, "PRUNE_AFTER", 1)
     monkeypatch.setattr(_pruning, "POLL_S", 0.02)
     text = "models: [er]\ndatasets: [seq-synth]\nseeds: 1\nflags: {n_tasks: 5}\n"
-    text += "tune: {space: {lr: [0.05, 1e-9]}, method: random, trials: 2, prune: true, random_seed: SEED,\n"
-    text += "  seeds: [0, 2]}\n"
+    text += "tune: {space: {lr: [0.05, 1e-9]}, method: random, trials: 2, prune: true, random_seed: SEED}\n"
     seed = next(
         seed for seed in range(99)
         if configurations(Section({"lr": ("0.05", "1e-9")}, "random", trials=2, random_seed=seed),
@@ -372,7 +380,6 @@ def test_a_run_below_the_median_is_stopped_between_tasks(study, tmp_path, monkey
     assert len(json.loads((folder / "accuracy.json").read_text())["tasks"]) == 1
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     number = len(list(results.glob("*/*/*/*/summary.json")))
-    assert number == 3, "the other seed was begun"
     os.remove(results / "tune/study.json")
     assert tune.main([words[0], "--until", "search", *words[1:]]) == 0
     assert len(list(results.glob("*/*/*/*/summary.json"))) == number, "it was begun again"
@@ -513,6 +520,29 @@ def test_two_processes_lose_nothing_of_the_record(study, here, tmp_path):
     assert record()["er"] == first["er"] == late._entry(cell), "what was chosen is fixed"
 
 
+def test_changes_of_the_record_by_many_processes_at_once_are_all_kept(tmp_path):
+    file, number = tmp_path / "tune/study.json", 8
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=add_cells, args=(file, f"m{i}")) for i in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    models = [entry["axes"]["model"] for entry in read_record(file)["cells"]]
+    assert sorted(models) == sorted(f"m{i}" for i in range(number) for _ in range(3))
+    assert [file.name for file in file.parent.iterdir()] == ["study.json"], "a lock is left"
+
+
+def add_cells(file, model):
+    entry = entry_of(Cell({"model": model}, {}, ()), [], Trial(0, {}, "finished"))
+
+    def changed(record):
+        return {"tune": {}, "begun": [], "cells": [*(record["cells"] if record else ()), entry]}
+
+    for _ in range(3):
+        update_record(file, changed)
+
+
 def test_tpe_optuna_is_needed_only_for_what_is_still_searched(study, here, tmp_path, monkeypatch, capsys):
     pytest.importorskip("optuna", reason="optuna does not install here")
     main, begun = here
@@ -580,6 +610,29 @@ def test_a_run_that_a_stop_for_another_one_has_hit_is_made_again(study, here, tm
     assert "it is made again" in capsys.readouterr().out
 
 
+def test_of_a_trial_that_was_pruned_no_other_run_is_begun(study, here, tmp_path, monkeypatch, capsys):
+    main, begun = here
+    text = TUNE.replace("[er, sgd]", "[er]") + "  method: random\n  trials: 2\n  prune: true\n"
+    words = study(text)
+    _, tuning = tune._prepare(words, train.main)
+    bad, _ = tuning._jobs_of(tuning.cells[0], {"minibatch_size": "16"})  # of seeds 0 and 3
+    real = train.main
+
+    def stopped(argv):
+        if argv[: len(bad.argv)] != [*bad.argv]:
+            return real(argv)
+        tuning.pruned.mkdir(parents=True)
+        (tuning.pruned / f"{bad.hash}.json").write_text("{}")
+        return INTERRUPTED
+
+    monkeypatch.setattr(train, "main", stopped)
+    assert main([words[0], "--until", "search", *words[1:]]) == 0
+    sizes = [[argv[argv.index(f"--{name}") + 1] for name in ("minibatch_size", "seed")] for argv in begun]
+    assert sorted(sizes[:2]) == [["1", "0"], ["16", "0"]] and sizes[2:] == [["1", "3"]]
+    trials = record_of(tmp_path / "results")["cells"][0]["trials"]
+    assert {own["flags"]["minibatch_size"]: own["state"] for own in trials} == {"1": "finished", "16": "pruned"}
+
+
 def test_no_run_is_stopped_that_has_no_task_left(study, tmp_path, monkeypatch):
     """A process that is at the run is stopped after the first of two tasks, and not after the last one."""
     monkeypatch.setattr(_pruning, "PRUNE_AFTER", 1)
@@ -608,6 +661,8 @@ def test_no_run_is_stopped_that_has_no_task_left(study, tmp_path, monkeypatch):
         assert process.exitcode == INTERRUPTED
     finally:
         process.kill()
+    _, other = tune._prepare(study(text + "  method: random\n  trials: 3\n  prune: true\n"), train.main)
+    assert not _pruning.marked(other.pruned, bad.hash), "a search meets the marks of another one of its name"
 
 
 def hold(lock):
