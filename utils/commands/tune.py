@@ -264,12 +264,13 @@ class Tuning:
 
     def _pending(self, trials: Sequence[Sequence[sweep.Job]], part: slice) -> list[sweep.Job]:
         """The runs to make, of those in `part` of each trial: a trial with a run that was pruned or has diverged is
-        over."""
+        over, and what has failed here is left to the next command."""
         jobs = list({job.hash: job for own in trials for job in own}.values())
         done = sweep.look(jobs, keep_changed=self.keep_changed).done
         states = self._states([job for job in jobs if job.hash not in done])
         under_way = [own for own in trials if not any(states.get(job.hash) in tune.OVER for job in own)]
-        return list({job.hash: job for own in under_way for job in own[part] if job.hash not in done}.values())
+        left = {job.hash: job for own in under_way for job in own[part]}
+        return [job for hash, job in left.items() if hash not in done and hash not in self._codes]
 
     def _pruner(self):
         if not self.section.prune:
