@@ -592,6 +592,29 @@ def test_tpe_show_reads_only_and_a_database_that_cannot_be_used_is_one_message(
     assert "cannot be used: file is not a database. Give" in capsys.readouterr().err
 
 
+def test_tpe_a_database_that_is_locked_while_a_run_ends_loses_nothing(study, here, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna", reason="optuna does not install here")
+    main, begun = here
+    monkeypatch.setattr(_tpe, "LOCKED_S", 0.1)
+    words, held, real = study(TPE.replace("TRIALS", "1")), [], train.main
+
+    def locking(argv):
+        code = real(argv)
+        held.append(sqlite3.connect(tmp_path / "results/tune/study.db"))
+        held[0].execute("BEGIN EXCLUSIVE")
+        return code
+
+    argv = [words[0], "--until", "search", *words[1:]]
+    with monkeypatch.context() as now:
+        now.setattr(train, "main", locking)
+        assert main(argv) == 2
+    held[0].close()
+    assert "study.db cannot be used: database is locked" in capsys.readouterr().err
+    assert main(argv) == 0 and len(begun) == 1
+    (cell,) = record_of(tmp_path / "results")["cells"]
+    assert [own["state"] for own in cell["trials"]] == ["finished"]
+
+
 def test_a_run_that_a_stop_for_another_one_has_hit_is_made_again(study, here, tmp_path, monkeypatch, capsys):
     main, begun = here
 
