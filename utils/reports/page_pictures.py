@@ -121,13 +121,16 @@ def _kinds(runs: Sequence[Run], choice: Choice) -> tuple[list[str], str | None]:
 
 def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], str | None]:
     """As `_kinds`, for so many runs and panels, and groups of these names."""
-    skipped, problem, count = set(), None, len(names)
+    problem: str | None = None
+    skipped, count = set[str](), len(names)
     if count == 1:
         skipped = {"compute", "bars"}
     if count <= max((len(set(values)) for values in zip(*names, strict=True)), default=0):
         skipped.add("heat")  # with one cell in each row it would show what the bars do
     if count * panels > MOST_MATRICES:
         skipped.add("matrix")
+        number = count * panels
+        problem = f"no accuracy matrices: drawn are at most {MOST_MATRICES}, here are {number:,}. Choose with --where."
     if runs > MATRICES_OF:
         skipped |= {*plots.OF_MATRICES}
         problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}."

@@ -17,6 +17,7 @@ from typing import Any
 
 from flatcl.utils.engine.lock import holder
 from flatcl.utils.files import read_json, write_json
+from flatcl.utils.studies.status import num_tasks
 
 PRUNE_AFTER = 5  # finished runs to compare with, before any run is stopped
 POLL_S = 0.5
@@ -24,10 +25,11 @@ POLL_S = 0.5
 
 class Pruner:
     """`with Pruner(groups, setting, folder): ...` watches the runs while others make them. `groups`: runs that are
-    compared with each other; `folder`: where it marks, by their hashes, those that it has stopped."""
+    compared with each other; `folder`: where it marks, by their hashes, those that it has stopped. `has_stopped`:
+    whether it has sent a signal, which can hit a process that has begun its next run meanwhile."""
 
     def __init__(self, groups: Sequence[Sequence[Any]], setting: str, folder: Path):
-        self.groups, self.setting, self.folder = groups, setting, folder
+        self.groups, self.setting, self.folder, self.has_stopped = groups, setting, folder, False
         self._finished: dict[str, list[float]] = {}  # the curves of finished runs, by their hashes
         self._end = threading.Event()
 
@@ -51,7 +53,7 @@ class Pruner:
                 curve, is_finished = _curve(job, self.setting)
                 if is_finished:
                     self._finished[job.hash] = curve
-                elif curve and job.log.with_suffix(".lock").exists():
+                elif 0 < len(curve) < num_tasks(job.config) and job.log.with_suffix(".lock").exists():
                     self._judge(job, curve, group)
 
     def _judge(self, job: Any, curve: list[float], group: Sequence[Any]) -> None:
@@ -69,6 +71,7 @@ class Pruner:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / f"{job.hash}.json", why)
+                self.has_stopped = True
                 os.kill(process.pid, signal.SIGINT)
 
 

@@ -9,7 +9,8 @@ from flatcl.utils.arguments import SEEDS
 from flatcl.utils.registry import nearest
 
 METHODS = ("grid", "random", "tpe")
-METRICS = ("final_average_accuracy", "average_incremental_accuracy")  # higher is better
+INCREMENTAL = "average_incremental_accuracy"
+METRICS = ("final_average_accuracy", INCREMENTAL)  # higher is better
 SETTINGS = ("class-il", "task-il", "domain-il", "general-continual")
 RULES = ("best_mean",)
 MOST_TRIALS = 10_000

@@ -7,6 +7,7 @@ minutes old). Of the others, the end of the log of a sweep and `status` in summa
 import os
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ FINISHED, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = STATES = (
 )  # fmt: skip
 OK, SOME_FAILED, NOT_ALL_YET = 0, 1, 3  # exit codes
 SHOWN = 20  # runs of each kind, one a line
-TAIL = 256  # bytes of a log that hold its last line
+TAIL = 2048  # bytes of a log that hold its last lines
+WIDTH = 200  # letters of a line of a log that is shown
 FOLDER = re.compile(r"\d{8}-\d{6}-([0-9a-f]{12})(-\d+)?")
 SIMILAR = {  # what runs must have in common to take a similar time, the nearest first
     "the same cell": None,
@@ -89,7 +91,7 @@ def look(jobs: Sequence[Job], done: Mapping[str, Run], keep_changed: bool = Fals
     folders: dict[tuple[Path, str, str], dict[str, Path]] = {}
     found = []
     for job in jobs:
-        number, run = _num_tasks(job.config), done.get(job.hash)
+        number, run = num_tasks(job.config), done.get(job.hash)
         if run is not None:
             wall_s = run.summary.get("cost", {}).get("wall_s")
             found.append(State(job, FINISHED, number, number, folder=run.path, wall_s=wall_s))
@@ -101,7 +103,8 @@ def look(jobs: Sequence[Job], done: Mapping[str, Run], keep_changed: bool = Fals
     return found
 
 
-def _num_tasks(config: Config) -> int:
+def num_tasks(config: Config) -> int:
+    """How many tasks a run trains on; a joint one has all data in one."""
     if config.joint or config.learner.trains_jointly:
         return 1
     return (config.stop_after or config.n_tasks) - config.start_from
@@ -129,11 +132,11 @@ def _unfinished(job: Job, folder: Path | None, num_tasks: int, keep_changed: boo
     locks = [job.log.with_suffix(".lock"), *([folder / "lock"] if folder else [])]
     process = next((found for found in map(_living, locks) if found is not None), None)
     status = _status(folder)
-    counts = folder is not None and status != "finished" and not _is_of_other_code(folder, job.config, keep_changed)
+    counts = folder is not None and status != "finished" and not is_of_other_code(folder, job.config, keep_changed)
     tasks = _tasks(folder) if folder is not None and counts else 0
     if process is not None:
         return State(job, RUNNING, tasks, num_tasks, str(process), folder)
-    code = _exit_code(job.log)
+    code = exit_code_of(job.log)
     if code is not None and 0 < code < 128 and code != 75:  # 75: another process was at it; 128 and more: a signal
         return State(job, FAILED, tasks, num_tasks, f"exit code {code}", folder)
     if code is None and counts and status in ("crashed", "diverged"):  # started without a sweep, or its log is gone
@@ -162,7 +165,7 @@ def _tasks(folder: Path) -> int:
         return 0
 
 
-def _is_of_other_code(folder: Path, config: Config, keep_changed: bool) -> bool:
+def is_of_other_code(folder: Path, config: Config, keep_changed: bool) -> bool:
     """Whether a sweep would begin the run anew."""
     try:
         return not keep_changed and bool(read_saved(str(folder)).differs_from(config))
@@ -170,15 +173,28 @@ def _is_of_other_code(folder: Path, config: Config, keep_changed: bool) -> bool:
         return True
 
 
-def _exit_code(log: Path) -> int | None:
+def exit_code_of(log: Path) -> int | None:
     """What the last line of a log says; None where a run was killed, or there is no log."""
     try:
-        with open_regular(log) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            lines = file.read(TAIL).decode(errors="replace").splitlines()
-        return int(lines[-1].removeprefix(LAST_LINE)) if lines[-1].startswith(LAST_LINE) else None
+        last = _tail(log)[-1]
+        return int(last.removeprefix(LAST_LINE)) if last.startswith(LAST_LINE) else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+def last_words(log: Path) -> str:
+    """The last thing that a run has said, which is the error of one that failed; empty without a log."""
+    try:
+        lines = [line.strip() for line in _tail(log) if not line.startswith(LAST_LINE)]
+    except (OSError, ValueError):
+        return ""
+    return next((textwrap.shorten(line, WIDTH, placeholder=" ...") for line in reversed(lines) if line), "")
+
+
+def _tail(log: Path) -> list[str]:
+    with open_regular(log) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        return file.read(TAIL).decode(errors="replace").splitlines()
 
 
 def exit_code(states: Sequence[State]) -> int:

@@ -75,7 +75,17 @@ class Study:
         """The flags that differ between its runs by the grid."""
         named = {"optimizer": self.optimizers, "backbone": self.backbones, "buffer_size": self.buffer_sizes}
         given = (name for name, values in named.items() if values)
-        return {"model", "dataset", "seed", *given, *self.grid, *(f"{source}_seed" for source in self.vary)}
+        return {"model", "dataset", *given, *self.grid, *self.seed_flags}
+
+    @property
+    def seed_flags(self) -> set[str]:
+        """The flags that `seeds` decides: what tells the runs of one cell apart."""
+        return {"seed", *(f"{source}_seed" for source in self.vary)}
+
+    def group(self, point: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """What a run has in common with those of other models: its axes without the model and the seeds."""
+        names = self.axes - {"model"} - self.seed_flags
+        return tuple((name, value) for name, value in point.items() if name in names)
 
     def words(self) -> list[str]:
         """The flags of all runs, as words of a command line. Those that only some runs have are among them."""
@@ -417,12 +427,23 @@ class _Reader(TuneReader):
             self._check_tune_use(study)
 
     def _check_tune_use(self, study: Study) -> None:
-        """Searched flags that no run has, seeds of the search on the test set, and a name that no file can have."""
+        """Searched flags that no run has, shared ones that only some have, seeds of the search on the test set, and a
+        name that no file can have."""
         complain, section, points = self.tree.complain, study.tune, study.points()
         for name in section.space if section else ():
             if not any(study.has_flag(point, name) for point in points):
                 key = self._as_written(("tune", "space"), name)
                 complain(("tune", "space", key), "none of the runs has this flag. Drop it.")
+        for name in section.share if section else ():
+            having = {study.group(point): point["model"] for point in points if study.has_flag(point, name)}
+            without = (point for point in points if study.group(point) in having and not study.has_flag(point, name))
+            point = next(without, None)
+            if point is not None:
+                complain(
+                    ("tune", "share"),
+                    f"{point['model']} on {point['dataset']} has no --{name}, so it cannot share one with "
+                    f"{having[study.group(point)]}. Drop it here, or give such models a study of their own.",
+                )
         both = sorted({*section.seeds} & {*study.seeds}) if section and not section.same_seeds else ()
         if both:
             complain(

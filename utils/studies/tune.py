@@ -3,25 +3,33 @@
 Nothing here runs anything. What the study file says about the search is in `_tune_section`.
 """
 
+import hashlib
 import itertools
 import json
 import math
 import random
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import SEEDS, Config
+from flatcl.utils.arguments import Config, Flag
 from flatcl.utils.console import reason
+from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.files import read_json, write_json
 from flatcl.utils.reports.tables import RENDER
 from flatcl.utils.studies._tune_section import Range, Section
 from flatcl.utils.studies.study import Study
 
-FINISHED, PRUNED, FAILED, OPEN = "finished", "pruned", "failed", "not finished"  # states of a trial
+FINISHED, PRUNED, DIVERGED, FAILED, OPEN = (  # states of a trial
+    "finished", "pruned", "diverged", "failed", "not finished",
+)  # fmt: skip
+OVER = (FINISHED, PRUNED, DIVERGED)  # those that another try does not change
+WAIT_S = 0.1  # until a lock that is held for a moment is tried again
 MOST_COMBINATIONS = 10_000  # of a grid, in one cell
 DRAWS = 1000  # tries in a row that give nothing new, until a space counts as exhausted
 DIGITS = 4  # of a number that is drawn from a range
@@ -66,11 +74,30 @@ def cells_of(study: Study) -> list[Cell]:
     assert study.tune is not None
     found: dict[tuple, Cell] = {}
     for point in study.points():
-        axes = {name: value for name, value in point.items() if name not in ("seed", *SEEDS)}
+        axes = {name: value for name, value in point.items() if name not in study.seed_flags}
         space = {name: values for name, values in study.tune.space.items() if study.has_flag(point, name)}
-        group = tuple((name, value) for name, value in axes.items() if name in study.axes and name != "model")
-        found.setdefault(tuple(axes.items()), Cell(axes, space, group))
+        found.setdefault(tuple(axes.items()), Cell(axes, space, study.group(axes)))
     return list(found.values())
+
+
+def distinct(words: Sequence[str], flag: Flag) -> tuple[str, ...]:
+    """Of words that mean the same value, such as 0.1 and 1e-1, the first."""
+    first: dict[Any, str] = {}
+    for own in words:
+        try:
+            first.setdefault(flag.parse([own]), own)
+        except ValueError:  # what is wrong with it is said when a run with it is resolved
+            first.setdefault(own, own)
+    return tuple(first.values())
+
+
+def fixed(study: Study, record: Mapping[str, Any] | None, axes: Flags) -> dict[str, str]:
+    """The shared flags of a cell that have been chosen already, with another cell of its group."""
+    assert study.tune is not None
+    for entry in record["cells"] if record else ():
+        if study.group(entry["axes"]) == study.group(axes):
+            return {name: own for name, own in entry["chosen"]["flags"].items() if name in study.tune.share}
+    return {}
 
 
 def word(value: float, is_whole: bool) -> str:
@@ -124,16 +151,21 @@ def _drawn(section: Section, name: str, values: tuple[str, ...] | Range, draw: i
     return word(value, is_whole)
 
 
+def groups(section: Section, cells: Collection[Cell]) -> list[list[Cell]]:
+    """The cells that are chosen for together: each by itself, but for flags that are shared."""
+    found: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        shared = tuple(name for name in section.share if name in cell.space)
+        found.setdefault((shared, cell.group) if shared else (cell,), []).append(cell)
+    return list(found.values())
+
+
 def choose(section: Section, trials: Mapping[Cell, Sequence[Trial]]) -> dict[Cell, Trial]:
     """For each cell its trial with the highest mean; of equal ones the first. The values of shared flags are those with
     the highest mean, over the cells of a group, of the best trial that has them. Raises `RunFailed` where a cell has no
     finished trial to choose."""
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in trials:
-        shared = tuple(name for name in section.share if name in cell.space)
-        groups.setdefault((shared, cell.group) if shared else (cell,), []).append(cell)
     chosen: dict[Cell, Trial] = {}
-    for cells in groups.values():
+    for cells in groups(section, trials):
         names = [name for name in section.share if name in cells[0].space]
         best = [_best_by(trials[cell], names) for cell in cells]
         common = [key for key in best[0] if all(key in own for own in best)]
@@ -177,13 +209,18 @@ def record_file(results: Path, study: Study) -> Path:
     return folder_of(results) / f"{study.name}.json"
 
 
-def flags_of_cell(config: Config) -> dict[str, Any]:
+def flags_of_cell(config: Config, seed_flags: Collection[str]) -> dict[str, Any]:
     """What the study says of a cell's runs, as far as it can change a number."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.values.items()
-        if config.origins[name] == "argv" and config.flags[name].result and name not in ("seed", *SEEDS)
+        if config.origins[name] == "argv" and config.flags[name].result and name not in seed_flags
     }
+
+
+def digest(*content: Any) -> str:
+    """12 hexadecimal digits: what is kept beside the record has them in its name, so that no other search meets it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def begun(
@@ -225,12 +262,33 @@ def trials_of(entry: Mapping[str, Any]) -> list[Trial]:
     ]  # fmt: skip
 
 
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
+def update_record(file: Path, change: Callable[[dict[str, Any] | None], dict[str, Any]]) -> dict[str, Any]:
+    """Writes what `change` makes of the record that is there now, and returns it. Of several processes one at a time
+    does so: none of them overwrites what another has written since it looked."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, record, durable=True)
+        with alone(file.with_name(f"{file.name}.lock"), f"the record {file}"):
+            record = change(read_record(file))
+            write_json(file, record, durable=True)
+            return record
     except OSError as error:
         raise UsageError(f"{file}: cannot write there ({reason(error)}). Give another results_path.") from None
+
+
+@contextmanager
+def alone(file: Path, what: str) -> Iterator[None]:
+    """Holds a lock that everybody holds for a moment only, and waits for it. Raises `OSError`."""
+    lock = Lock(file, what)
+    while True:
+        try:
+            lock.acquire()
+            break
+        except Busy:
+            time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
@@ -268,9 +326,11 @@ def check_same(file: Path, record: Mapping[str, Any], study: Study, flags: Mappi
                     f"{cell.label}: --{name} was {json.dumps(before.get(name))} and is {json.dumps(own.get(name))}"
                 )
     if differing:
+        others = (file.with_name(f"{study.name}{suffix}") for suffix in (".db", ".locks", ".pruned"))
+        away = ", ".join(str(own) for own in (file, *others) if own.exists())
         raise UsageError(
             *(f"{file}: the search was begun otherwise: {text}." for text in differing),
-            f"Restore the study file, give the study another name, or move {file} away to search anew.",
+            f"Restore the study file, give the study another name, or move away what belongs to the search: {away}.",
         )
 
 
