@@ -113,7 +113,9 @@ def test_all_problems_are_told_at_once(capsys):
 def test_without_ray_one_message_says_how_to_install_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert sweep.main([*START, "--engine", "ray", "--", "--results_path", str(tmp_path)]) == 2
-    assert 'not installed. Install it: pip install "flatcl[ray]"' in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert 'not installed. Install it: pip install "flatcl[ray]"' in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,24 @@ def test_csv_has_raw_fractions(three_seeds):
     assert second == "perm-mnist,joint,sgd,,domain-il,0.5,,1,,,0"
 
 
+def test_a_table_says_how_many_configurations_stand_behind_its_rows(tmp_path):
+    for model, number in (("er", 9), ("derpp", 12), ("der", None)):
+        for seed in (1, 2):
+            notes = {"notes": f"tuned: {number} configurations, best_mean on validation"} if number else {}
+            make_run(tmp_path, model=model, seed=seed, **notes)
+    runs = finished.load_runs([tmp_path])
+    (line,) = [line for line in tables.table(runs, by=["model"]).splitlines() if "search" in line]
+    assert line == (
+        "flags of each row chosen by a search (12 configurations, best_mean on validation: derpp; "
+        "9 configurations, best_mean on validation: er)"
+    )
+    alone = tables.table(finished.select(runs, {"model": "er"}), by=["model"], format="latex")
+    assert alone.startswith(r"% flags of each row chosen by a search (9 configurations, best\_mean on validation)")
+    assert "search" not in tables.table(finished.select(runs, {"model": "der"}), by=["model"])
+    make_run(tmp_path, model="er", seed=3)  # a row with a run that nothing is known of
+    assert "search" not in tables.table(finished.select(finished.load_runs([tmp_path]), {"model": "er"}), by=["model"])
+
+
 def test_latex_is_booktabs_with_escapes(three_seeds):
     make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
     text = tables.table(finished.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")

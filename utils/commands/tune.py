@@ -25,6 +25,7 @@ from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.extras import require
 from flatcl.utils.files import read_json
 from flatcl.utils.registry import load_plugin
+from flatcl.utils.reports.groups import TUNED
 from flatcl.utils.studies import Study, status, tune
 from flatcl.utils.studies._pruning import Pruner, marked
 from flatcl.utils.studies._tune_section import INCREMENTAL, Range
@@ -445,7 +446,7 @@ class Tuning:
         if self.bases[cell].config.origins["notes"] == "argv" or not entry["trials"]:
             return {}
         number = _number(entry["num_configurations"], "configuration")
-        return {"notes": f"tuned: {number}, {self.section.rule} on validation"}
+        return {"notes": f"{TUNED}{number}, {self.section.rule} on validation"}
 
 
 def _number(count: int, noun: str) -> str:

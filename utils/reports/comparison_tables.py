@@ -18,7 +18,7 @@ from flatcl.utils.reports.groups import (
 )
 from flatcl.utils.reports.ranks import BLOCKS, Ranks, rank
 from flatcl.utils.reports.runs import Run
-from flatcl.utils.reports.tables import csv_keys, csv_text, laid_out, split_note
+from flatcl.utils.reports.tables import csv_keys, csv_text, laid_out, split_note, tuning_note
 
 CSV = ("metric", "n", "mean", "reference_mean", "difference", "std", "low", "high", "p_t", "p_t_holm", "p_wilcoxon",
        "p_wilcoxon_holm", "seeds_needed", "verdict")  # fmt: skip
@@ -54,7 +54,9 @@ def against_table(
         body.append([*(written(keys[name]) for name in head), *_cells(own, costs)])
     titles = ["n", f"difference [{LEVEL * 100:.0f} %]", "p t", "p Wilcoxon", "seeds", "result"]
     footing = _footing(found, against, metrics, costs)
-    return laid_out([*head, *titles], body, len(head), [*footing, *split_note(groups)], format, options)
+    return laid_out(
+        [*head, *titles], body, len(head), [*footing, *split_note(groups), *tuning_note(groups)], format, options
+    )
 
 
 def _cells(found: Comparison, costs: set[str]) -> list[str]:

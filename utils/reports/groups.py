@@ -15,6 +15,7 @@ from flatcl.utils.identity import differences
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports.runs import VALIDATION, Run, check_key, comparable
 
+TUNED = "tuned: "  # with which the notes of runs begin whose flags `flatcl tune` has chosen
 BY = ("dataset", "model", "optimizer", "buffer_size")
 METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
 NOTHING = "–"
@@ -57,6 +58,13 @@ class Group:
     @property
     def label(self) -> str:
         return " ".join(written(value) for value in self.by.values() if value is not None)
+
+    @property
+    def tuned(self) -> str:
+        """How the flags were chosen, in the words of `flatcl tune`; empty where not all runs say the same."""
+        said = {str(run.summary.get("notes") or run.get("notes") or "") for run in self.runs}
+        text = said.pop() if len(said) == 1 else ""
+        return text.removeprefix(TUNED) if text.startswith(TUNED) else ""
 
     def stat(self, metric: str) -> Stat:
         """Of a metric in this setting, or of a cost."""

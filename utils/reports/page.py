@@ -191,6 +191,7 @@ def _row(group: Group, split: str, metrics: Sequence[str], costs: set[str]) -> d
     notes = [f"mixes runs of {mixed}"] if mixed else []
     notes += [f"{stat.n} of {len(group.runs)} runs have {metric}" for metric, stat in stats.items()
               if 0 < stat.n < len(group.runs)]  # fmt: skip
+    notes += [f"flags chosen by a search ({group.tuned})"] if group.tuned else []
     cells = [[str(Number.of(stat, metric in costs)), stat.mean] for metric, stat in stats.items()]
     return {"values": list(group.by.values()), "split": split, "cells": cells, "notes": "; ".join(notes)}
 

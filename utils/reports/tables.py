@@ -64,7 +64,7 @@ def table(
         head, body, num_keys, footing = _pivoted(groups, metrics, costs, pivot, order, interval, sign)
     else:
         head, body, num_keys, footing = _flat(groups, metrics, costs, setting is None, interval, sign)
-    return laid_out(head, body, num_keys, [*footing, *split_note(groups)], format, options)
+    return laid_out(head, body, num_keys, [*footing, *split_note(groups), *tuning_note(groups)], format, options)
 
 
 def _flat(
@@ -130,6 +130,15 @@ def split_note(groups: Sequence[Group]) -> list[str]:
     if VALIDATION not in splits:
         return []
     return [NOT_TEST if len(splits) == 1 else f"rows of split = {VALIDATION}: {NOT_TEST}"]
+
+
+def tuning_note(groups: Sequence[Group]) -> list[str]:
+    """How many configurations stand behind the numbers of each row."""
+    labels: dict[str, dict[str, None]] = {}
+    for group in groups:
+        labels.setdefault(group.tuned, {})[group.label] = None
+    lines = [f"{said}: {', '.join(own)}" if len(labels) > 1 else said for said, own in labels.items() if said]
+    return [f"flags of each row chosen by a search ({'; '.join(lines)})"] if lines else []
 
 
 def laid_out(
