@@ -370,11 +370,11 @@ def test_equal_runs_give_equal_files(two_by_two, tmp_path):
 
 def test_the_command_writes_a_picture_and_no_table(two_by_two, tmp_path, capsys):
     words = ["--plot", "heat", "--out", str(tmp_path / "x.svg"), "--width", "page", "--names", "er=ER,derpp=DER++"]
-    assert report.main([str(two_by_two), *words, "--record", str(tmp_path / "r.jsonl")]) == 0
+    assert report.main([str(two_by_two), *words, "--record", str(tmp_path / "runs.jsonl")]) == 0
     assert capsys.readouterr() == ("", "")
     text = (tmp_path / "x.svg").read_text()
     assert 'width="504pt"' in text and ">DER++</text>" in text
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
 
 
 def test_svg_text_can_stand_twice_in_a_page(two_by_two):

@@ -98,6 +98,48 @@ def test_csv_has_raw_fractions(three_seeds):
     assert second == "perm-mnist,joint,sgd,,domain-il,0.5,,1,,,0"
 
 
+def test_notes_count_the_runs_that_were_asked_for_alone(tmp_path, capsys):
+    make_run(tmp_path, model="er", seed=0)
+    make_run(tmp_path, model="er", seed=0, time="20260102-120000")  # once more
+    make_run(tmp_path, model="derpp", seed=0)
+    make_run(tmp_path, model="derpp", seed=1, status="interrupted")
+    (make_run(tmp_path, model="derpp", seed=2) / "summary.json").unlink()  # in its first task
+    assert report.main([str(tmp_path), "--where", "model=er"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1, "the repeated one"
+    assert report.main([str(tmp_path), "--where", "model=derpp"]) == 0
+    assert capsys.readouterr().err == (
+        "note: left out, since they did not finish: 1 interrupted, 1 without a result yet.\n"
+    )
+
+
+def test_a_record_of_any_name_is_read_if_it_is_named(three_seeds, tmp_path, capsys):
+    record = tmp_path / "mine.jsonl"
+    assert report.main([str(three_seeds), "--record", str(record)]) == 0
+    out, err = capsys.readouterr()
+    assert "give this one by its name" in err
+    assert report.main([str(record)]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_unlike_runs_are_refused_with_the_fewest_keys_that_split_them(tmp_path, capsys):
+    for optimizer in ("sgd", "sam"):
+        for seed in (0, 1):
+            own = {"rho": 0.05, "perturb": "all"} if optimizer == "sam" else {}
+            make_run(tmp_path, optimizer=optimizer, seed=seed, **own)
+    assert report.main([str(tmp_path), "--by", "model"]) == 2
+    err = capsys.readouterr().err
+    assert "(optimizer = sam, sgd): 'er'. Split them with --by model,optimizer, choose with --where" in err
+    make_run(tmp_path, optimizer="sgd", seed=2, lr=0.3, validation=True)
+    assert report.main([str(tmp_path), "--by", "model,optimizer"]) == 2
+    err = capsys.readouterr().err
+    assert "(split = test, validation): 'er sgd'. Split them with --by model,optimizer,split, choose" in err
+    assert "choose with --where split=test, or show them apart with --mix" in err
+    make_run(tmp_path, optimizer="sgd", seed=3, lr=0.2, validation=True)
+    assert report.main([str(tmp_path), "--by", "model,optimizer"]) == 2
+    err = capsys.readouterr().err
+    assert "--by model,optimizer,split,lr or choose with --where split=test." in err and "--mix" not in err
+
+
 def test_a_table_says_how_many_configurations_stand_behind_its_rows(tmp_path):
     for model, number in (("er", 9), ("derpp", 12), ("der", None)):
         for seed in (1, 2):

@@ -206,13 +206,15 @@ def _report(argv: Sequence[str]) -> None:
         if args.html:
             _write_page(args, where)
         if not args.html or args.out or args.record or args.ranks:
-            runs = select(load_runs(args.runs), where)
+            runs = load_runs(args.runs, where=where)
             if args.plot:
                 _picture(args, runs, labels)
             else:
                 _write_table(args, runs)
             if args.record:
                 write_record(runs, args.record)
+                if Path(args.record).name != RECORD:
+                    complain(f"note: in folders only records named {RECORD} are found; give this one by its name.")
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
