@@ -126,7 +126,7 @@ def test_against_shows_differences_and_corrected_tests(three, capsys):
     words = (three, "--by", "optimizer", "--setting", "domain-il", "--against", "optimizer=sgd")
     code, lines, err = told(capsys, *words)
     assert code == 0 and err == ""
-    assert lines[0] == "| optimizer | metric | n | difference [95 %] | p t | p Wilcoxon | seeds | result |"
+    assert lines[0] == "| optimizer | metric | n | difference [95 %] | p t | p Wilcoxon | seeds needed | result |"
     of_sam, of_adam = [0.03, 0.04, 0.02, 0.03], [-0.02, 0.03, -0.01, 0.02]
     p = holm_by_hand([t_test(of_adam)[1]] * 2 + [t_test(of_sam)[1]] * 2)  # accuracy and 1 - accuracy, of both
     half = 100 * t.ppf(0.975, 3) * statistics.stdev(of_sam) / 2
@@ -455,8 +455,9 @@ def test_siunitx_columns_have_room_for_their_numbers(three, capsys):
 def test_latex_of_before_is_unchanged_and_says_validation(tmp_path, capsys):
     fill(tmp_path, "sgd", SGD, validation=True)
     _, lines, _ = told(capsys, tmp_path, "--by", "optimizer", "--setting", "domain-il", "--format", "latex")
-    assert lines[:2] == ["% validation split, not the test set", r"\begin{tabular}{llrrr}"]
-    assert lines[5] == r"sgd & validation & 4 & 80.50 $\pm$ 1.29 & 19.50 $\pm$ 1.29 \\"
+    spread = r"% mean $\pm$ sample standard deviation"
+    assert lines[:3] == [spread, "% validation split, not the test set", r"\begin{tabular}{llrrr}"]
+    assert lines[6] == r"sgd & validation & 4 & 80.50 $\pm$ 1.29 & 19.50 $\pm$ 1.29 \\"
     assert latex.latex_text("–") == "--" and latex.tabular(["a"], [["b"]], 1).count("&") == 0
 
 

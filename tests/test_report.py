@@ -64,13 +64,15 @@ def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
         + "| forgetting_chaudhry18 (%) |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
         "| perm-mnist | er | sgd | 200 | domain-il | 3 | 83.00 ± 3.61 | 20.00 ± 10.00 |",
+        "",
+        "mean ± sample standard deviation",
     ]
 
 
 def test_costs_are_metrics_too_but_no_fractions(three_seeds):
     names = ["final_average_accuracy", "train_s", "forward_rows"]
     runs = finished.load_runs([three_seeds])
-    head, _, row = tables.table(runs, metrics=names).splitlines()
+    head, _, row, *_ = tables.table(runs, metrics=names).splitlines()
     assert head.endswith("| final_average_accuracy (%) | train_s | forward_rows |")
     assert row.endswith("| 3 | 83.00 ± 3.61 | 11.0 ± 1.0 | 2,400,512 |")
     *_, row, _, footing = tables.table(runs, metrics=names, pivot=["dataset"]).splitlines()
@@ -146,13 +148,15 @@ def test_a_table_says_how_many_configurations_stand_behind_its_rows(tmp_path):
             notes = {"notes": f"tuned: {number} configurations, best_mean on validation"} if number else {}
             make_run(tmp_path, model=model, seed=seed, **notes)
     runs = finished.load_runs([tmp_path])
-    (line,) = [line for line in tables.table(runs, by=["model"]).splitlines() if "search" in line]
+    (line,) = [line for line in tables.table(runs, by=["model", "lr"]).splitlines() if "search" in line]
     assert line == (
-        "flags of each row chosen by a search (12 configurations, best_mean on validation: derpp; "
-        "9 configurations, best_mean on validation: er)"
+        "flags of each row chosen by a search (12 configurations, best_mean on validation: derpp lr 0.1; "
+        "9 configurations, best_mean on validation: er lr 0.1)"
     )
     alone = tables.table(finished.select(runs, {"model": "er"}), by=["model"], format="latex")
-    assert alone.startswith(r"% flags of each row chosen by a search (9 configurations, best\_mean on validation)")
+    assert alone.splitlines()[1].startswith(
+        r"% flags of each row chosen by a search (9 configurations, best\_mean on validation)"
+    )
     assert "search" not in tables.table(finished.select(runs, {"model": "der"}), by=["model"])
     make_run(tmp_path, model="er", seed=3)  # a row with a run that nothing is known of
     assert "search" not in tables.table(finished.select(finished.load_runs([tmp_path]), {"model": "er"}), by=["model"])
@@ -162,6 +166,7 @@ def test_latex_is_booktabs_with_escapes(three_seeds):
     make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
     text = tables.table(finished.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")
     assert text.splitlines() == [
+        r"% mean $\pm$ sample standard deviation",
         r"\begin{tabular}{llrrr}",
         r"\toprule",
         r"dataset & model & n & final\_average\_accuracy (\%) & forgetting\_chaudhry18 (\%) \\",
@@ -897,7 +902,7 @@ def test_a_metric_that_older_runs_lack_is_a_dash_and_a_mean_over_fewer_is_said(t
     lines = tables.table(
         finished.load_runs([three_seeds]), by=["model"], metrics=["final_overall_accuracy"], say=said.append
     ).splitlines()
-    assert lines[2:] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
+    assert lines[2:4] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
     assert said == ["note: er: 2 of 3 runs have final_overall_accuracy (domain-il), its mean is theirs."]
 
 
