@@ -228,7 +228,8 @@ def test_pivot_repeats_methods_without_a_buffer(grid):
         "| derpp |  | 93.00 / 5.00 |",
         "| er | 82.00 ± 2.83 / 10.00 ± 0.00 | 91.00 ± 1.41 / 10.00 ± 0.00 |",  # stds: 0.02 * sqrt(2), 0.01 * sqrt(2)
         "",
-        "final_average_accuracy / forgetting_chaudhry18 in %; mean ± sample standard deviation, n = 1 to 2",
+        "final_average_accuracy / forgetting_chaudhry18 in %; mean ± sample standard deviation, n = 1 to 2;",
+        "columns: dataset, buffer_size",
     ]
 
 

@@ -101,6 +101,8 @@ def _pivoted(
     members = list(cells.values())
     numbers = [[Number.of(group.stat(metric), metric in costs, interval) for metric in metrics] for group in members]
     footing = [_pivot_footing(members, metrics, costs, _spread_note(numbers, interval))]
+    if any(key not in BY[:3] for key in pivot):  # whose values do not say what they are of
+        footing.append(f"columns: {', '.join(pivot)}")
     if sign:
         marks, notes = mark_best(members, [column for _, column in cells], metrics, costs, pivot, sign)
         numbers = _marked(numbers, marks)
