@@ -330,7 +330,16 @@ def test_what_all_groups_share_is_in_the_title(tmp_path):
     assert figure.axes[0].get_title().replace("\n", ", ").startswith("er, lr 0.1, ")
     runs = finished.select(runs, {"optimizer": "sam"})
     figure = plots.figure("bars", runs, by=["model", "optimizer", "lr"])
-    assert ticks(figure.axes[0].yaxis) == ["er, lr 0.1"], "one group keeps its name"
+    assert ticks(figure.axes[0].yaxis) == ["er + sam, lr 0.1"], "one group keeps its name"
+
+
+@pytest.mark.parametrize("kind", ["tasks", "compute", "bars", "matrix"])
+def test_labels_name_the_optimizers_where_each_method_has_its_own(kind, tmp_path):
+    for model, optimizer in (("er", "sgd"), ("mgser_sam", "sam")):
+        make_run(tmp_path, model, optimizer)
+    figure, _ = draw(kind, tmp_path)
+    words = {text.get_text() for text in figure.findobj(Text)}
+    assert {"er + sgd", "mgser_sam + sam"} <= words and not {"er", "mgser_sam"} & words
 
 
 @pytest.mark.parametrize("kind", ["tasks", "bars", "matrix", "heat"])

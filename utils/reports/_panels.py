@@ -143,8 +143,10 @@ def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Map
         values = dict(zip(pivot, column.values, strict=True))
         parts = [part_of(key, value, request.names) for key, value in shared.items()]
         parts += [part_of(key, value, request.names) for key, value in values.items() if value is not None]
-        own = [(row, cells[i, column]) for i, row in enumerate(rows) if (i, column) in cells]
-        series = tuple(Series(label_of(row, request.names, shared), 0, group) for row, group in own)
+        own = [cells[i, column] for i in range(len(rows)) if (i, column) in cells]
+        keys = [{key: group.by[key] for key in by} for group in own]  # also an optimizer that `spread` leaves out
+        series = tuple(Series(label_of(row, request.names, shared), 0, group)
+                       for row, group in zip(keys, own, strict=True))  # fmt: skip
         panels.append(Panel((*parts, request.named(column.setting)), column.setting, validation, series))
     return panels
 
