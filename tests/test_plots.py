@@ -147,6 +147,35 @@ def test_tasks_are_the_means_of_average_accuracies_with_a_band(two_by_two):
     assert axes.get_xlabel() == "tasks learned" and axes.get_ylabel() == "average accuracy (%)"
 
 
+@pytest.mark.parametrize("kind", ["tasks", "bars", "compute"])
+def test_accuracies_end_at_0_and_100(kind, tmp_path):
+    for place, low in enumerate((0.96, 0.0)):  # means 98 and 2, standard deviations 2.8
+        for seed, value in enumerate((low, low + 0.04)):
+            cost = {"forward_rows": 10**6, "backward_rows": 10**6}
+            make_run(tmp_path / str(place), seed=seed, matrix=[[value, 0.0], [value, value]],
+                     metric={"final_average_accuracy": value}, cost=cost)  # fmt: skip
+        (axes,) = draw(kind, tmp_path / str(place))[0].axes
+        ends = axes.get_xlim() if kind == "bars" else axes.get_ylim()
+        assert ends[1 - place] == (100, 0)[place] and 0 <= min(ends) and max(ends) <= 100
+        if kind == "tasks":
+            outline = axes.collections[0].get_paths()[0].vertices[:, 1]
+            assert (outline.max(), outline.min())[place] == (100, 0)[place]
+        points = [line for line in axes.lines if line.get_marker() not in ("", "None")]
+        assert points and not any(line.get_clip_on() for line in points), "a point at the end is drawn whole"
+
+
+def test_many_lines_have_no_bands_and_a_note_says_so(tmp_path):
+    for number, (seed, matrix) in itertools.product(range(7), enumerate((MATRIX, SECOND))):
+        make_run(tmp_path, f"m{number}", seed=seed, matrix=matrix)
+    for kind in ("tasks", "forgetting"):
+        figure, said = draw(kind, tmp_path)
+        assert not figure.axes[0].collections and len(figure.axes[0].lines) == 7
+        assert "note: no bands, since more than 6 would cover each other. The tables have the spread." in said
+    runs = finished.select(finished.load_runs([tmp_path]), {"model": "m0,m1,m2,m3,m4,m5"})
+    said = []
+    assert len(plots.figure("tasks", runs, say=said.append).axes[0].collections) == 6 and said == []
+
+
 def test_forgetting_is_the_metric_after_each_task(two_by_two):
     figure, _ = draw("forgetting", two_by_two)
     expected = [[metrics.forgetting_chaudhry18(matrix[:t]) for t in (2, 3)] for matrix in (MATRIX, SECOND)]
@@ -194,9 +223,10 @@ def test_compute_marks_what_nothing_else_beats(tmp_path):
     assert front.get_xdata() == pytest.approx([3, 6, 12]) and front.get_ydata() == pytest.approx([50, 80, 90])
     dots = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines if line is not front}
     assert sorted(dots) == [pytest.approx((3 * cost, 100 * accuracy)) for cost, accuracy in points.values()]
-    assert axes.get_xlabel() == "forward + 2 × backward rows (millions)"
+    assert axes.get_xlabel() == "training cost (million images,\nforward + 2 × backward)"
     assert legend_of(figure)[-1] == "Pareto front" and "old" not in legend_of(figure)
     assert "note: left out, without final_average_accuracy or rows: old." in said
+    assert front.is_dashed() and all(front.zorder < line.zorder for line in axes.lines if line is not front)
     figure, _ = draw("compute", tmp_path, x="train_s", metric="forgetting_chaudhry18")
     front = next(line for line in figure.axes[0].lines if line.get_label() == "Pareto front")
     assert front.get_xdata() == pytest.approx([5]), "all forget the same: the fastest is the front"

@@ -62,7 +62,7 @@ __all__ = ["KINDS", "SUFFIXES", "WIDTHS", "check_path", "figure", "save", "svg"]
 KINDS = {
     "tasks": "average accuracy on the tasks learned so far, after each task",
     "forgetting": "average forgetting of the tasks learned so far, after each task from the second on",
-    "compute": "the metric against the rows that a run has trained on, with the Pareto front",
+    "compute": "the metric against the training cost, with the Pareto front",
     "bars": "the metric with 95 % t intervals, from the best to the worst",
     "matrix": "accuracy matrices side by side, means over the seeds",
     "heat": "the metric for each method and optimizer",
@@ -71,6 +71,7 @@ WITH_METRIC = ("compute", "bars", "heat")
 OF_MATRICES = ("tasks", "forgetting", "matrix")
 ROWS = "rows"
 MANY = 10  # lines; more are hard to tell apart
+BANDS = 6  # lines; the bands of more make one area
 MARKED = 20  # tasks up to which each has a marker, and each cell a border
 CMAP = "YlGnBu"  # light to dark, so that grey prints and the colour-blind have the same order
 
@@ -167,37 +168,45 @@ def _tasks(panels: Sequence[Panel], request: Request) -> "Figure":
     def course(matrix: Matrix) -> dict[int, float]:
         return {seen: metrics.average_accuracy(row, seen) for seen, row in enumerate(matrix, start=1)}
 
-    return _lines(panels, request, course, "average accuracy (%)")
+    return _lines(panels, request, course, "average accuracy (%)", (0, 100))
 
 
 def _forgetting(panels: Sequence[Panel], request: Request) -> "Figure":
     def course(matrix: Matrix) -> dict[int, float]:
         return dict(enumerate(pictures.forgetting(matrix), start=2))
 
-    return _lines(panels, request, course, "average forgetting (%)")
+    return _lines(panels, request, course, "average forgetting (%)", (-100, 100))
 
 
 def _lines(
-    panels: Sequence[Panel], request: Request, course: Callable[[Matrix], dict[int, float]], label: str
+    panels: Sequence[Panel],
+    request: Request,
+    course: Callable[[Matrix], dict[int, float]],
+    label: str,
+    limits: tuple[float, float],
 ) -> "Figure":
-    """Mean and sample standard deviation of `course` ({number of tasks learned: value}) over the runs of each group."""
+    """Mean and sample standard deviation of `course` ({number of tasks learned: value}) over the runs of each group.
+    `limits`: what the value can be, in percent; nothing is drawn beyond."""
     courses = [[[course(matrix) for matrix in own if len(matrix) > 1] for own in part]
                for part in _matrices(panels, request, joint=False)]  # fmt: skip
     panels, data = with_data(panels, courses)
     if not panels:
         raise UsageError("no run has learned two tasks one after the other, which a line needs.")
-    say_single(panels, "band", request)
+    with_bands = max(len(panel.series) for panel in panels) <= BANDS
+    if with_bands:
+        say_single(panels, "band", request)
+    elif any(len(series.group.runs) > 1 for panel in panels for series in panel.series):
+        request.say(f"note: no bands, since more than {BANDS} would cover each other. The tables have the spread.")
     _say_many(panels, "lines", request)
     page = Page(request.width, len(panels), _most_across(len(panels), request))
     handles: dict[str, Any] = {}
     for axes, panel, own in zip(page.axes, panels, data, strict=True):
         for series, values in zip(panel.series, own, strict=True):
-            handles.setdefault(series.label, _line(axes, series.style, values))
+            handles.setdefault(series.label, _line(axes, series.style, values, limits, with_bands))
         longest = max(max(values) for item in own for values in item)
         _task_axis(axes, min(min(values) for item in own for values in item), longest)
         _value_ticks(axes.yaxis)
-        if label.startswith("average accuracy"):
-            axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 101))
+        axes.set_ylim(np.clip(axes.get_ylim(), *limits))
         axes.grid(axis="y")
     head(page, panels)
     _name_axes(page, panels, "tasks learned", label)
@@ -216,18 +225,21 @@ def _value_ticks(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def _line(axes: "Axes", look: Style, courses: Sequence[Mapping[int, float]]) -> Any:
-    """A line with a band; the handle for the legend."""
+def _line(
+    axes: "Axes", look: Style, courses: Sequence[Mapping[int, float]], limits: tuple[float, float], with_band: bool
+) -> Any:
+    """A line, and its band inside the limits; the handle for the legend."""
     places = sorted(set().union(*courses))
     stats = [Stat.of(course.get(place) for course in courses) for place in places]
     means = np.array([100 * stat.mean for stat in stats])  # type: ignore[operator]
     stds = np.array([100 * (stat.std or 0) for stat in stats])
-    if stds.any():
-        axes.fill_between(places, means - stds, means + stds, color=look.colour, alpha=0.1, lw=0)
+    if with_band and stds.any():
+        low, high = np.clip([means - stds, means + stds], *limits)
+        axes.fill_between(places, low, high, color=look.colour, alpha=0.1, lw=0)
     every = 1 if len(places) <= MARKED else 0.125  # of a long line, a few markers tell it from the others
     (line,) = axes.plot(
         places, means, color=look.colour, ls=look.dashes, lw=1.2, marker=look.marker, ms=3.8, mec="white", mew=0.3,
-        markevery=every,
+        markevery=every, clip_on=False,
     )  # fmt: skip
     return line
 
@@ -288,11 +300,10 @@ def _compute(panels: Sequence[Panel], request: Request) -> "Figure":
         for point in own:
             handles.setdefault(point.series.label, _dot(axes, point, request.scale))
         _cost_axis(axes, own)
+        axes.set_ylim(_within(request, axes.get_ylim()))
         axes.grid(axis="y")
     head(page, panels)
-    if page.across > 1:
-        unit = unit.replace(" (", "\n(").replace(" + ", " + " if page.panel_inches > LETTER * 26 else " +\n")
-    _name_axes(page, panels, unit, request.label)
+    _name_axes(page, panels, _cost_label(unit, page.panel_inches), request.label)
     page.legend([*handles.values(), line], [*_in_legend(handles, request), "Pareto front"], handlelength=1.4)
     made = page.fit(lambda width: min(max(0.72 * width, 1.6), 2.2))
     for axes, own, front in zip(page.axes, data, fronts, strict=True):
@@ -310,13 +321,20 @@ def _cost(request: Request, groups: Sequence[Group]) -> tuple[Callable[[Run], fl
     """(cost of a run, the axis' label)."""
     if request.x == ROWS:
         largest = max((_rows(run) or 0 for group in groups for run in group.runs), default=0)
-        unit, word = (10**6, "millions") if largest >= 10**6 else (10**3, "thousands")
-        return lambda run: None if _rows(run) is None else _rows(run) / unit, f"forward + 2 × backward rows ({word})"
+        unit, word = (10**6, "million") if largest >= 10**6 else (10**3, "thousand")
+        label = f"training cost ({word} images, forward + 2 × backward)"
+        return lambda run: None if _rows(run) is None else _rows(run) / unit, label
     if request.x not in request.costs:
         known = [ROWS, *sorted(request.costs)]
         raise UsageError(f"--x: unknown cost: '{request.x}'. {nearest(request.x, known)}")
     name = request.x
     return lambda run: run.summary.get("cost", {}).get(name), NAMES.get(name, name.replace("_", " "))
+
+
+def _cost_label(label: str, inches: float) -> str:
+    """In as many lines as an axis of this length needs."""
+    halves = broken(label, inches).split("\n")
+    return "\n".join(part if len(part) * LETTER <= inches else part.replace(" (", "\n(") for part in halves)
 
 
 def _rows(run: Run) -> float | None:
@@ -350,16 +368,18 @@ def _dot(axes: "Axes", point: Point, scale: int) -> Any:
     look, mean = point.series.style, scale * point.mean
     if point.y.std:
         axes.errorbar(point.x, mean, yerr=scale * point.y.std, color=look.colour, lw=0.6, alpha=0.5, fmt="none")
-    (dot,) = axes.plot([point.x], [mean], color=look.colour, marker=look.marker, ms=4.5, mec="white", mew=0.3, ls="")
+    (dot,) = axes.plot([point.x], [mean], color=look.colour, marker=look.marker, ms=4.5, mec="white", mew=0.3, ls="",
+                       clip_on=False)  # fmt: skip
     return dot
 
 
 def _front(axes: "Axes", front: Sequence[Point], scale: int) -> Any:
-    """A step at each point: between two of them nothing better than the first is known."""
+    """A step at each point: between two of them nothing better than the first is known. Behind all points: a step may
+    pass one that is not on the front."""
     ys = [scale * point.mean for point in front]
     (line,) = axes.step(
-        [point.x for point in front], ys, where="post", color=GREY, lw=0.9, zorder=1.5, marker="o", mfc="none",
-        mec=INK, mew=0.7, ms=7.5, label="Pareto front",
+        [point.x for point in front], ys, where="post", color=GREY, lw=0.8, ls=(0, (3, 2)), zorder=1.2, marker="o",
+        mfc="none", mec=INK, mew=0.7, ms=7.5, clip_on=False, label="Pareto front",
     )  # fmt: skip
     return line
 
@@ -494,7 +514,7 @@ def _in_legend(labels: Iterable[str], request: Request) -> list[str]:
     return [broken(label, WIDTHS[request.width] - 0.5) for label in labels]
 
 
-SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": ""}
+SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": "", "clip_on": False}
 
 
 def _interval(axes: "Axes", row: int, values: Sequence[float]) -> None:
@@ -502,7 +522,13 @@ def _interval(axes: "Axes", row: int, values: Sequence[float]) -> None:
     axes.plot(values, [row + 0.27] * len(values), **SEEDS, label="seeds")  # below, where the interval hides none
     if high > low:
         axes.plot([low, high], [row, row], color=COLOURS[0], lw=1, solid_capstyle="butt", label="interval")
-    axes.plot([statistics.fmean(values)], [row], "o", color=COLOURS[0], ms=4.2, mec="white", mew=0.4, label="mean")
+    axes.plot([statistics.fmean(values)], [row], "o", color=COLOURS[0], ms=4.2, mec="white", mew=0.4, clip_on=False,
+              label="mean")  # fmt: skip
+
+
+def _within(request: Request, ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an axis; those of an accuracy are not beyond 0 and 100 %."""
+    return (max(ends[0], 0.0), min(ends[1], 100.0)) if request.metric.endswith("accuracy") else ends
 
 
 def _interval_key() -> list[Any]:
@@ -516,13 +542,10 @@ def _interval_key() -> list[Any]:
 
 
 def _value_axis(axes: "Axes", data: Sequence[Sequence[float]], request: Request) -> None:
-    """Limits from the intervals; an accuracy's axis does not go on beyond 0 and 100 %."""
+    """Limits from the intervals; an accuracy's axis ends at 0 and 100 %."""
     ends = [end for values in data for end in (*t_interval(values), *values)]
     room = 0.03 * (max(ends) - min(ends)) or 1.0
-    low, high = min(ends) - room, max(ends) + room
-    if request.metric.endswith("accuracy"):
-        low, high = max(low, 0.0), min(high, 100.0 + room / 2)
-    axes.set_xlim(low, high)
+    axes.set_xlim(_within(request, (min(ends) - room, max(ends) + room)))
     _value_ticks(axes.xaxis)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
