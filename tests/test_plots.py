@@ -253,6 +253,14 @@ def test_bars_are_sorted_by_merit_with_t_intervals_and_seeds(tmp_path):
     assert figure.axes[0].get_xlabel() == "average forgetting (%)"
 
 
+def test_bars_of_single_runs_have_no_interval_in_the_legend(tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, metric={"final_average_accuracy": 0.5})
+    assert legend_of(draw("bars", tmp_path)[0]) == ["mean", "each seed"]
+    make_run(tmp_path, "er", seed=1, metric={"final_average_accuracy": 0.6})
+    assert legend_of(draw("bars", tmp_path)[0]) == ["mean", "95 % t interval", "each seed"]
+
+
 def test_matrices_stand_side_by_side_with_values_on_one_scale(two_by_two):
     figure, _ = draw("matrix", two_by_two, width="page")
     *panels, bar = figure.axes

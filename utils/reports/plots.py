@@ -484,7 +484,9 @@ def _bars(panels: Sequence[Panel], request: Request) -> "Figure":
     head(page, panels)
     for axes, panel in zip(page.axes, panels, strict=True):
         axes.set_xlabel(panel.on_split(textwrap.fill(request.label, int(page.panel_inches / LETTER))))
-    page.legend(_interval_key(), ["mean", "95 % t interval", "each seed"], handlelength=1.4)
+    intervals = [t_interval(numbers) for own in data for numbers in own]
+    key = _interval_key(any(high > low for low, high in intervals))
+    page.legend(list(key.values()), list(key), handlelength=1.4)
     row = ROW * max(1 + label.count("\n") for label in labels.values())
     heights = [max(row * len(panel.series), 2 * ROW) for panel in panels]
     return _fit_rows(page, heights)
@@ -531,14 +533,13 @@ def _within(request: Request, ends: tuple[float, float]) -> tuple[float, float]:
     return (max(ends[0], 0.0), min(ends[1], 100.0)) if request.metric.endswith("accuracy") else ends
 
 
-def _interval_key() -> list[Any]:
+def _interval_key(with_interval: bool) -> dict[str, Any]:
+    """{what is drawn: how it looks} for the legend."""
     from matplotlib.lines import Line2D
 
-    return [
-        Line2D([], [], color=COLOURS[0], marker="o", ms=4.2, ls=""),
-        Line2D([], [], color=COLOURS[0], lw=1),
-        Line2D([], [], **SEEDS),
-    ]
+    mean = {"mean": Line2D([], [], color=COLOURS[0], marker="o", ms=4.2, ls="")}
+    interval = {"95 % t interval": Line2D([], [], color=COLOURS[0], lw=1)} if with_interval else {}
+    return {**mean, **interval, "each seed": Line2D([], [], **SEEDS)}
 
 
 def _value_axis(axes: "Axes", data: Sequence[Sequence[float]], request: Request) -> None:
