@@ -293,6 +293,37 @@ def test_heat_has_the_mean_of_each_pair(tmp_path):
 
 
 @pytest.mark.parametrize("width", plots.WIDTHS)
+def test_heat_names_axes_of_other_keys_and_orders_numbers(width, tmp_path):
+    for model, n_epochs in itertools.product(("er", "derpp"), (2, 10, 30)):
+        make_run(tmp_path, model, n_epochs=n_epochs, settings=("class-il", "task-il"))
+    figure, _ = draw("heat", tmp_path, by=["model", "n_epochs"], width=width)
+    first = figure.axes[0]
+    assert first.get_ylabel().replace("\n", " ") == "n epochs" and ticks(first.yaxis) == ["2", "10", "30"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {""}
+    figure, _ = draw("heat", tmp_path, by=["n_epochs", "buffer_size"], mix=True)
+    assert figure.axes[0].get_xlabel() == "buffer size"
+
+
+def test_heat_shows_small_differences_small_and_says_that_panels_have_their_own_colours(tmp_path):
+    for model, optimizer in itertools.product(("er", "derpp"), ("sgd", "sam")):
+        value = {"er": 0.978, "derpp": 0.985}[model]
+        make_run(tmp_path / "a", model, optimizer, metric={"final_average_accuracy": value})
+        make_run(tmp_path / "b", model, optimizer, metric={"final_average_accuracy": value - (model == "er") / 2})
+    limits = {}
+    for name in "ab":
+        figure, _ = draw("heat", tmp_path / name)
+        limits[name] = figure.axes[0].collections[0].get_clim()
+        assert figure.get_suptitle() == "final average accuracy (%)", "one panel needs no more words"
+    assert limits == {"a": pytest.approx((98.15 - 2.5, 98.15 + 2.5)), "b": pytest.approx((47.8, 98.5))}
+    for model, optimizer in itertools.product(("er", "derpp"), ("sgd", "sam")):
+        make_run(tmp_path / "a", model, optimizer, dataset="perm-mnist", cost={"train_s": 1.0 + (model == "er")})
+    figure, _ = draw("heat", tmp_path / "a")
+    assert figure.get_suptitle().replace("\n", " ") == "final average accuracy (%), each panel with its own colours"
+    figure, _ = draw("heat", tmp_path / "a", metric="train_s")
+    assert figure.axes[0].collections[0].get_clim() == (1, 2), "costs are not percentages"
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
 @pytest.mark.parametrize("kind", ["bars", "heat"])
 def test_seventeen_optimizers_can_be_read(kind, width):
     runs = finished.select(finished.load_runs([ROOT / "tests/records/sharpness/perm-mnist"]), {"model": "er,derpp"})

@@ -50,7 +50,7 @@ from flatcl.utils.reports._panels import (
     titles,
     with_data,
 )
-from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, written
+from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, sort_key, written
 from flatcl.utils.reports.runs import Run, check_key, load_matrices
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ ROWS = "rows"
 MANY = 10  # lines; more are hard to tell apart
 BANDS = 6  # lines; the bands of more make one area
 MARKED = 20  # tasks up to which each has a marker, and each cell a border
+CELL = 1.15 * ROW  # inches: the height of a cell of a heat map
+SPAN = 5  # percent from the lightest to the darkest cell of a heat map, at least
 CMAP = "YlGnBu"  # light to dark, so that grey prints and the colour-blind have the same order
 
 
@@ -661,50 +663,86 @@ def _number(value: float, form: str) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text  # no -0.0
 
 
+@dataclass(frozen=True)
+class Crossed:
+    """A panel of a heat map: `keys` of its rows and columns, what is beside and below it, and (rows, columns) values in
+    the metric's unit, nan where there is none."""
+
+    panel: Panel
+    keys: tuple[str, str]
+    rows: list[str]
+    columns: list[str]
+    values: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        """Of the vertical axis, broken where it is short, and of the horizontal one; empty where the labels are names
+        that say it themselves."""
+        beside, below = ("" if key in BY else key.replace("_", " ") for key in self.keys)
+        is_short = LETTER * len(beside) > CELL * len(self.rows)
+        return [beside.replace(" ", "\n") if is_short else beside, below]
+
+
 def _heat(panels: Sequence[Panel], request: Request) -> "Figure":
     keys = [key for key in request.by if key != "dataset"]
     crossed = [_crossed(panel, keys, request) for panel in panels]
-    shown = [(panel, *parts) for panel, parts in zip(panels, crossed, strict=True) if not np.isnan(parts[2]).all()]
+    shown = [own for own in crossed if not np.isnan(own.values).all()]
     if not shown:
         raise UsageError(f"no run has a value of {request.metric}. Choose another --metrics.")
-    share = all(rows == shown[0][1] for _, rows, _, _ in shown)
-    longest = LETTER * max(len(name) for _, rows, _, _ in shown for name in rows)
-    title = LETTER * max(len(part) for panel, *_ in shown for part in panel.parts)
-    columns = max(0.36 * max(len(names) for _, _, names, _ in shown), title) + 0.15
+    share = all((own.keys, own.rows) == (shown[0].keys, shown[0].rows) for own in shown)
+    longest = LETTER * max(len(name) for own in shown for name in own.rows)
+    longest += ROW * max(len(own.names[0].split("\n")) if own.names[0] else 0 for own in shown)
+    title = LETTER * max(len(part) for own in shown for part in own.panel.parts)
+    columns = max(0.36 * max(len(own.columns) for own in shown), title) + 0.15
     room = WIDTHS[request.width] - (longest if share else 0)
     page = Page(request.width, len(shown), max(1, int(room / (columns + (0 if share else longest)))))
     page.panel_inches = room / page.across - (0.1 if share else longest)
-    for place, (axes, (_, rows, names, values)) in enumerate(zip(page.axes, shown, strict=True)):
-        _mesh(axes, values, np.nanmin(values), np.nanmax(values), f"{CMAP}_r" if request.lower_is_better else CMAP)
-        axes.set_yticks(range(len(rows)), [] if share and place % page.across else rows)
-        axes.set_xticks(range(len(names)), names)
-        too_long = LETTER * max(map(len, names)) > page.panel_inches / len(names)
+    for place, (axes, own) in enumerate(zip(page.axes, shown, strict=True)):
+        low, high = _colour_ends(own.values, request)
+        _mesh(axes, own.values, low, high, f"{CMAP}_r" if request.lower_is_better else CMAP)
+        has_rows = not share or place % page.across == 0
+        axes.set_yticks(range(len(own.rows)), own.rows if has_rows else [])
+        axes.set_ylabel(own.names[0] if has_rows else "")
+        axes.set_xticks(range(len(own.columns)), own.columns)
+        axes.set_xlabel(own.names[1])
+        too_long = LETTER * max(map(len, own.columns)) > page.panel_inches / len(own.columns)
         axes.tick_params(axis="x", rotation=90 if too_long else 0)
-    head(page, [panel for panel, *_ in shown])
-    page.figure.suptitle(shown[0][0].on_split(request.label))
-    made = _fit_rows(page, [1.15 * ROW * len(rows) for _, rows, _, _ in shown])
+    head(page, [own.panel for own in shown])
+    said = f"{request.label}, each panel with its own colours" if len(shown) > 1 else request.label
+    page.figure.suptitle(shown[0].panel.on_split(broken(said, WIDTHS[request.width] - 0.1)))
+    made = _fit_rows(page, [CELL * len(own.rows) for own in shown])
     forms = ("{:,.4g}", "{:.2g}") if request.is_cost else ("{:.1f}", "{:.0f}")
-    _write_cells([(axes, values) for axes, (_, _, _, values) in zip(page.axes, shown, strict=True)], forms)
+    _write_cells([(axes, own.values) for axes, own in zip(page.axes, shown, strict=True)], forms)
     return made
 
 
-def _crossed(panel: Panel, keys: Sequence[str], request: Request) -> tuple[list[str], list[str], np.ndarray]:
-    """(rows, columns, values): the key with more values makes the rows, so that all labels can be read."""
+def _colour_ends(values: np.ndarray, request: Request) -> tuple[float, float]:
+    """The values of the lightest and the darkest colour: of percentages at least `SPAN` apart, so that small
+    differences look small."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if request.is_cost or high - low >= SPAN:
+        return low, high
+    return (low + high - SPAN) / 2, (low + high + SPAN) / 2
+
+
+def _crossed(panel: Panel, keys: Sequence[str], request: Request) -> Crossed:
+    """The key with more values makes the rows, so that all labels can be read."""
     groups = {tuple(written(series.group.by[key]) for key in keys): series.group for series in panel.series}
     ranks = {canonical(name): rank for rank, name in enumerate(request.order)}
-    names = [
-        sorted({pair[k] for pair in groups}, key=lambda word: (ranks.get(canonical(word), len(ranks)), word))
-        for k in range(2)
-    ]
-    turned = len(names[0]) <= len(names[1])
-    rows, columns = (names[1], names[0]) if turned else (names[0], names[1])
-    values = np.full((len(rows), len(columns)), np.nan)
+
+    def place(word: str, value: Any) -> tuple:
+        return ranks.get(canonical(word), len(ranks)), sort_key(value)
+
+    known = [{written(series.group.by[key]): series.group.by[key] for series in panel.series} for key in keys]
+    names = [sorted(own, key=lambda word, own=own: place(word, own[word])) for own in known]  # type: ignore[misc]
+    row, column = (1, 0) if len(names[0]) <= len(names[1]) else (0, 1)
+    values = np.full((len(names[row]), len(names[column])), np.nan)
     for pair, group in groups.items():
-        row, column = (pair[1], pair[0]) if turned else pair
         mean = group.stat(request.metric).mean
         if mean is not None:
-            values[rows.index(row), columns.index(column)] = request.scale * mean
-    return [request.named(word) for word in rows], [request.named(word) for word in columns], values
+            values[names[row].index(pair[row]), names[column].index(pair[column])] = request.scale * mean
+    labels = [[request.named(word) for word in own] for own in names]
+    return Crossed(panel, (keys[row], keys[column]), labels[row], labels[column], values)
 
 
 DRAW: Mapping[str, Callable[[Sequence[Panel], Request], "Figure"]] = {
