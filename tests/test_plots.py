@@ -273,6 +273,38 @@ def test_matrices_stand_side_by_side_with_values_on_one_scale(two_by_two):
     assert bar.get_ylabel() == "accuracy (%)"
 
 
+def test_matrices_have_above_them_what_all_share(tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, settings=("class-il", "task-il"))
+    figure, _ = draw("matrix", tmp_path, width="page")
+    assert figure.get_suptitle() == "sgd, seq-digits, buffer 100"
+    titles = [axes.get_title() for axes in figure.axes[:-1]]
+    assert sorted(titles) == ["derpp\nclass-il", "derpp\ntask-il", "er\nclass-il", "er\ntask-il"]
+    runs = finished.select(finished.load_runs([tmp_path]), {"model": "er"})
+    figure = plots.figure("matrix", runs)
+    assert figure.get_suptitle() == "er + sgd, seq-digits, buffer 100"
+    assert [axes.get_title() for axes in figure.axes[:-1]] == ["class-il", "task-il"]
+    figure = plots.figure("matrix", runs, setting="class-il")
+    assert (figure.get_suptitle(), figure.axes[0].get_title()) == ("seq-digits, buffer 100, class-il", "er + sgd")
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_matrices_of_up_to_10_tasks_have_all_ticks_where_they_fit(width, tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, matrix=[[0.5] * 10] * 10, settings=("class-il", "task-il"))
+    figure, _ = draw("matrix", tmp_path, width=width)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:-1]:
+        assert ticks(axes.yaxis) == [str(task) for task in range(1, 11)]
+        assert ticks(axes.xaxis) == ["2", "4", "6", "8", "10"]
+    figure, _ = draw("matrix", tmp_path, width="page", setting="class-il")
+    figure.draw_without_rendering()
+    for axes in figure.axes[:-1]:
+        assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(task) for task in range(1, 11)]
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
 def test_matrices_of_many_tasks_have_no_values_and_no_missing_ones(tmp_path):
     seen = [[0.5 if j <= t else None for j in range(30)] for t in range(30)]
     make_run(tmp_path, matrix=seen)

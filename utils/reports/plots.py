@@ -47,7 +47,6 @@ from flatcl.utils.reports._panels import (
     listed,
     panels_of,
     say_single,
-    titles,
     with_data,
 )
 from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, sort_key, written
@@ -562,27 +561,34 @@ def _matrix(panels: Sequence[Panel], request: Request) -> "Figure":
     panels, data = with_data(panels, _matrices(panels, request, joint=True))
     cells = [(panel, series, _mean_of(own)) for panel, part in zip(panels, data, strict=True)
              for series, own in zip(panel.series, part, strict=True)]  # fmt: skip
-    widest = LETTER * max(len(series.label) for _, series, _ in cells) + 0.1
+    common, parts = _apart([(series.label, *panel.parts) for panel, series, _ in cells])
+    widest = LETTER * max(len(part) for own in parts for part in own) + 0.1
     page = Page(request.width, len(cells), max(1, min(2 if request.width == "column" else 4,
                                                       int(WIDTHS[request.width] / widest))))  # fmt: skip
-    for axes, (panel, series, values) in zip(page.axes, cells, strict=True):
+    for axes, (_, _, values), own in zip(page.axes, cells, parts, strict=True):
         image = _mesh(axes, values, 0, 100, CMAP)
-        above = "" if len(panels) == 1 else "\n" + titles([panel], page.panel_inches)[0]
-        axes.set_title(broken(series.label, page.panel_inches) + above)
+        lines = [own[0], ", ".join(own[1:])] if len(own) > 1 else own
+        axes.set_title("\n".join(broken(line, page.panel_inches) for line in lines))
         for axis, count in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-            _task_labels(axis, count, int(page.panel_inches / 0.3))
+            _task_labels(axis, count, page.panel_inches)
     for place, axes in enumerate(page.axes):
         if place % page.across == 0:
             axes.set_ylabel("after task")
         if place + page.across >= len(cells):
             axes.set_xlabel("accuracy on task")
     _colour_bar(page, image, panels[0].on_split("accuracy (%)"))
-    if len(panels) == 1:
-        page.figure.suptitle(titles(panels, WIDTHS[request.width])[0])
+    if common:
+        page.figure.suptitle(broken(", ".join(common), WIDTHS[request.width] - 0.1))
     rows, columns = np.max([values.shape for _, _, values in cells], axis=0)
     made = page.fit(lambda width: max(min(width * rows / columns, 2.6), 0.3))
     _write_cells([(axes, values) for axes, (_, _, values) in zip(page.axes, cells, strict=True)], ("{:.1f}", "{:.0f}"))
     return made
+
+
+def _apart(headings: Sequence[tuple[str, ...]]) -> tuple[list[str], list[list[str]]]:
+    """(what all headings have, the rest of each). A single heading keeps its first part, the group's label."""
+    common = [part for part in headings[0][len(headings) == 1 :] if all(part in other for other in headings)]
+    return common, [[part for part in heading if part not in common] for heading in headings]
 
 
 def _mean_of(matrices: Sequence[Matrix]) -> np.ndarray:
@@ -610,8 +616,10 @@ def _mesh(axes: "Axes", values: np.ndarray, low: float, high: float, cmap: str) 
     return image
 
 
-def _task_labels(axis: Any, count: int, most: int) -> None:
-    """Of all tasks, or of each second, fifth, tenth, ..., so that they are at most `most`."""
+def _task_labels(axis: Any, count: int, inches: float) -> None:
+    """Of all tasks up to ten, if they have room; else of each second, fifth, tenth, ..."""
+    letters = len(str(count)) if axis.axis_name == "x" else 1  # side by side, or one below the other
+    most = int(inches / (0.3 if count > 10 else 0.08 + 0.035 * letters))
     step = next(
         digit * 10**power for power in itertools.count() for digit in (1, 2, 5) if count <= most * digit * 10**power
     )
