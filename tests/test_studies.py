@@ -23,7 +23,7 @@ from flatcl.utils.registry import METHODS, ROOT
 from flatcl.utils.reports.runs import find_runs
 from flatcl.utils.reports.tables import group_runs, mixtures
 from flatcl.utils.studies import status
-from flatcl.utils.studies.engines.local import Local
+from flatcl.utils.studies.engines.local import STOP_S, Local
 
 YAML = """
 name: small
@@ -523,3 +523,29 @@ def test_status_follows_a_sweep_that_is_killed_and_goes_on(write, tmp_path, caps
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode == 0
     assert shown(capsys, path)[0] == 0 and len([*results.rglob("summary.json")]) == 2
     assert [Path(file).read_text().splitlines()[-1] for file in (results / "logs").glob("*.log")] == ["exit code 0"] * 2
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_while_a_finished_run_draws_its_pictures_ends_the_sweep_soon_and_shows_the_run(tmp_path):
+    words = ["--models", "er", "--datasets", "seq-digits", "--seeds", "0-1", "--jobs", "1"]
+    run = ["--n_epochs", "1", "--stop_after", "2", "--results_path", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flatcl", "sweep", *words, "--", *run],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not any(json.loads(file.read_text())["status"] == "finished" for file in tmp_path.rglob("summary.json")):
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        since = time.monotonic()
+        out, error = process.communicate(timeout=120)
+        assert time.monotonic() - since < STOP_S / 2
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "er seq-digits seed 0 -> class-il " in out
+    assert "interrupted: 1 of 2 finished" in error
+    assert not [word for word in ("Traceback", "Warning", "leaked") if word in error], error

@@ -56,11 +56,18 @@ class Worker:
 
     def result(self) -> tuple[int, str]:
         """(exit code, why there is no log that says more)."""
+        sent = self.sent()
+        if sent is None:
+            self.process.join()
+            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
+        return sent
+
+    def sent(self) -> tuple[int, str] | None:
+        """What the worker says of its run; None where it has ended without a word."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self.process.join()
-            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
+            return None
 
 
 def run_all(
@@ -114,15 +121,30 @@ def run_all(
                 else:
                     on_end(job, code, why)
     finally:
-        stop([*workers, *idle])
+        stop(workers, idle, on_end)
 
 
-def stop(workers: Sequence[Worker]) -> None:
-    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not."""
-    for worker in workers:
+def stop(workers: Sequence[Worker], idle: Sequence[Worker] = (), on_end: OnEnd = lambda job, code, why: None) -> None:
+    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not. `on_end` is
+    called for a run that comes to its own end meanwhile: Ctrl-C in its last seconds, after its last step, changes
+    nothing."""
+    for worker in (*workers, *idle):
         if worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGINT)
     end = time.monotonic() + STOP_S
+    ended = []
+    left = {worker.connection: worker for worker in workers}
+    while left and time.monotonic() < end:
+        for connection in wait(list(left), max(0.0, end - time.monotonic())):
+            worker = left.pop(connection)
+            ended.append((worker.job, worker.sent()))
+            connection.close()  # it waits for no further run
+    for worker in (*left.values(), *idle):
+        worker.connection.close()
+    for job, sent in ended:
+        if sent is not None and sent[0] < 128 and sent[0] != BUSY:  # 128 and more: our signal
+            on_end(job, *sent)
+    workers = [*workers, *idle]
     for worker in workers:
         worker.process.join(max(0.0, end - time.monotonic()))
     for worker in workers:
@@ -143,7 +165,7 @@ def _work(connection, runner: Runner) -> None:
             connection.send((code, why))
             if code not in (OK, BUSY):
                 return
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return
 
 
