@@ -16,6 +16,7 @@ from flatcl.models._method import Method
 from flatcl.utils import studies
 from flatcl.utils.arguments import SEEDS, resolve
 from flatcl.utils.commands import sweep
+from flatcl.utils.engine import run
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import Interrupted, UsageError
@@ -23,7 +24,7 @@ from flatcl.utils.registry import METHODS, ROOT
 from flatcl.utils.reports.runs import find_runs
 from flatcl.utils.reports.tables import group_runs, mixtures
 from flatcl.utils.studies import status
-from flatcl.utils.studies.engines.local import STOP_S, Local
+from flatcl.utils.studies.engines.local import STOP_S, Local, run_claimed
 
 YAML = """
 name: small
@@ -412,6 +413,13 @@ def twelve(write, tmp_path):
     return path, sweep._prepare([path])[0]
 
 
+def run_here(jobs, on_end, extra, runner, on_wait):
+    """In place of worker processes, which would each import torch anew."""
+    for job in jobs:
+        code, why = run_claimed([*job.argv, *extra], job.log, job.label, runner)
+        on_end(job, code, why)
+
+
 def contents(folder):
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*")
@@ -457,9 +465,22 @@ def test_status_says_of_each_run_how_far_it_is_and_writes_nothing(twelve, capsys
     assert left["basis"] == {"the same cell": 4, "the same dataset": 6} and left["unknown_runs"] == 0
     assert "study study: 12 runs: 2 finished, 1 running, 2 failed, 2 interrupted, 5 not started" in text
     assert f"er seq-digits seed 4: exit code 2, 0 of 5 tasks done, log {jobs[4].log}" in text
-    assert "sgd seq-digits seed 0: diverged, 1 of 5 tasks done, see " in text
+    assert "sgd seq-digits seed 0: diverged (loss not finite), 1 of 5 tasks done, see " in text
     assert f"sgd seq-digits seed 1: 4 of 5 tasks done, process {os.getpid()} on " in text
     assert "time left: about 3 min with 1 worker" in text
+
+
+def test_a_run_that_diverges_is_called_so_by_the_sweep_and_by_its_status(write, tmp_path, capfd, monkeypatch):
+    path = write(SMALL + f"flags: {{lr: 1e6, n_epochs: 1}}\nresults_path: {tmp_path / 'results'}\n")
+    monkeypatch.setattr(run, "_draw", lambda draw: None)
+    monkeypatch.setattr(Local, "run", lambda self, *args: run_here(*args))
+    assert sweep.main([path]) == 1
+    said = capfd.readouterr()
+    (log_file,) = tmp_path.glob("results/logs/*.log")
+    assert f"er seq-digits seed 0 -> diverged (loss not finite), see {log_file}" in said.out
+    assert f"er seq-digits seed 0 diverged (loss not finite): {log_file}" in said.err and "(1)" not in said.out
+    assert sweep.main([path, "--status"]) == 1
+    assert "er seq-digits seed 0: diverged (loss not finite), 0 of 5 tasks done, log " in capfd.readouterr().out
 
 
 def test_exit_codes_of_status_and_time_left_that_is_not_known(twelve, capsys):

@@ -291,7 +291,7 @@ def run_shown(
             if not no_failure:
                 failed[job] = code
             with bar.external_write_mode():
-                outcome = no_failure or f"FAILED ({code}), {why or f'see {job.log}'}"
+                outcome = no_failure or f"{_how_failed(job, f'FAILED ({code})')}, {why or f'see {job.log}'}"
                 print(f"{job.label} -> {outcome}", file=file, flush=True)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
@@ -323,7 +323,13 @@ def say_failed(failed: Mapping[Job, int]) -> None:
     if failed:
         print(f"{len(failed)} run(s) failed:", file=sys.stderr)
     for job, code in failed.items():
-        print(f"  {job.label} (exit code {code}): {job.log}", file=sys.stderr)
+        print(f"  {job.label} {_how_failed(job, f'(exit code {code})')}: {job.log}", file=sys.stderr)
+
+
+def _how_failed(job: Job, otherwise: str) -> str:
+    """Of a run that has just ended: its newest folder is its own, whatever code has begun it."""
+    (state,) = status.look([job], {}, keep_changed=True)
+    return state.why if state.why == status.DIVERGED else otherwise
 
 
 def _parser() -> Parser:
