@@ -17,7 +17,18 @@ from typing import Any
 
 from flatcl.utils.console import program, say
 from flatcl.utils.engine.lock import Busy, Lock
-from flatcl.utils.studies.engines import BUSY, FAILED, INTERRUPTED, LAST_LINE, OK, Job, OnEnd, OnWait, Runner
+from flatcl.utils.studies.engines import (
+    ALREADY,
+    BUSY,
+    FAILED,
+    INTERRUPTED,
+    LAST_LINE,
+    OK,
+    Job,
+    OnEnd,
+    OnWait,
+    Runner,
+)
 
 RETRY_S = 2.0  # until a job that another sweep is at is tried again
 STOP_S = 30.0  # what an interrupted run may take to write what it has finished
@@ -178,16 +189,33 @@ def _end_with_parent() -> None:
 
 
 def run_claimed(argv: list[str], log: Path, label: str, runner: Runner) -> tuple[int, str]:
-    """(exit code, why there is no log). One process at a time runs a job, whatever sweep it belongs to."""
+    """(exit code, why there is no log, or what a busy one waits for, or ALREADY). One process at a time runs a job,
+    whatever sweep it belongs to."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with Lock(log.with_suffix(".lock"), label):
             code = _run_logged(argv, log, runner)
-            return code, f"see {log}" if code == BUSY else ""
+            if code == BUSY:
+                return code, f"waits: another process is at it, see {log}"
+            return code, ALREADY if code == OK and _had_nothing_to_do(log) else ""
     except Busy as error:
-        return BUSY, str(error)
+        return BUSY, _who(error, log.with_suffix(".lock"), label)
     except OSError as error:
         return FAILED, f"its log {log} cannot be written: {error.strerror or error}"
+
+
+def _who(error: Busy, lock: Path, label: str) -> str:
+    """Who is at a job: words that go on from its name."""
+    if error.holder is None:
+        return str(error).removeprefix(f"{label} ")
+    if error.holder.is_here:
+        return f"is being made by another sweep (process {error.holder.pid})"
+    return f"is being made by another sweep ({error.holder}). If you know that it is not alive, delete {lock}."
+
+
+def _had_nothing_to_do(log: Path) -> bool:
+    """Whether another process has finished the run since this sweep looked; asked while we hold its lock."""
+    return any(line.startswith(ALREADY) for line in log.read_text(errors="replace").splitlines()[1:])
 
 
 def _run_logged(argv: list[str], log: Path, runner: Runner) -> int:
