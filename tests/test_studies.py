@@ -448,7 +448,12 @@ def test_status_says_of_each_run_how_far_it_is_and_writes_nothing(twelve, capsys
         code, found = shown(capsys, path)
         assert sweep.main([path, "--status"]) == 1
         text = capsys.readouterr().out
+        assert sweep.main([path, "--dry_run"]) == 0
+        listed = capsys.readouterr().out.splitlines()
         assert contents(tmp_path) == before
+    kinds = ["finished"] * 2 + ["to do"] * 5 + ["running"] + ["to do"] * 4
+    assert listed[:12] == [f"{kind:9} {job.label}" for kind, job in zip(kinds, jobs, strict=True)]
+    assert listed[12] == "12 run(s), 2 of them finished, 1 running"
     assert code == found["exit_code"] == 1
     assert [state["state"] for state in found["states"]] == [
         "finished", "finished", "interrupted", "interrupted", "failed", "not started",

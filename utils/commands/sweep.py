@@ -363,7 +363,7 @@ def _parser() -> Parser:
     add("--buffer_sizes", type=words, default=[], help="for the methods that have a buffer")
     add("--seeds", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
-    add("--dry_run", action="store_true", help="print the runs, and which are finished, then stop")
+    add("--dry_run", action="store_true", help="print the runs, and which are finished or running, then stop")
     add(
         "--status", action="store_true",
         help="print how far the runs are, also while they run elsewhere, then stop; exit code 0: all are finished, 1: "
@@ -498,10 +498,12 @@ def _own(argv: Sequence[str]) -> list[str]:
 
 
 def _show(jobs: Sequence[Job], found: Found, engine: Engine | Slurm) -> None:
-    """The runs of a sweep, which of them are finished, and the script that Slurm would be given."""
-    for job in jobs:
-        print(f"{'finished' if job.hash in found.done else 'to do':9} {job.label}")
-    print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
+    """The runs of a sweep, which of them are finished or under way, and the script that Slurm would be given."""
+    states = [own.state for own in status.look(jobs, found.done)]
+    for job, state in zip(jobs, states, strict=True):
+        print(f"{state if state in (status.FINISHED, status.RUNNING) else 'to do':9} {job.label}")
+    running = f", {states.count(status.RUNNING)} running" if status.RUNNING in states else ""
+    print(f"{len(jobs)} run(s), {len(found.done)} of them finished{running}", *found.notes(), sep="\n")
     pending = [job for job in jobs if job.hash not in found.done]
     if isinstance(engine, Slurm) and pending:
         print("", engine.script(new_folder(pending), pending), sep="\n", end="")
