@@ -468,7 +468,7 @@ def test_status_says_of_each_run_how_far_it_is_and_writes_nothing(twelve, capsys
     left = found["left"]
     assert left["seconds"] == pytest.approx(8.4 * 20) and left["workers"] == 1
     assert left["basis"] == {"the same cell": 4, "the same dataset": 6} and left["unknown_runs"] == 0
-    assert "study study: 12 runs: 2 finished, 1 running, 2 failed, 2 interrupted, 5 not started" in text
+    assert f"study study in {results}: 12 runs: 2 finished, 1 running, 2 failed, 2 interrupted, 5 not started" in text
     assert f"er seq-digits seed 4: exit code 2, 0 of 5 tasks done, log {jobs[4].log}" in text
     assert "sgd seq-digits seed 0: diverged (loss not finite), 1 of 5 tasks done, see " in text
     assert f"sgd seq-digits seed 1: 4 of 5 tasks done, process {os.getpid()} on " in text
@@ -497,7 +497,10 @@ def test_exit_codes_of_status_and_time_left_that_is_not_known(twelve, capsys):
     code, found = shown(capsys, path)
     assert code == 0 and found["left"]["seconds"] == 0 and found["runs"]["finished"] == 12
     words = ["--models", "er,sgd", "--datasets", "seq-digits", "--seeds", "0-5"]
-    assert shown(capsys, *words, "--", "--results_path", str(jobs[0].results_path))[0] == 0
+    run = ["--", "--results_path", str(jobs[0].results_path)]
+    assert shown(capsys, *words, *run)[0] == 0
+    assert sweep.main([*words, "--status", *run]) == 0
+    assert capsys.readouterr().out.startswith(f"12 runs in {jobs[0].results_path}: 12 finished, 0 running")
     assert sweep.main([path, "--json"]) == 2 and "--json has no effect without --status" in capsys.readouterr().err
 
 

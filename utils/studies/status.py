@@ -275,8 +275,9 @@ def report(states: Sequence[State], time_left: Left, name: str | None) -> str:
     """Counts, a table of the cells, the runs that are not over, the time left: text that ends in a newline."""
     counts = _counts(states)
     number = "1 run" if len(states) == 1 else f"{len(states)} runs"
-    head = f"{f'study {name}: ' if name else ''}{number}: {', '.join(f'{counts[state]} {state}' for state in STATES)}"
-    lines = [head, "", _table(states).rstrip("\n")]
+    places = ", ".join(sorted({str(state.job.config.results_path) for state in states}))
+    head = f"study {name} in {places}: {number}" if name else f"{number} in {places}"
+    lines = [f"{head}: {', '.join(f'{counts[state]} {state}' for state in STATES)}", "", _table(states).rstrip("\n")]
     for kind in (RUNNING, FAILED, INTERRUPTED):
         own = [state for state in states if state.state == kind]
         if own:
