@@ -40,6 +40,7 @@ WHY = {
     tune.DIVERGED: "diverged: this trial has no value",
 }
 STOPPED = tuple(WHY)
+SHOW = "It is a flag of flatcl sweep. flatcl tune STUDY --show prints what was tried so far, and starts nothing."
 NO_AXES = ("notes", "validation")  # of the test runs: said to them, and not shown as a column
 
 
@@ -451,6 +452,7 @@ def _code() -> dict[str, Any]:
 def _parser() -> Parser:
     parser = Parser(
         of_runs="write it after a separate --, as in: flatcl tune study.yaml -- {flag} VALUE",
+        elsewhere={"--dry_run": SHOW, "--status": SHOW, "--json": SHOW},
         prog="flatcl tune",
         description="Searches the flags of the study's section tune on the validation split, writes down what it "
         "chooses, and runs the study with it on the test set. Flags of all runs come after a separate --.",

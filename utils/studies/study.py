@@ -446,13 +446,18 @@ class _Reader(TuneReader):
                 )
         both = sorted({*section.seeds} & {*study.seeds}) if section and not section.same_seeds else ()
         if both:
+            of_search, of_study = map(self._seeds_as_given, (self.top["tune"], self.top))
             complain(
                 ("tune", "seeds") if "seeds" in self.top["tune"] else ("tune",),
-                f"seed {', '.join(map(str, both))} is both of the search (tune.seeds, default: 0) and of the study "
-                "(seeds, default: 0). Give others, or same_seeds: true.",
+                f"seed {', '.join(map(str, both))} is both of the search (tune.seeds: {of_search}) and of the study "
+                f"(seeds: {of_study}). Give others, or same_seeds: true.",
             )
         if not re.fullmatch(r"\w[\w.-]*", study.name):
             complain(("name",), f"names a file of the search: letters, digits and ._- only, got '{study.name}'.")
+
+    def _seeds_as_given(self, section: Mapping[str, Any]) -> str:
+        given = section.get("seeds", "0, by default")
+        return given if isinstance(given, str) else ", ".join(given)
 
     def _as_written(self, path: _tree.Path_, name: str) -> str:
         entry: Any = self.top
