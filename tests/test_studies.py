@@ -198,6 +198,21 @@ def test_without_the_package_one_message_says_what_to_install(write, monkeypatch
     assert error.count("\n") == 1 and 'pip install "flatcl[study]"' in error and "pip install PyYAML" in error
 
 
+@pytest.mark.parametrize(
+    "flag, hint",
+    [
+        ("--epochs", "Did you mean --n_epochs, a flag of each run? Then write it after a separate --, as in: flatcl "
+                     "sweep ... -- --n_epochs VALUE."),
+        ("--job", "Did you mean --jobs or --json?"),
+        ("--modle", "Did you mean --models"),
+        ("--xyz", "Choose from: --help, --models"),
+    ],
+)  # fmt: skip
+def test_the_nearest_flag_may_be_one_of_the_runs(flag, hint, write, capsys):
+    assert sweep.main([write(SMALL), flag, "1"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: unknown flag: {flag}. {hint}")
+
+
 def test_a_value_that_a_run_refuses_is_named_with_its_place(write, capsys):
     path = write(SMALL + "flags:\n  n_epochs: 0\ngrid:\n  lr: [0.1, x]\n")
     assert sweep.main([path]) == 2
