@@ -155,7 +155,7 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         "line 15, fix.class_oder: unknown source of random numbers: 'class_oder'. Did you mean class_order",
         "line 15, fix.init: expects one seed, a whole number from 0 to 4294967295, got '-1'.",
         "line 16, vary: fix and vary exclude each other. Give one of them.",
-        "line 18, cells[0]: expects runs to choose and flags to set, got none of any flag.",
+        "line 18, cells[0]: this cell sets no flag. Add one, such as lr: 0.03.",
     ]
     assert len(lines) == len(wanted)
     for line in wanted:
@@ -169,6 +169,9 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         ("grid: {rho: [1]}\n", "grid.rho: none of the runs has this flag. Drop it."),
         ("cells: [{model: derpp, lr: 1}]\n", "cells[0]: no run has model derpp. Correct it, or drop the cell."),
         ("grid: {lr: [1]}\ncells: [{model: er, lr: 1}]\n", "cells[0].lr: --lr is an axis of the study."),
+        ("flags: {n_epochs: 1, lr: 0,1}\n", "flags.1: expects the name of a flag, got the number 1. Write numbers with "
+         "a point (0.1, not 0,1), and lists in [ ]."),
+        ("cells: [{lr: 0.1}]\n", "cells[0]: this cell names no model, dataset, optimizer or buffer_size. Add one."),
         ("flags: !!python/object/apply:os.system [ls]\n", "flags: expects a plain mapping or list"),
         ("name: &a [*a]\n", "nested too deeply"),
         ("flags: [\n", "not YAML"),

@@ -5,6 +5,7 @@ The file's words mean what the same words of a command line mean; paths in it ar
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -310,6 +311,9 @@ class _Reader(TuneReader):
             self.tree.complain(path, f"--{name} has a key of its own. Write: {OWN_KEYS[name]}: ...")
         elif name in also or name in flags_of_runs():
             return True
+        elif _is_number(path[-1]):  # YAML reads {lr: 0,1} as two keys
+            hint = "Write numbers with a point (0.1, not 0,1), and lists in [ ]."
+            self.tree.complain(path, f"expects the name of a flag, got the number {path[-1]}. {hint}")
         else:
             hint = nearest(name, sorted(flags_of_runs()), "See flatcl train --model M --dataset D --help.")
             self.tree.complain(path, f"unknown flag: {name}. {hint}")
@@ -400,8 +404,9 @@ class _Reader(TuneReader):
                     self.places.setdefault(name, self.tree.where(path))
                     flags[name] = self._value(path, value)
             if isinstance(entry, dict) and (not chosen or not flags):
-                missing = "any flag" if chosen else f"one of {', '.join(CHOOSES)}"
-                self.tree.complain(("cells", i), f"expects runs to choose and flags to set, got none of {missing}.")
+                names = f"{', '.join(CHOOSES[:-1])} or {CHOOSES[-1]}"
+                missing = "sets no flag. Add one, such as lr: 0.03" if chosen else f"names no {names}. Add one"
+                self.tree.complain(("cells", i), f"this cell {missing}.")
             found.append(Cell(chosen, flags))
         return tuple(found)
 
@@ -464,6 +469,13 @@ class _Reader(TuneReader):
         for part in path:
             entry = entry[part]
         return next(key for key in entry if canonical(key.removeprefix("--")) == name)
+
+
+def _is_number(key: Any) -> bool:
+    try:
+        return math.isfinite(float(key))
+    except ValueError:
+        return False
 
 
 def _kind(value: Any) -> str:
