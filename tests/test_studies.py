@@ -129,6 +129,7 @@ flags:
   rho: 0.1
   n_epoch: 3
   day: 2020-01-01
+  lr: abc
 fix: {class_oder: 0, init: -1}
 vary: [init]
 cells:
@@ -152,10 +153,11 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         "line 13, flags.n_epoch: unknown flag: n_epoch. Did you mean n_epochs",
         "line 14, flags.day: unknown flag: day. See flatcl train",
         "line 14, flags.day: expects a number or a text, got a date. Put it into quotes.",
-        "line 15, fix.class_oder: unknown source of random numbers: 'class_oder'. Did you mean class_order",
-        "line 15, fix.init: expects one seed, a whole number from 0 to 4294967295, got '-1'.",
-        "line 16, vary: fix and vary exclude each other. Give one of them.",
-        "line 18, cells[0]: this cell sets no flag. Add one, such as lr: 0.03.",
+        "line 15, flags.lr: --lr expects a number, got 'abc'.",
+        "line 16, fix.class_oder: unknown source of random numbers: 'class_oder'. Did you mean class_order",
+        "line 16, fix.init: expects one seed, a whole number from 0 to 4294967295, got '-1'.",
+        "line 17, vary: fix and vary exclude each other. Give one of them.",
+        "line 19, cells[0]: this cell sets no flag. Add one, such as lr: 0.03.",
     ]
     assert len(lines) == len(wanted)
     for line in wanted:

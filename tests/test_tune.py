@@ -241,7 +241,7 @@ flags: {n_epochs: 2, validation: 1}
 tune:
   space:
     lr: {low: 0.1, high: 0.01}
-    n_epochs: [1, 2]
+    n_epochs: [1, zwei]
     rho: [0.1]
     larning_rate: [1]
     seed: [1]
@@ -260,6 +260,7 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(study, here, capsys):
     for said in (
         "line 7, tune.space.lr: low must be less than high, got 0.1 and 0.01",
         "line 8, tune.space.n_epochs: --n_epochs is also given at",
+        "line 8, tune.space.n_epochs[1]: --n_epochs expects a whole number, got 'zwei'.",
         "line 10, tune.space.larning_rate: unknown flag",
         "line 11, tune.space.seed: --seed cannot be searched",
         "line 12, tune.method: expects one of grid, random, tpe, got 'tpee'. Did you mean",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils import declared
-from flatcl.utils.arguments import SEEDS, SELECTORS, flags_of_runs, known_flags
+from flatcl.utils.arguments import SEEDS, SELECTORS, flags_of_runs, known_flags, problem_of
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import METHODS, canonical, load_plugin, nearest
 from flatcl.utils.studies import _tree
@@ -186,6 +186,7 @@ class _Reader(TuneReader):
     def __init__(self, tree: Tree):
         self.tree, self.top = tree, tree.top
         self.places: dict[str, str] = {}
+        self.values: list[tuple[_tree.Path_, str, str]] = []  # (path, flag, word), of those that could be taken
 
     def study(self) -> Study:
         top = self.top
@@ -211,9 +212,18 @@ class _Reader(TuneReader):
             tune=self._tune(),
             places=self.places,
         )
-        if not self.tree.problems:
+        if self.tree.problems:
+            self._check_values()
+        else:
             self._check_use(study)
         return study
+
+    def _check_values(self) -> None:
+        """Values of flags that all runs have, where other mistakes keep the runs from being resolved."""
+        for path, name, value in self.values:
+            problem = problem_of(name, value)
+            if problem is not None:
+                self.tree.complain(path, problem)
 
     def _about_key(self, key: str) -> str:
         if canonical(key) in flags_of_runs():
@@ -331,10 +341,10 @@ class _Reader(TuneReader):
         for path, name, value in entries:
             if name != "plugin" and self._flag_is_known(path, name, BESIDE_FLAGS):
                 self.places[name] = self.tree.where(path)
-                flags[name] = self._value(path, value)
+                flags[name] = self._value(path, name, value)
         return flags, plugins
 
-    def _value(self, path: _tree.Path_, value: Any) -> str:
+    def _value(self, path: _tree.Path_, name: str, value: Any) -> str:
         """One value of a flag; a list is one of a flag that takes several numbers."""
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -342,7 +352,16 @@ class _Reader(TuneReader):
             if None not in items:
                 self.tree.complain(path, f"expects a value, got {kind}.")
             return ""
-        return ",".join(items) or "none"
+        self.values.append((path, name, ",".join(items) or "none"))
+        return self.values[-1][-1]
+
+    def _choices(self, path: _tree.Path_, name: str, value: Any) -> tuple[str, ...]:
+        """Several values of a flag."""
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            return tuple(self._value((*path, i), name, item) for i, item in enumerate(value))
+        items = self._list(path, value)
+        self.values += [(own, name, item) for own, item in items]
+        return tuple(item for _, item in items)
 
     def _grid(self, flags: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         grid: dict[str, tuple[str, ...]] = {}
@@ -352,10 +371,7 @@ class _Reader(TuneReader):
             if name in flags:
                 self.tree.complain(path, f"--{name} also stands below flags. Give it in one place.")
             self.places[name] = self.tree.where(path)
-            if isinstance(value, list) and any(isinstance(item, list) for item in value):
-                grid[name] = tuple(self._value((*path, i), item) for i, item in enumerate(value))
-            else:
-                grid[name] = tuple(item for _, item in self._list(path, value))
+            grid[name] = self._choices(path, name, value)
         return grid
 
     def _fix(self, flags: Mapping[str, str]) -> dict[str, int]:
@@ -402,7 +418,7 @@ class _Reader(TuneReader):
                     chosen[name] = tuple(item for _, item in self._list(path, value))
                 elif self._flag_is_known(path, name):
                     self.places.setdefault(name, self.tree.where(path))
-                    flags[name] = self._value(path, value)
+                    flags[name] = self._value(path, name, value)
             if isinstance(entry, dict) and (not chosen or not flags):
                 names = f"{', '.join(CHOOSES[:-1])} or {CHOOSES[-1]}"
                 missing = "sets no flag. Add one, such as lr: 0.03" if chosen else f"names no {names}. Add one"
