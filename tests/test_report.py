@@ -616,8 +616,9 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
         digest = f"{given['--model']}-{given['--dataset']}-sgd-{given['--seed']}-0.1"
         values = {name: given[f"--{name}"] for name in ("model", "dataset", "seed")}
         return SimpleNamespace(
-            hash=digest, results_path=str(tmp_path), values=values, flags={}, code={}, continues=None
-        )
+            hash=digest, results_path=str(tmp_path), values=values, flags={}, code={}, continues=None, joint=True,
+            model=given["--model"], dataset=given["--dataset"],
+        )  # fmt: skip
 
     make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
     grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])
