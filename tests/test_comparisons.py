@@ -16,6 +16,7 @@ from test_report import make_run
 
 from flatcl.utils import metrics
 from flatcl.utils.commands import report
+from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import ROOT
 from flatcl.utils.reports import comparisons, latex, rank_picture, ranks, tables
 from flatcl.utils.reports import runs as finished
@@ -126,7 +127,7 @@ def test_against_shows_differences_and_corrected_tests(three, capsys):
     words = (three, "--by", "optimizer", "--setting", "domain-il", "--against", "optimizer=sgd")
     code, lines, err = told(capsys, *words)
     assert code == 0 and err == ""
-    assert lines[0] == "| optimizer | metric | n | difference [95 %] | p t | p Wilcoxon | seeds | result |"
+    assert lines[0] == "| optimizer | metric | n | difference [95 %] | p t | p Wilcoxon | seeds needed | result |"
     of_sam, of_adam = [0.03, 0.04, 0.02, 0.03], [-0.02, 0.03, -0.01, 0.02]
     p = holm_by_hand([t_test(of_adam)[1]] * 2 + [t_test(of_sam)[1]] * 2)  # accuracy and 1 - accuracy, of both
     half = 100 * t.ppf(0.975, 3) * statistics.stdev(of_sam) / 2
@@ -316,14 +317,69 @@ def test_the_picture_of_the_ranks_is_written(grid, tmp_path, capsys, suffix):
 
 def test_the_picture_shows_ranks_names_and_bars():
     rows = tuple({"model": name} for name in ("a", "long_name", "c", "d"))
-    own = ranks.Ranks("final_average_accuracy", rows, (3.143, 2.0, 2.893, 1.964), 14, 9.28, 0.026)
+    own = ranks.Ranks("final_average_accuracy", rows, (3.143, 2.0, 2.893, 1.964), 14, 9.28, 0.026, rows)
     axes = rank_picture.draw(own).axes[0]
     texts = [text.get_text() for text in axes.texts]
-    assert {"1", "4", "CD = 1.25", " d (1.96)", " long_name (2.00)", "c (2.89) ", "a (3.14) "} <= set(texts)
+    assert {"1", "4", "CD = 1.25", "d (1.96)", "long_name (2.00)", "c (2.89)", "a (3.14)"} <= set(texts)
     thick = [line for line in axes.lines if line.get_linewidth() > 3]
     assert [sorted(line.get_xdata()) for line in thick] == [pytest.approx([1.964 - 0.03, 3.143 + 0.03])]
     left, right = axes.get_xlim()
     assert left > 4 and right < 1, "the best rank is on the right"
+
+
+def ranks_picture(root, path, *words):
+    """Runs of two methods with two optimizers on two benchmarks, of which the picture is written."""
+    pairs = [(model, optimizer) for model in ("er", "mgser_sam") for optimizer in ("sgd", "friendly_sam")]
+    for place, (model, optimizer) in enumerate(pairs):
+        for dataset in ("perm-mnist", "rot-mnist"):
+            make_run(root, model=model, optimizer=optimizer, dataset=dataset, accuracy=0.5 + place / 10)
+    return report.main([str(root), "--metrics", "final_average_accuracy", "--ranks", str(path), *words])
+
+
+@pytest.mark.parametrize(("width", "points"), [("column", 252), ("page", 504)])
+def test_the_picture_of_the_ranks_is_a_picture_as_the_others(tmp_path, width, points):
+    for name in ("a", "b"):
+        assert ranks_picture(tmp_path / name, tmp_path / f"{name}.pdf", "--width", width) == 0
+    content = (tmp_path / "a.pdf").read_bytes()
+    assert content == (tmp_path / "b.pdf").read_bytes(), "equal runs give equal files"
+    assert b"/CIDFontType2" in content and b"/Type3" not in content and b"CreationDate" not in content
+    assert re.search(rb"/MediaBox \[\s*0 0 %d " % points, content)
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_names_of_ranks_are_those_of_the_other_pictures_and_lie_on_the_page(tmp_path, width):
+    path = tmp_path / "r.svg"
+    assert ranks_picture(tmp_path / "runs", path, "--names", "er=ER", "er+friendly_sam=ER-F", "--width", width) == 0
+    texts = re.findall(r">([^<>]+)</text>", path.read_text())
+    spaced = " ".join(texts)
+    for label in ("mgser_sam + friendly_sam (1.00)", "mgser_sam + sgd (2.00)", "ER-F (3.00)", "ER + sgd (4.00)"):
+        assert label in spaced
+    rows = tuple({"model": model, "optimizer": optimizer} for model in ("er", "mgser_sam") for optimizer in "ab")
+    own = ranks.Ranks("final_average_accuracy", rows, (4.0, 1.0, 3.0, 2.0), 2, None, None, rows)
+    figure = rank_picture.draw(own, {"mgser_sam": "a long name"}, width)
+    figure.draw_without_rendering()
+    assert {text.get_fontsize() for text in figure.axes[0].texts} == {8}
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    with pytest.raises(UsageError, match="leave no room for the axis in"):
+        rank_picture.draw(own, {"mgser_sam": "long" * 30}, width)
+
+
+def test_ranks_name_the_optimizers_where_each_method_has_its_own(tmp_path):
+    for dataset in ("perm-mnist", "rot-mnist"):
+        make_run(tmp_path, model="er", optimizer="sgd", dataset=dataset, accuracy=0.5)
+        make_run(tmp_path, model="mgser_sam", optimizer="sam", dataset=dataset, accuracy=0.6)
+    assert report.main([str(tmp_path), "--ranks", str(tmp_path / "r.svg"), "--width", "page"]) == 0
+    text = (tmp_path / "r.svg").read_text()
+    assert "er + sgd (2.00)" in text and "mgser_sam + sam (1.00)" in text
+
+
+def test_a_wrong_name_or_width_for_ranks_is_said_before_anything_is_printed(tmp_path, capsys):
+    assert ranks_picture(tmp_path / "runs", tmp_path / "r.pdf", "--names", "err=ER") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "--names: nothing here is called 'err'. Did you mean er" in said.err
+    assert report.main([str(tmp_path / "runs"), "--ranks", "--width", "page"]) == 2
+    assert "--width is for pictures. Add --plot KIND or --ranks FILE, or drop it." in capsys.readouterr().err
 
 
 def other(folder, **changes):
@@ -455,8 +511,9 @@ def test_siunitx_columns_have_room_for_their_numbers(three, capsys):
 def test_latex_of_before_is_unchanged_and_says_validation(tmp_path, capsys):
     fill(tmp_path, "sgd", SGD, validation=True)
     _, lines, _ = told(capsys, tmp_path, "--by", "optimizer", "--setting", "domain-il", "--format", "latex")
-    assert lines[:2] == ["% validation split, not the test set", r"\begin{tabular}{llrrr}"]
-    assert lines[5] == r"sgd & validation & 4 & 80.50 $\pm$ 1.29 & 19.50 $\pm$ 1.29 \\"
+    spread = r"% mean $\pm$ sample standard deviation"
+    assert lines[:3] == [spread, "% validation split, not the test set", r"\begin{tabular}{llrrr}"]
+    assert lines[6] == r"sgd & validation & 4 & 80.50 $\pm$ 1.29 & 19.50 $\pm$ 1.29 \\"
     assert latex.latex_text("–") == "--" and latex.tabular(["a"], [["b"]], 1).count("&") == 0
 
 
@@ -468,7 +525,7 @@ def test_latex_of_before_is_unchanged_and_says_validation(tmp_path, capsys):
         (["--against", "rho=1"], "--against rho: it is not among the keys of the rows"),
         (["--against", "optimizer=sgd", "--ranks"], "--against and --ranks do not fit together"),
         (["--against", "optimizer=sgd", "--interval"], "--interval and --against do not fit together"),
-        (["--ranks", "results"], "--ranks expects a file that ends in .png, .pdf, .svg, got 'results'"),
+        (["--ranks", "results"], "--ranks expects a file that ends in .pdf, .svg, .png, .pgf, got 'results'"),
         (["--ranks", "--by", "dataset,buffer_size"], "no key is left to rank by"),
         (["--caption", "x"], "--caption is for --format latex, got --format markdown."),
         (["--best", "--format", "csv"], "--best marks cells, which CSV cannot."),
@@ -503,4 +560,4 @@ def test_without_statsmodels_one_line_says_what_to_install(three):
 
 def test_a_picture_that_cannot_be_written_ends_with_2(grid, tmp_path, capsys):
     code, lines, err = told(capsys, grid, "--by", "model", "--ranks", tmp_path / "missing" / "ranks.png")
-    assert code == 2 and lines and "cannot write" in err
+    assert code == 2 and not lines and "cannot write" in err

@@ -114,7 +114,11 @@ def test_all_runs_are_there_and_of_equal_ones_a_finished_one(tmp_path, out, caps
     make_run(tmp_path, seed=1, status="crashed")
     found = rows(exported(tmp_path, out / "runs.csv"))
     assert {(row["seed"], row["status"]) for row in found} == {("0", "finished"), ("1", "crashed")}
-    assert "1 run(s) repeat another one's flags" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1 run(s) repeat another one's flags" in err
+    assert "note: 1 crashed: their metrics are of the tasks so far. --where status=finished leaves them out." in err
+    exported(tmp_path, out / "whole.csv", "--where", "status=finished")
+    assert "of the tasks so far" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("note", ["=1+1", "+1", "-1+2", "@SUM(A1)", "\t=1", " \r\n=cmd|' /C calc'!A0", "＝1+1"])

@@ -567,10 +567,17 @@ def test_two_sweeps_on_one_folder_share_the_work(big, tmp_path):
     processes = [
         subprocess.Popen(big, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
+    outs: list[str] = []
     for process in processes:
         out, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         assert out.count("er seq-digits") >= 2 and "FAILED" not in out
+        outs.append(out)
+    lines = [line for out in outs for line in out.splitlines() if " -> " in line]
+    assert sum("by another process" not in line for line in lines) == 2
+    for out in outs:
+        others = out.count("by another process")
+        assert not others or f"{out.count(' -> ') - others} run(s) made here, {others} by others meanwhile" in out
     assert len(folders(tmp_path)) == 2  # each run once
     assert {json.loads((f / "summary.json").read_text())["status"] for f in folders(tmp_path)} == {"finished"}
 
@@ -579,7 +586,13 @@ def test_a_job_that_another_process_is_at_waits_for_it(tmp_path):
     log = tmp_path / "job.log"
     with Lock(log.with_suffix(".lock"), "a job"):
         code, why = local.run_claimed([], log, "a job", lambda argv: 1 / 0)
-        assert code == BUSY and f"a job is in use by process {os.getpid()}" in why
+        assert code == BUSY and why == f"is being made by another sweep (process {os.getpid()})"
+        holder = json.loads(log.with_suffix(".lock").read_text())
+        log.with_suffix(".lock").write_text(json.dumps({**holder, "host": "far", "place": "far away"}))
+        _, why = local.run_claimed([], log, "a job", lambda argv: 1 / 0)
+        said = f"is being made by another sweep (process {os.getpid()} on far). If you know that it is not alive, "
+        assert why == f"{said}delete {log.with_suffix('.lock')}."
+        log.with_suffix(".lock").write_text(json.dumps(holder))
     assert not log.exists()  # the other one's log is left alone
 
 

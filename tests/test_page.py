@@ -474,6 +474,19 @@ def test_a_phone_scrolls_tables_in_their_boxes(opened):
     )
 
 
+def test_a_phone_scrolls_pictures_instead_of_shrinking_their_text(opened):
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="504pt" height="200pt"><rect width="9" height="9"/></svg>'
+    browser = opened(figures={"A wide picture with a caption that is longer than the screen of a phone is wide": svg})
+    assert browser.js("document.querySelector('figure img').clientWidth") >= 504 * 96 / 72, "not changed on a desk"
+    browser.show(390, 844)
+    wait_for(browser, "document.querySelector('figure img').offsetWidth >= 600")
+    assert browser.js("document.documentElement.scrollWidth") == 390
+    assert browser.js(
+        "(() => { const box = document.querySelector('figure'); return box.scrollWidth > box.clientWidth; })()"
+    )
+    assert browser.js("document.querySelector('figcaption').getBoundingClientRect().right") <= 390
+
+
 def test_pictures_are_shown_and_their_scripts_do_not_run(opened):
     drawn = '<script>alert(1)</script><rect width="9" height="9" style="opacity: 0.5" onload="alert(2)"/>'
     style = "<style>rect {fill: red}</style>"

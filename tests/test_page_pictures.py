@@ -9,6 +9,7 @@ from test_plots import MATRIX, SECOND, make_run
 
 from flatcl.utils.commands import report
 from flatcl.utils.errors import UsageError
+from flatcl.utils.registry import ROOT
 from flatcl.utils.reports import page_pictures, plots
 from flatcl.utils.reports.page_pictures import Choice, draw
 from flatcl.utils.reports.runs import all_runs, load_runs, write_record
@@ -78,7 +79,10 @@ def test_groups_that_mix_unlike_runs_are_not_drawn_unless_asked(results):
     bars = next(svg for title, svg in figures.items() if "intervals" in title)
     assert "derpp + sgd" in bars and "er + sam" in bars and ">er + sgd" not in bars
     kinds = page_pictures._kinds(load_runs([results]), Choice("", by=["model", "optimizer", "lr"]))
-    assert kinds == (list(plots.KINDS), None)
+    assert kinds == (
+        [kind for kind in plots.KINDS if kind != "heat"],
+        ["no heat map: it needs two keys, --by has 3: model, optimizer, lr."],
+    )
     figures, notes = drawn(results, mix=True)
     bars = next(svg for title, svg in figures.items() if "intervals" in title)
     assert ">er + sgd" in bars and any("mixes runs of lr" in line for line in notes)
@@ -101,8 +105,29 @@ def test_groups_that_mix_unlike_runs_are_not_drawn_unless_asked(results):
 )
 def test_large_results_have_fewer_pictures_and_a_note(results, monkeypatch, limit, value, left, note):
     monkeypatch.setattr(plots if limit == "MANY" else page_pictures, limit, value)
-    kinds, said = page_pictures._kinds(load_runs([results]), Choice("final_average_accuracy"))
+    kinds, (said,) = page_pictures._kinds(load_runs([results]), Choice("final_average_accuracy"))
     assert kinds == left and said.startswith(note)
+
+
+@pytest.mark.parametrize(
+    ("by", "said"), [(["model"], "has 1: model."), (["model", "optimizer", "lr"], "has 3: model,")]
+)
+def test_a_heat_map_of_other_than_two_keys_is_missing_with_a_note(results, by, said):
+    for seed in range(2):
+        make_run(results, "er", "adam", seed, lr=0.3)
+    runs = drawn(results, by=by, mix=True)
+    assert not any("for each method and optimizer" in title for title in runs[0])
+    assert any("no heat map: it needs two keys" in note and said in note for note in runs[1])
+    assert "A heat map needs two keys" in (ROOT / "docs/html_report.md").read_text()
+
+
+def test_the_limits_of_the_pictures_are_those_that_the_page_says():
+    text = " ".join((ROOT / "docs/html_report.md").read_text().split())
+    assert (
+        f"are drawn of at most {plots.MANY} groups, bars and heat maps of at most {page_pictures.MOST_GROUPS};" in text
+    )
+    assert f"at most {page_pictures.MOST_MATRICES} matrices" in text
+    assert f"more than {page_pictures.MOST_PANELS} of these combinations" in text
 
 
 def test_pictures_have_limited_room_and_notes_are_short(results, monkeypatch):

@@ -147,6 +147,35 @@ def test_tasks_are_the_means_of_average_accuracies_with_a_band(two_by_two):
     assert axes.get_xlabel() == "tasks learned" and axes.get_ylabel() == "average accuracy (%)"
 
 
+@pytest.mark.parametrize("kind", ["tasks", "bars", "compute"])
+def test_accuracies_end_at_0_and_100(kind, tmp_path):
+    for place, low in enumerate((0.96, 0.0)):  # means 98 and 2, standard deviations 2.8
+        for seed, value in enumerate((low, low + 0.04)):
+            cost = {"forward_rows": 10**6, "backward_rows": 10**6}
+            make_run(tmp_path / str(place), seed=seed, matrix=[[value, 0.0], [value, value]],
+                     metric={"final_average_accuracy": value}, cost=cost)  # fmt: skip
+        (axes,) = draw(kind, tmp_path / str(place))[0].axes
+        ends = axes.get_xlim() if kind == "bars" else axes.get_ylim()
+        assert ends[1 - place] == (100, 0)[place] and 0 <= min(ends) and max(ends) <= 100
+        if kind == "tasks":
+            outline = axes.collections[0].get_paths()[0].vertices[:, 1]
+            assert (outline.max(), outline.min())[place] == (100, 0)[place]
+        points = [line for line in axes.lines if line.get_marker() not in ("", "None")]
+        assert points and not any(line.get_clip_on() for line in points), "a point at the end is drawn whole"
+
+
+def test_many_lines_have_no_bands_and_a_note_says_so(tmp_path):
+    for number, (seed, matrix) in itertools.product(range(7), enumerate((MATRIX, SECOND))):
+        make_run(tmp_path, f"m{number}", seed=seed, matrix=matrix)
+    for kind in ("tasks", "forgetting"):
+        figure, said = draw(kind, tmp_path)
+        assert not figure.axes[0].collections and len(figure.axes[0].lines) == 7
+        assert "note: no bands, since more than 6 would cover each other. The tables have the spread." in said
+    runs = finished.select(finished.load_runs([tmp_path]), {"model": "m0,m1,m2,m3,m4,m5"})
+    said = []
+    assert len(plots.figure("tasks", runs, say=said.append).axes[0].collections) == 6 and said == []
+
+
 def test_forgetting_is_the_metric_after_each_task(two_by_two):
     figure, _ = draw("forgetting", two_by_two)
     expected = [[metrics.forgetting_chaudhry18(matrix[:t]) for t in (2, 3)] for matrix in (MATRIX, SECOND)]
@@ -194,9 +223,10 @@ def test_compute_marks_what_nothing_else_beats(tmp_path):
     assert front.get_xdata() == pytest.approx([3, 6, 12]) and front.get_ydata() == pytest.approx([50, 80, 90])
     dots = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines if line is not front}
     assert sorted(dots) == [pytest.approx((3 * cost, 100 * accuracy)) for cost, accuracy in points.values()]
-    assert axes.get_xlabel() == "forward + 2 × backward rows (millions)"
+    assert axes.get_xlabel() == "training cost (million images,\nforward + 2 × backward)"
     assert legend_of(figure)[-1] == "Pareto front" and "old" not in legend_of(figure)
     assert "note: left out, without final_average_accuracy or rows: old." in said
+    assert front.is_dashed() and all(front.zorder < line.zorder for line in axes.lines if line is not front)
     figure, _ = draw("compute", tmp_path, x="train_s", metric="forgetting_chaudhry18")
     front = next(line for line in figure.axes[0].lines if line.get_label() == "Pareto front")
     assert front.get_xdata() == pytest.approx([5]), "all forget the same: the fastest is the front"
@@ -223,6 +253,14 @@ def test_bars_are_sorted_by_merit_with_t_intervals_and_seeds(tmp_path):
     assert figure.axes[0].get_xlabel() == "average forgetting (%)"
 
 
+def test_bars_of_single_runs_have_no_interval_in_the_legend(tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, metric={"final_average_accuracy": 0.5})
+    assert legend_of(draw("bars", tmp_path)[0]) == ["mean", "each seed"]
+    make_run(tmp_path, "er", seed=1, metric={"final_average_accuracy": 0.6})
+    assert legend_of(draw("bars", tmp_path)[0]) == ["mean", "95 % t interval", "each seed"]
+
+
 def test_matrices_stand_side_by_side_with_values_on_one_scale(two_by_two):
     figure, _ = draw("matrix", two_by_two, width="page")
     *panels, bar = figure.axes
@@ -233,6 +271,38 @@ def test_matrices_stand_side_by_side_with_values_on_one_scale(two_by_two):
         assert np.asarray(mesh.get_array()).reshape(3, 3)[2] == pytest.approx([70, 70, 85])
         assert cells(axes)[2, 2] == "85.0" and cells(axes)[0, 1] == "0.0" and len(cells(axes)) == 9
     assert bar.get_ylabel() == "accuracy (%)"
+
+
+def test_matrices_have_above_them_what_all_share(tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, settings=("class-il", "task-il"))
+    figure, _ = draw("matrix", tmp_path, width="page")
+    assert figure.get_suptitle() == "sgd, seq-digits, buffer 100"
+    titles = [axes.get_title() for axes in figure.axes[:-1]]
+    assert sorted(titles) == ["derpp\nclass-il", "derpp\ntask-il", "er\nclass-il", "er\ntask-il"]
+    runs = finished.select(finished.load_runs([tmp_path]), {"model": "er"})
+    figure = plots.figure("matrix", runs)
+    assert figure.get_suptitle() == "er + sgd, seq-digits, buffer 100"
+    assert [axes.get_title() for axes in figure.axes[:-1]] == ["class-il", "task-il"]
+    figure = plots.figure("matrix", runs, setting="class-il")
+    assert (figure.get_suptitle(), figure.axes[0].get_title()) == ("seq-digits, buffer 100, class-il", "er + sgd")
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_matrices_of_up_to_10_tasks_have_all_ticks_where_they_fit(width, tmp_path):
+    for model in ("er", "derpp"):
+        make_run(tmp_path, model, matrix=[[0.5] * 10] * 10, settings=("class-il", "task-il"))
+    figure, _ = draw("matrix", tmp_path, width=width)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:-1]:
+        assert ticks(axes.yaxis) == [str(task) for task in range(1, 11)]
+        assert ticks(axes.xaxis) == ["2", "4", "6", "8", "10"]
+    figure, _ = draw("matrix", tmp_path, width="page", setting="class-il")
+    figure.draw_without_rendering()
+    for axes in figure.axes[:-1]:
+        assert ticks(axes.xaxis) == ticks(axes.yaxis) == [str(task) for task in range(1, 11)]
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
 
 
 def test_matrices_of_many_tasks_have_no_values_and_no_missing_ones(tmp_path):
@@ -252,6 +322,37 @@ def test_heat_has_the_mean_of_each_pair(tmp_path):
     (axes,) = figure.axes
     assert ticks(axes.yaxis) == ["sgd", "asam", "sam"] and ticks(axes.xaxis) == ["ER", "derpp"]
     assert cells(axes) == {(0, 0): "50.0", (0, 1): "80.0", (2, 0): "60.0", (2, 1): "90.0", (1, 1): "100.0"}
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_heat_names_axes_of_other_keys_and_orders_numbers(width, tmp_path):
+    for model, n_epochs in itertools.product(("er", "derpp"), (2, 10, 30)):
+        make_run(tmp_path, model, n_epochs=n_epochs, settings=("class-il", "task-il"))
+    figure, _ = draw("heat", tmp_path, by=["model", "n_epochs"], width=width)
+    first = figure.axes[0]
+    assert first.get_ylabel().replace("\n", " ") == "n epochs" and ticks(first.yaxis) == ["2", "10", "30"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {""}
+    figure, _ = draw("heat", tmp_path, by=["n_epochs", "buffer_size"], mix=True)
+    assert figure.axes[0].get_xlabel() == "buffer size"
+
+
+def test_heat_shows_small_differences_small_and_says_that_panels_have_their_own_colours(tmp_path):
+    for model, optimizer in itertools.product(("er", "derpp"), ("sgd", "sam")):
+        value = {"er": 0.978, "derpp": 0.985}[model]
+        make_run(tmp_path / "a", model, optimizer, metric={"final_average_accuracy": value})
+        make_run(tmp_path / "b", model, optimizer, metric={"final_average_accuracy": value - (model == "er") / 2})
+    limits = {}
+    for name in "ab":
+        figure, _ = draw("heat", tmp_path / name)
+        limits[name] = figure.axes[0].collections[0].get_clim()
+        assert figure.get_suptitle() == "final average accuracy (%)", "one panel needs no more words"
+    assert limits == {"a": pytest.approx((98.15 - 2.5, 98.15 + 2.5)), "b": pytest.approx((47.8, 98.5))}
+    for model, optimizer in itertools.product(("er", "derpp"), ("sgd", "sam")):
+        make_run(tmp_path / "a", model, optimizer, dataset="perm-mnist", cost={"train_s": 1.0 + (model == "er")})
+    figure, _ = draw("heat", tmp_path / "a")
+    assert figure.get_suptitle().replace("\n", " ") == "final average accuracy (%), each panel with its own colours"
+    figure, _ = draw("heat", tmp_path / "a", metric="train_s")
+    assert figure.axes[0].collections[0].get_clim() == (1, 2), "costs are not percentages"
 
 
 @pytest.mark.parametrize("width", plots.WIDTHS)
@@ -330,7 +431,16 @@ def test_what_all_groups_share_is_in_the_title(tmp_path):
     assert figure.axes[0].get_title().replace("\n", ", ").startswith("er, lr 0.1, ")
     runs = finished.select(runs, {"optimizer": "sam"})
     figure = plots.figure("bars", runs, by=["model", "optimizer", "lr"])
-    assert ticks(figure.axes[0].yaxis) == ["er, lr 0.1"], "one group keeps its name"
+    assert ticks(figure.axes[0].yaxis) == ["er + sam, lr 0.1"], "one group keeps its name"
+
+
+@pytest.mark.parametrize("kind", ["tasks", "compute", "bars", "matrix"])
+def test_labels_name_the_optimizers_where_each_method_has_its_own(kind, tmp_path):
+    for model, optimizer in (("er", "sgd"), ("mgser_sam", "sam")):
+        make_run(tmp_path, model, optimizer)
+    figure, _ = draw(kind, tmp_path)
+    words = {text.get_text() for text in figure.findobj(Text)}
+    assert {"er + sgd", "mgser_sam + sam"} <= words and not {"er", "mgser_sam"} & words
 
 
 @pytest.mark.parametrize("kind", ["tasks", "bars", "matrix", "heat"])
@@ -370,11 +480,11 @@ def test_equal_runs_give_equal_files(two_by_two, tmp_path):
 
 def test_the_command_writes_a_picture_and_no_table(two_by_two, tmp_path, capsys):
     words = ["--plot", "heat", "--out", str(tmp_path / "x.svg"), "--width", "page", "--names", "er=ER,derpp=DER++"]
-    assert report.main([str(two_by_two), *words, "--record", str(tmp_path / "r.jsonl")]) == 0
+    assert report.main([str(two_by_two), *words, "--record", str(tmp_path / "runs.jsonl")]) == 0
     assert capsys.readouterr() == ("", "")
     text = (tmp_path / "x.svg").read_text()
     assert 'width="504pt"' in text and ">DER++</text>" in text
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 8
 
 
 def test_svg_text_can_stand_twice_in_a_page(two_by_two):

@@ -64,13 +64,15 @@ def test_markdown_gives_mean_and_sample_std_in_percent(three_seeds):
         + "| forgetting_chaudhry18 (%) |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: |",
         "| perm-mnist | er | sgd | 200 | domain-il | 3 | 83.00 ± 3.61 | 20.00 ± 10.00 |",
+        "",
+        "mean ± sample standard deviation",
     ]
 
 
 def test_costs_are_metrics_too_but_no_fractions(three_seeds):
     names = ["final_average_accuracy", "train_s", "forward_rows"]
     runs = finished.load_runs([three_seeds])
-    head, _, row = tables.table(runs, metrics=names).splitlines()
+    head, _, row, *_ = tables.table(runs, metrics=names).splitlines()
     assert head.endswith("| final_average_accuracy (%) | train_s | forward_rows |")
     assert row.endswith("| 3 | 83.00 ± 3.61 | 11.0 ± 1.0 | 2,400,512 |")
     *_, row, _, footing = tables.table(runs, metrics=names, pivot=["dataset"]).splitlines()
@@ -98,19 +100,63 @@ def test_csv_has_raw_fractions(three_seeds):
     assert second == "perm-mnist,joint,sgd,,domain-il,0.5,,1,,,0"
 
 
+def test_notes_count_the_runs_that_were_asked_for_alone(tmp_path, capsys):
+    make_run(tmp_path, model="er", seed=0)
+    make_run(tmp_path, model="er", seed=0, time="20260102-120000")  # once more
+    make_run(tmp_path, model="derpp", seed=0)
+    make_run(tmp_path, model="derpp", seed=1, status="interrupted")
+    (make_run(tmp_path, model="derpp", seed=2) / "summary.json").unlink()  # in its first task
+    assert report.main([str(tmp_path), "--where", "model=er"]) == 0
+    assert capsys.readouterr().err.count("\n") == 1, "the repeated one"
+    assert report.main([str(tmp_path), "--where", "model=derpp"]) == 0
+    assert capsys.readouterr().err == (
+        "note: left out, since they did not finish: 1 interrupted, 1 without a result yet.\n"
+    )
+
+
+def test_a_record_of_any_name_is_read_if_it_is_named(three_seeds, tmp_path, capsys):
+    record = tmp_path / "mine.jsonl"
+    assert report.main([str(three_seeds), "--record", str(record)]) == 0
+    out, err = capsys.readouterr()
+    assert "give this one by its name" in err
+    assert report.main([str(record)]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_unlike_runs_are_refused_with_the_fewest_keys_that_split_them(tmp_path, capsys):
+    for optimizer in ("sgd", "sam"):
+        for seed in (0, 1):
+            own = {"rho": 0.05, "perturb": "all"} if optimizer == "sam" else {}
+            make_run(tmp_path, optimizer=optimizer, seed=seed, **own)
+    assert report.main([str(tmp_path), "--by", "model"]) == 2
+    err = capsys.readouterr().err
+    assert "(optimizer = sam, sgd): 'er'. Split them with --by model,optimizer, choose with --where" in err
+    make_run(tmp_path, optimizer="sgd", seed=2, lr=0.3, validation=True)
+    assert report.main([str(tmp_path), "--by", "model,optimizer"]) == 2
+    err = capsys.readouterr().err
+    assert "(split = test, validation): 'er sgd'. Split them with --by model,optimizer,split, choose" in err
+    assert "choose with --where split=test, or show them apart with --mix" in err
+    make_run(tmp_path, optimizer="sgd", seed=3, lr=0.2, validation=True)
+    assert report.main([str(tmp_path), "--by", "model,optimizer"]) == 2
+    err = capsys.readouterr().err
+    assert "--by model,optimizer,split,lr or choose with --where split=test." in err and "--mix" not in err
+
+
 def test_a_table_says_how_many_configurations_stand_behind_its_rows(tmp_path):
     for model, number in (("er", 9), ("derpp", 12), ("der", None)):
         for seed in (1, 2):
             notes = {"notes": f"tuned: {number} configurations, best_mean on validation"} if number else {}
             make_run(tmp_path, model=model, seed=seed, **notes)
     runs = finished.load_runs([tmp_path])
-    (line,) = [line for line in tables.table(runs, by=["model"]).splitlines() if "search" in line]
+    (line,) = [line for line in tables.table(runs, by=["model", "lr"]).splitlines() if "search" in line]
     assert line == (
-        "flags of each row chosen by a search (12 configurations, best_mean on validation: derpp; "
-        "9 configurations, best_mean on validation: er)"
+        "flags of each row chosen by a search (12 configurations, best_mean on validation: derpp lr 0.1; "
+        "9 configurations, best_mean on validation: er lr 0.1)"
     )
     alone = tables.table(finished.select(runs, {"model": "er"}), by=["model"], format="latex")
-    assert alone.startswith(r"% flags of each row chosen by a search (9 configurations, best\_mean on validation)")
+    assert alone.splitlines()[1].startswith(
+        r"% flags of each row chosen by a search (9 configurations, best\_mean on validation)"
+    )
     assert "search" not in tables.table(finished.select(runs, {"model": "der"}), by=["model"])
     make_run(tmp_path, model="er", seed=3)  # a row with a run that nothing is known of
     assert "search" not in tables.table(finished.select(finished.load_runs([tmp_path]), {"model": "er"}), by=["model"])
@@ -120,6 +166,7 @@ def test_latex_is_booktabs_with_escapes(three_seeds):
     make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
     text = tables.table(finished.load_runs([three_seeds]), by=["dataset", "model"], setting="domain-il", format="latex")
     assert text.splitlines() == [
+        r"% mean $\pm$ sample standard deviation",
         r"\begin{tabular}{llrrr}",
         r"\toprule",
         r"dataset & model & n & final\_average\_accuracy (\%) & forgetting\_chaudhry18 (\%) \\",
@@ -181,7 +228,8 @@ def test_pivot_repeats_methods_without_a_buffer(grid):
         "| derpp |  | 93.00 / 5.00 |",
         "| er | 82.00 ± 2.83 / 10.00 ± 0.00 | 91.00 ± 1.41 / 10.00 ± 0.00 |",  # stds: 0.02 * sqrt(2), 0.01 * sqrt(2)
         "",
-        "final_average_accuracy / forgetting_chaudhry18 in %; mean ± sample standard deviation, n = 1 to 2",
+        "final_average_accuracy / forgetting_chaudhry18 in %; mean ± sample standard deviation, n = 1 to 2;",
+        "columns: dataset, buffer_size",
     ]
 
 
@@ -568,8 +616,9 @@ def test_sweep_goes_on_after_failures_and_skips_what_is_finished(tmp_path, capsy
         digest = f"{given['--model']}-{given['--dataset']}-sgd-{given['--seed']}-0.1"
         values = {name: given[f"--{name}"] for name in ("model", "dataset", "seed")}
         return SimpleNamespace(
-            hash=digest, results_path=str(tmp_path), values=values, flags={}, code={}, continues=None
-        )
+            hash=digest, results_path=str(tmp_path), values=values, flags={}, code={}, continues=None, joint=True,
+            model=given["--model"], dataset=given["--dataset"],
+        )  # fmt: skip
 
     make_run(tmp_path, "sgd", "perm-mnist", 4, 0.25, buffer_size=None)
     grid = sweep.expand(["sgd"], ["perm-mnist"], seeds=[4, 2, 3, 1, 0])
@@ -855,7 +904,7 @@ def test_a_metric_that_older_runs_lack_is_a_dash_and_a_mean_over_fewer_is_said(t
     lines = tables.table(
         finished.load_runs([three_seeds]), by=["model"], metrics=["final_overall_accuracy"], say=said.append
     ).splitlines()
-    assert lines[2:] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
+    assert lines[2:4] == ["| derpp | domain-il | 1 | – |", "| er | domain-il | 3 | 55.00 ± 7.07 |"]
     assert said == ["note: er: 2 of 3 runs have final_overall_accuracy (domain-il), its mean is theirs."]
 
 

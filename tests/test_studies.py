@@ -16,6 +16,7 @@ from flatcl.models._method import Method
 from flatcl.utils import studies
 from flatcl.utils.arguments import SEEDS, resolve
 from flatcl.utils.commands import sweep
+from flatcl.utils.engine import run
 from flatcl.utils.engine.build import build
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import Interrupted, UsageError
@@ -23,7 +24,7 @@ from flatcl.utils.registry import METHODS, ROOT
 from flatcl.utils.reports.runs import find_runs
 from flatcl.utils.reports.tables import group_runs, mixtures
 from flatcl.utils.studies import status
-from flatcl.utils.studies.engines.local import Local
+from flatcl.utils.studies.engines.local import STOP_S, Local, run_claimed
 
 YAML = """
 name: small
@@ -128,6 +129,7 @@ flags:
   rho: 0.1
   n_epoch: 3
   day: 2020-01-01
+  lr: abc
 fix: {class_oder: 0, init: -1}
 vary: [init]
 cells:
@@ -151,10 +153,11 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         "line 13, flags.n_epoch: unknown flag: n_epoch. Did you mean n_epochs",
         "line 14, flags.day: unknown flag: day. See flatcl train",
         "line 14, flags.day: expects a number or a text, got a date. Put it into quotes.",
-        "line 15, fix.class_oder: unknown source of random numbers: 'class_oder'. Did you mean class_order",
-        "line 15, fix.init: expects one seed, a whole number from 0 to 4294967295, got '-1'.",
-        "line 16, vary: fix and vary exclude each other. Give one of them.",
-        "line 18, cells[0]: expects runs to choose and flags to set, got none of any flag.",
+        "line 15, flags.lr: --lr expects a number, got 'abc'.",
+        "line 16, fix.class_oder: unknown source of random numbers: 'class_oder'. Did you mean class_order",
+        "line 16, fix.init: expects one seed, a whole number from 0 to 4294967295, got '-1'.",
+        "line 17, vary: fix and vary exclude each other. Give one of them.",
+        "line 19, cells[0]: this cell sets no flag. Add one, such as lr: 0.03.",
     ]
     assert len(lines) == len(wanted)
     for line in wanted:
@@ -168,6 +171,9 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         ("grid: {rho: [1]}\n", "grid.rho: none of the runs has this flag. Drop it."),
         ("cells: [{model: derpp, lr: 1}]\n", "cells[0]: no run has model derpp. Correct it, or drop the cell."),
         ("grid: {lr: [1]}\ncells: [{model: er, lr: 1}]\n", "cells[0].lr: --lr is an axis of the study."),
+        ("flags: {n_epochs: 1, lr: 0,1}\n", "flags.1: expects the name of a flag, got the number 1. Write numbers with "
+         "a point (0.1, not 0,1), and lists in [ ]."),
+        ("cells: [{lr: 0.1}]\n", "cells[0]: this cell names no model, dataset, optimizer or buffer_size. Add one."),
         ("flags: !!python/object/apply:os.system [ls]\n", "flags: expects a plain mapping or list"),
         ("name: &a [*a]\n", "nested too deeply"),
         ("flags: [\n", "not YAML"),
@@ -195,6 +201,21 @@ def test_without_the_package_one_message_says_what_to_install(write, monkeypatch
     assert sweep.main([write(SMALL)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and 'pip install "flatcl[study]"' in error and "pip install PyYAML" in error
+
+
+@pytest.mark.parametrize(
+    "flag, hint",
+    [
+        ("--epochs", "Did you mean --n_epochs, a flag of each run? Then write it after a separate --, as in: flatcl "
+                     "sweep ... -- --n_epochs VALUE."),
+        ("--job", "Did you mean --jobs or --json?"),
+        ("--modle", "Did you mean --models"),
+        ("--xyz", "Choose from: --help, --models"),
+    ],
+)  # fmt: skip
+def test_the_nearest_flag_may_be_one_of_the_runs(flag, hint, write, capsys):
+    assert sweep.main([write(SMALL), flag, "1"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: unknown flag: {flag}. {hint}")
 
 
 def test_a_value_that_a_run_refuses_is_named_with_its_place(write, capsys):
@@ -412,6 +433,13 @@ def twelve(write, tmp_path):
     return path, sweep._prepare([path])[0]
 
 
+def run_here(jobs, on_end, extra, runner, on_wait):
+    """In place of worker processes, which would each import torch anew."""
+    for job in jobs:
+        code, why = run_claimed([*job.argv, *extra], job.log, job.label, runner)
+        on_end(job, code, why)
+
+
 def contents(folder):
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in folder.rglob("*")
@@ -440,7 +468,12 @@ def test_status_says_of_each_run_how_far_it_is_and_writes_nothing(twelve, capsys
         code, found = shown(capsys, path)
         assert sweep.main([path, "--status"]) == 1
         text = capsys.readouterr().out
+        assert sweep.main([path, "--dry_run"]) == 0
+        listed = capsys.readouterr().out.splitlines()
         assert contents(tmp_path) == before
+    kinds = ["finished"] * 2 + ["to do"] * 5 + ["running"] + ["to do"] * 4
+    assert listed[:12] == [f"{kind:9} {job.label}" for kind, job in zip(kinds, jobs, strict=True)]
+    assert listed[12] == "12 run(s), 2 of them finished, 1 running"
     assert code == found["exit_code"] == 1
     assert [state["state"] for state in found["states"]] == [
         "finished", "finished", "interrupted", "interrupted", "failed", "not started",
@@ -455,11 +488,24 @@ def test_status_says_of_each_run_how_far_it_is_and_writes_nothing(twelve, capsys
     left = found["left"]
     assert left["seconds"] == pytest.approx(8.4 * 20) and left["workers"] == 1
     assert left["basis"] == {"the same cell": 4, "the same dataset": 6} and left["unknown_runs"] == 0
-    assert "study study: 12 runs: 2 finished, 1 running, 2 failed, 2 interrupted, 5 not started" in text
+    assert f"study study in {results}: 12 runs: 2 finished, 1 running, 2 failed, 2 interrupted, 5 not started" in text
     assert f"er seq-digits seed 4: exit code 2, 0 of 5 tasks done, log {jobs[4].log}" in text
-    assert "sgd seq-digits seed 0: diverged, 1 of 5 tasks done, see " in text
+    assert "sgd seq-digits seed 0: diverged (loss not finite), 1 of 5 tasks done, see " in text
     assert f"sgd seq-digits seed 1: 4 of 5 tasks done, process {os.getpid()} on " in text
     assert "time left: about 3 min with 1 worker" in text
+
+
+def test_a_run_that_diverges_is_called_so_by_the_sweep_and_by_its_status(write, tmp_path, capfd, monkeypatch):
+    path = write(SMALL + f"flags: {{lr: 1e6, n_epochs: 1}}\nresults_path: {tmp_path / 'results'}\n")
+    monkeypatch.setattr(run, "_draw", lambda draw: None)
+    monkeypatch.setattr(Local, "run", lambda self, *args: run_here(*args))
+    assert sweep.main([path]) == 1
+    said = capfd.readouterr()
+    (log_file,) = tmp_path.glob("results/logs/*.log")
+    assert f"er seq-digits seed 0 -> diverged (loss not finite), see {log_file}" in said.out
+    assert f"er seq-digits seed 0 diverged (loss not finite): {log_file}" in said.err and "(1)" not in said.out
+    assert sweep.main([path, "--status"]) == 1
+    assert "er seq-digits seed 0: diverged (loss not finite), 0 of 5 tasks done, log " in capfd.readouterr().out
 
 
 def test_exit_codes_of_status_and_time_left_that_is_not_known(twelve, capsys):
@@ -471,7 +517,10 @@ def test_exit_codes_of_status_and_time_left_that_is_not_known(twelve, capsys):
     code, found = shown(capsys, path)
     assert code == 0 and found["left"]["seconds"] == 0 and found["runs"]["finished"] == 12
     words = ["--models", "er,sgd", "--datasets", "seq-digits", "--seeds", "0-5"]
-    assert shown(capsys, *words, "--", "--results_path", str(jobs[0].results_path))[0] == 0
+    run = ["--", "--results_path", str(jobs[0].results_path)]
+    assert shown(capsys, *words, *run)[0] == 0
+    assert sweep.main([*words, "--status", *run]) == 0
+    assert capsys.readouterr().out.startswith(f"12 runs in {jobs[0].results_path}: 12 finished, 0 running")
     assert sweep.main([path, "--json"]) == 2 and "--json has no effect without --status" in capsys.readouterr().err
 
 
@@ -523,3 +572,29 @@ def test_status_follows_a_sweep_that_is_killed_and_goes_on(write, tmp_path, caps
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode == 0
     assert shown(capsys, path)[0] == 0 and len([*results.rglob("summary.json")]) == 2
     assert [Path(file).read_text().splitlines()[-1] for file in (results / "logs").glob("*.log")] == ["exit code 0"] * 2
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_while_a_finished_run_draws_its_pictures_ends_the_sweep_soon_and_shows_the_run(tmp_path):
+    words = ["--models", "er", "--datasets", "seq-digits", "--seeds", "0-1", "--jobs", "1"]
+    run = ["--n_epochs", "1", "--stop_after", "2", "--results_path", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flatcl", "sweep", *words, "--", *run],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        while not any(json.loads(file.read_text())["status"] == "finished" for file in tmp_path.rglob("summary.json")):
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        since = time.monotonic()
+        out, error = process.communicate(timeout=120)
+        assert time.monotonic() - since < STOP_S / 2
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "er seq-digits seed 0 -> class-il " in out
+    assert "interrupted: 1 of 2 finished" in error
+    assert not [word for word in ("Traceback", "Warning", "leaked") if word in error], error

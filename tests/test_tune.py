@@ -241,7 +241,7 @@ flags: {n_epochs: 2, validation: 1}
 tune:
   space:
     lr: {low: 0.1, high: 0.01}
-    n_epochs: [1, 2]
+    n_epochs: [1, zwei]
     rho: [0.1]
     larning_rate: [1]
     seed: [1]
@@ -260,6 +260,7 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(study, here, capsys):
     for said in (
         "line 7, tune.space.lr: low must be less than high, got 0.1 and 0.01",
         "line 8, tune.space.n_epochs: --n_epochs is also given at",
+        "line 8, tune.space.n_epochs[1]: --n_epochs expects a whole number, got 'zwei'.",
         "line 10, tune.space.larning_rate: unknown flag",
         "line 11, tune.space.seed: --seed cannot be searched",
         "line 12, tune.method: expects one of grid, random, tpe, got 'tpee'. Did you mean",
@@ -277,14 +278,19 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(study, here, capsys):
     [
         ("minibatch_size: [1, 16]", "rho: [0.1]", "tune.space.rho: none of the runs has this flag"),
         ("minibatch_size: [1, 16]", "lr: [-1, 0.05]", "--lr must be greater than 0, got -1"),
-        ("seeds: [0, 3]", "seeds: [0, 1]", "line 8, tune.seeds: seed 1 is both of the search"),
+        ("seeds: [0, 3]", "seeds: [0, 1]", "line 8, tune.seeds: seed 1 is both of the search (tune.seeds: 0, 1) and of "
+         "the study (seeds: 1). Give others, or same_seeds: true."),
+        ("seeds: 1\n", "", "seed 0 is both of the search (tune.seeds: 0, 3) and of the study (seeds: 0, by default)."),
+        ("seeds: 1\nflags: {n_tasks: 2}\ntune:\n  space: {minibatch_size: [1, 16]}\n  seeds: [0, 3]",
+         "seeds: 0-2\ntune: {space: {minibatch_size: [1, 16]}}",
+         "seed 0 is both of the search (tune.seeds: 0, by default) and of the study (seeds: 0-2). Give"),
         ("seeds: [0, 3]", "setting: domain-il", "tune.setting is domain-il, its runs have class-il"),
         ("seeds: [0, 3]", "prune: true", "a grid tries all of its values"),
         ("seeds: [0, 3]", "method: random", "needs the number of trials"),
         ("[1, 16]", "{low: 0.1, high: 1}", "a grid needs a list of values"),
         ("models:", "name: a/b\nmodels:", "names a file of the search"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_said_before_any_work(old, new, said, study, here, tmp_path, capsys):
     main, begun = here
     assert main(study(TUNE.replace(old, new))) == 2 and not begun
@@ -293,6 +299,10 @@ def test_a_mistake_is_said_before_any_work(old, new, said, study, here, tmp_path
 
 def test_what_does_not_fit_is_refused(study, tmp_path, capsys):
     words = study(TUNE)
+    for flag in ("--dry_run", "--status"):
+        assert tune.main([words[0], flag]) == 2
+        said = f"error: unknown flag: {flag}. It is a flag of flatcl sweep. flatcl tune STUDY --show prints what was "
+        assert said in capsys.readouterr().err
     assert tune.main([words[0], "--engine", "slurm", *words[1:]]) == 2
     assert "--engine slurm: a search waits for its runs" in capsys.readouterr().err
     assert tune.main([*words, "--minibatch_size", "8"]) == 2

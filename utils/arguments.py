@@ -649,6 +649,14 @@ def known_flags(argv: list[str]) -> set[str]:
     return set().union(*_flags_by_part(names).values())
 
 
+def problem_of(name: str, word: str) -> str | None:
+    """What is wrong with a word for a flag that all runs have; None for flags of methods, optimizers, ..., whose
+    classes are not loaded for it."""
+    engine = {own: flag_ for own, flag_ in flags_of(EngineArgs, "engine").items() if own not in SELECTORS}
+    _, problems = _given(Request({name: [word]}, plugins=()), engine)
+    return problems[0] if problems else None
+
+
 class _Layers:
     """Values and their origins; each layer that is put covers those before it, where it has a value."""
 

@@ -1,6 +1,7 @@
 """The flags of the commands that are not a run's: argparse, with our messages."""
 
 import argparse
+import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -30,9 +31,17 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, flag: str, known: list[str]) -> str:
         if flag in self.elsewhere:
             return self.elsewhere[flag]
-        if self.of_runs and flag.removeprefix("--") in flags_of_runs() - {"dry_run", "disable_log"}:
+        if not self.of_runs:
+            return nearest(flag, known)
+        name, of_runs = flag.removeprefix("--"), flags_of_runs() - {"dry_run", "disable_log"}
+        if name in of_runs:
             return f"It is a flag of each run: {self.of_runs.format(flag=flag)}."
-        return nearest(flag, known)
+        own = {other.removeprefix("--") for other in known}
+        others = of_runs - own - {other.removeprefix("--") for other in self.elsewhere}
+        best = difflib.get_close_matches(name, sorted(own | others), n=1)
+        if best and best[0] in others:
+            return f"Did you mean --{best[0]}, a flag of each run? Then {self.of_runs.format(flag=f'--{best[0]}')}."
+        return nearest(flag, known, f"Choose from: {', '.join(known)}; flags of each run come after a separate --.")
 
     def error(self, message: str):
         raise UsageError(f"{message}. See {self.prog} --help.")

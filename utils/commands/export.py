@@ -1,5 +1,6 @@
 """Runs as a file for other programs: `flatcl export ./results --out runs.csv`, also `.parquet` and Mammoth's `.pyd`."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from flatcl.utils.commands._parser import Parser, conditions
@@ -35,6 +36,10 @@ def _export(argv: Sequence[str]) -> None:
         count = export.export(runs, path, args.what or "metrics", args.setting)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}. Give a file in a writable folder.") from None
+    unfinished = Counter(run.summary["status"] for run in runs if run.summary["status"] != "finished")
+    if unfinished:
+        counts = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        complain(f"note: {counts}: their metrics are of the tasks so far. --where status=finished leaves them out.")
     say(f"{path}: {count:,} rows of {len(runs):,} runs")
 
 

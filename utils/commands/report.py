@@ -23,6 +23,7 @@ from flatcl.utils.reports.tables import FORMATS, table
 
 SUFFIXES = ", ".join(plots.SUFFIXES)
 OF_PICTURES = ("width", "names", "x")
+OF_RANK_PICTURES = ("width", "names")
 OF_TABLES = ("pivot", "format", "interval", "best", "against", "ranks", "caption", "label", "siunitx")
 
 
@@ -66,7 +67,7 @@ def _parser() -> Parser:
         const="",
         metavar="FILE",
         help="instead of means: mean ranks over benchmarks, memory sizes and settings (and --pivot keys), with the "
-        "Friedman and Nemenyi tests; into FILE (.png, .pdf, .svg) goes the picture of the critical difference",
+        f"Friedman and Nemenyi tests; into FILE ({SUFFIXES}) goes the picture of the critical difference",
     )
     add(
         "--mix",
@@ -99,7 +100,9 @@ def _check(args: argparse.Namespace) -> None:
     given = {name for name in (*OF_PICTURES, *OF_TABLES) if getattr(args, name) not in (None, False)}
     problems = [*_problems_of_files(args), *_problems_of_tables(args, given)]
     if args.plot is None:
-        problems += [f"--{name} is for pictures. Add --plot KIND, or drop it." for name in OF_PICTURES if name in given]
+        fitting = OF_RANK_PICTURES if args.ranks else ()
+        problems += [f"--{name} is for pictures. Add --plot KIND{' or --ranks FILE' * (name in OF_RANK_PICTURES)}, or "
+                     "drop it." for name in OF_PICTURES if name in given and name not in fitting]  # fmt: skip
         if args.out is not None and Path(args.out).suffix.lower() in plots.SUFFIXES:
             problems.append(f"--out {args.out} is a picture's name. Add --plot KIND, or give another.")
     else:
@@ -110,8 +113,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("against", "best"):
         if name in given:
             require("statsmodels", "stats", f"--{name}")
-    if args.plot:
-        plots.check_path(args.out)
+    for file in (args.out if args.plot else None, args.ranks):
+        if file:
+            plots.check_path(file)
 
 
 def _problems_of_files(args: argparse.Namespace) -> list[str]:
@@ -123,10 +127,10 @@ def _problems_of_files(args: argparse.Namespace) -> list[str]:
     if args.html and not args.out:
         problems += [f"--{name} is for the table, which --html replaces. Drop it, or give --out too."
                      for name in ("pivot", "format") if getattr(args, name) is not None]  # fmt: skip
-    if args.ranks and Path(args.ranks).suffix.lower() not in rank_picture.FORMATS:
+    if args.ranks and Path(args.ranks).suffix.lower() not in plots.SUFFIXES:
         problems.append(
-            f"--ranks expects a file that ends in {', '.join(rank_picture.FORMATS)}, got '{args.ranks}'. Give the "
-            "folders of runs before the flags."
+            f"--ranks expects a file that ends in {SUFFIXES}, got '{args.ranks}'. Give the folders of runs before the "
+            "flags."
         )
     return problems
 
@@ -206,27 +210,30 @@ def _report(argv: Sequence[str]) -> None:
         if args.html:
             _write_page(args, where)
         if not args.html or args.out or args.record or args.ranks:
-            runs = select(load_runs(args.runs), where)
+            runs = load_runs(args.runs, where=where)
             if args.plot:
                 _picture(args, runs, labels)
             else:
-                _write_table(args, runs)
+                _write_table(args, runs, labels)
             if args.record:
                 write_record(runs, args.record)
+                if Path(args.record).name != RECORD:
+                    complain(f"note: in folders only records named {RECORD} are found; give this one by its name.")
     except OSError as error:
         raise UsageError(
             f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
         ) from None
 
 
-def _write_table(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+def _write_table(args: argparse.Namespace, runs: Sequence[Run], labels: dict[str, str]) -> None:
     text, ranks = _text_of(args, runs)
+    picture = rank_picture.draw(ranks[0], labels, args.width or next(iter(plots.WIDTHS))) if args.ranks else None
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")
     elif not args.html:
         print(text, end="", flush=True)
-    if args.ranks:
-        rank_picture.save(ranks[0], args.ranks)
+    if picture is not None:
+        plots.save(picture, args.ranks)
 
 
 def _write_page(args: argparse.Namespace, where: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import itertools
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from flatcl.utils.reports.groups import BY
 from flatcl.utils.reports.runs import Run, comparable, find_runs
 from flatcl.utils.reports.tables import table
 from flatcl.utils.studies import Study, status
-from flatcl.utils.studies.engines import FAILED, INTERRUPTED, OK, Engine, Runner
+from flatcl.utils.studies.engines import ALREADY, FAILED, INTERRUPTED, OK, Engine, Runner
 from flatcl.utils.studies.engines.slurm import Slurm, new_folder
 from flatcl.utils.studies.study import parse_seeds as seeds_of
 
@@ -278,33 +279,39 @@ def run_shown(
     file=None,
     stopped: Callable[[Job], str] = lambda job: "",
 ) -> tuple[dict[Job, int], bool]:
-    """Runs all jobs, with a progress bar, and a line for each run on `file` (default: stdout). `stopped` says of a run
-    that has not finished why that is no failure. Returns the exit codes of the failed jobs, and whether the user
-    interrupted."""
+    """Runs all jobs, with a progress bar, and a line for each run on `file` (default: stdout), at the end also how many
+    of them other processes have made. `stopped` says of a run that has not finished why that is no failure. Returns the
+    exit codes of the failed jobs, and whether the user interrupted."""
     from tqdm import tqdm
 
     failed: dict[Job, int] = {}
+    made = Counter[bool]()  # {whether another process has made it: number}
     with tqdm(total=len(jobs), unit="run", disable=None if jobs else True, dynamic_ncols=True) as bar:
 
         def on_end(job: Job, code: int, why: str) -> None:
             no_failure = stopped(job) if code != OK else _outcome(job)
             if not no_failure:
                 failed[job] = code
+            by_another = code == OK and why == ALREADY
+            made[by_another] += code == OK
             with bar.external_write_mode():
-                outcome = no_failure or f"FAILED ({code}), {why or f'see {job.log}'}"
-                print(f"{job.label} -> {outcome}", file=file, flush=True)
+                outcome = no_failure or f"{_how_failed(job, f'FAILED ({code})')}, {why or f'see {job.log}'}"
+                print(f"{job.label} -> {outcome}{', by another process' * by_another}", file=file, flush=True)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
 
         def on_wait(job: Job, why: str) -> None:
             with bar.external_write_mode():
-                print(f"{job.label} waits: {why}", file=file, flush=True)
+                print(f"{job.label} {why}", file=file, flush=True)
 
         try:
             engine.run(jobs, on_end, extra, runner, on_wait)
+            interrupted = False
         except KeyboardInterrupt:
-            return failed, True
-    return failed, False
+            interrupted = True
+    if made[True]:
+        print(f"{made[False]} run(s) made here, {made[True]} by others meanwhile", file=file, flush=True)
+    return failed, interrupted
 
 
 def _outcome(job: Job) -> str:
@@ -323,7 +330,13 @@ def say_failed(failed: Mapping[Job, int]) -> None:
     if failed:
         print(f"{len(failed)} run(s) failed:", file=sys.stderr)
     for job, code in failed.items():
-        print(f"  {job.label} (exit code {code}): {job.log}", file=sys.stderr)
+        print(f"  {job.label} {_how_failed(job, f'(exit code {code})')}: {job.log}", file=sys.stderr)
+
+
+def _how_failed(job: Job, otherwise: str) -> str:
+    """Of a run that has just ended: its newest folder is its own, whatever code has begun it."""
+    (state,) = status.look([job], {}, keep_changed=True)
+    return state.why if state.why == status.DIVERGED else otherwise
 
 
 def _parser() -> Parser:
@@ -350,7 +363,7 @@ def _parser() -> Parser:
     add("--buffer_sizes", type=words, default=[], help="for the methods that have a buffer")
     add("--seeds", help="e.g. 0-2,5 (default: 0)")
     add("--grid", action="append", default=[], metavar="FLAG=A,B", help="a further axis; repeat for more")
-    add("--dry_run", action="store_true", help="print the runs, and which are finished, then stop")
+    add("--dry_run", action="store_true", help="print the runs, and which are finished or running, then stop")
     add(
         "--status", action="store_true",
         help="print how far the runs are, also while they run elsewhere, then stop; exit code 0: all are finished, 1: "
@@ -485,10 +498,12 @@ def _own(argv: Sequence[str]) -> list[str]:
 
 
 def _show(jobs: Sequence[Job], found: Found, engine: Engine | Slurm) -> None:
-    """The runs of a sweep, which of them are finished, and the script that Slurm would be given."""
-    for job in jobs:
-        print(f"{'finished' if job.hash in found.done else 'to do':9} {job.label}")
-    print(f"{len(jobs)} run(s), {len(found.done)} of them finished", *found.notes(), sep="\n")
+    """The runs of a sweep, which of them are finished or under way, and the script that Slurm would be given."""
+    states = [own.state for own in status.look(jobs, found.done)]
+    for job, state in zip(jobs, states, strict=True):
+        print(f"{state if state in (status.FINISHED, status.RUNNING) else 'to do':9} {job.label}")
+    running = f", {states.count(status.RUNNING)} running" if status.RUNNING in states else ""
+    print(f"{len(jobs)} run(s), {len(found.done)} of them finished{running}", *found.notes(), sep="\n")
     pending = [job for job in jobs if job.hash not in found.done]
     if isinstance(engine, Slurm) and pending:
         print("", engine.script(new_folder(pending), pending), sep="\n", end="")

@@ -13,6 +13,7 @@ from flatcl.utils.console import complain, guarded, program, say, shown, silence
 from flatcl.utils.errors import Interrupted, RunFailed, UsageError
 from flatcl.utils.registry import load_plugin
 from flatcl.utils.saved import check_code, read_saved
+from flatcl.utils.studies.engines import ALREADY
 
 OK, FAILED, USAGE, BUSY, INTERRUPTED = 0, 1, 2, 75, 130
 PATIENCE_S = 10.0  # torchrun ends all processes of a run when one has ended
@@ -113,7 +114,7 @@ def _resume_auto(request: Request) -> int:
             if path is None:
                 return _run(lambda: run.train(config))
             if run.is_done(path):
-                say(f"already finished: {path}")
+                say(f"{ALREADY}: {path}")
                 return OK
             words = {name: words for name, words in request.words.items() if name in _without_result()}
             return _resume(Request(words, request.plugins, resume=str(path), keep_changed=request.keep_changed))

@@ -23,7 +23,6 @@ from flatcl.utils.console import complain, shown
 from flatcl.utils.engine.results import environment
 from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.extras import require
-from flatcl.utils.files import read_json
 from flatcl.utils.registry import load_plugin
 from flatcl.utils.reports.groups import TUNED
 from flatcl.utils.studies import Study, status, tune
@@ -41,6 +40,7 @@ WHY = {
     tune.DIVERGED: "diverged: this trial has no value",
 }
 STOPPED = tuple(WHY)
+SHOW = "It is a flag of flatcl sweep. flatcl tune STUDY --show prints what was tried so far, and starts nothing."
 NO_AXES = ("notes", "validation")  # of the test runs: said to them, and not shown as a column
 
 
@@ -298,25 +298,13 @@ class Tuning:
         for job, state in zip(jobs, status.look(jobs, {}, self.keep_changed), strict=True):
             if self.section.prune and marked(self.pruned, job.hash):
                 found[job.hash] = tune.PRUNED
-            elif self._has_diverged(state):
+            elif state.why == status.DIVERGED:  # with the same code, as it would again
                 found[job.hash] = tune.DIVERGED
             elif state.state == status.FAILED or job.hash in self._codes:
                 found[job.hash] = tune.FAILED
             else:
                 found[job.hash] = tune.OPEN
         return found
-
-    def _has_diverged(self, state: status.State) -> bool:
-        """Whether it would diverge again: with other code it might not."""
-        try:
-            return (
-                state.state == status.FAILED
-                and state.folder is not None
-                and read_json(state.folder / "summary.json")["status"] == "diverged"
-                and not status.is_of_other_code(state.folder, state.job.config, self.keep_changed)
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def _looked(self, trials: Sequence[tuple[Cell, int, Mapping[str, str]]]) -> tuple[list[Trial], sweep.Found]:
         """What has become of trials, each given as (cell, number, flags), and what there is of their runs."""
@@ -464,6 +452,7 @@ def _code() -> dict[str, Any]:
 def _parser() -> Parser:
     parser = Parser(
         of_runs="write it after a separate --, as in: flatcl tune study.yaml -- {flag} VALUE",
+        elsewhere={"--dry_run": SHOW, "--status": SHOW, "--json": SHOW},
         prog="flatcl tune",
         description="Searches the flags of the study's section tune on the validation split, writes down what it "
         "chooses, and runs the study with it on the test set. Flags of all runs come after a separate --.",

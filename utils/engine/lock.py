@@ -25,7 +25,11 @@ LONGEST = 4096  # bytes of a lock file; ours has some 200
 
 
 class Busy(UsageError):
-    """Another process, which is alive, holds the lock."""
+    """Another process, which is alive, holds the lock: `holder`, where it is known."""
+
+    def __init__(self, problem: str, holder: "Holder | None" = None):
+        self.holder = holder
+        super().__init__(problem)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its number has a meaning here: then it is certain that it lives."""
+        return self.place == _place()
 
 
 class Lock:
@@ -117,7 +126,8 @@ class Lock:
         if found is not None and is_alive:
             raise Busy(
                 f"{self.what} is in use by {found}. Wait for it to end, or stop it. If you know that it is not alive, "
-                f"delete {self.file}."
+                f"delete {self.file}.",
+                found,
             )
         if is_alive:
             raise Busy(

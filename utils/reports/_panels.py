@@ -1,7 +1,7 @@
 """What the pictures of `plots` show: groups of runs, a panel for each dataset, buffer size and setting; their names."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Request:
         return name if self.is_cost else f"{name} (%)"
 
     def named(self, value: Any) -> str:
-        return self.names.get(canonical(written(value)), written(value))
+        return named(value, self.names)
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,13 @@ def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
     if not request.mix:
         keys = [*request.by, *(key for key in PANELS if key not in request.by)]
         check_mixtures(group_runs(runs, keys, request.setting), request.by)
-    shared = _shared(runs, request)
+    shared = shared_of([{key: run.get(key) for key in request.by if key != "dataset"} for run in runs])
     found = []
     for validation in (False, True):
         part = [run for run in runs if bool(run.get("validation")) == validation]
         found += _panels(part, request, validation, shared)
-    _check_names(found, request)
+    rows = [series.group.by for panel in found for series in panel.series]
+    check_names(request.names, rows, [panel.setting for panel in found])
     labels = dict.fromkeys(series.label for panel in found for series in panel.series)
     places = {label: place for place, label in enumerate(labels)}
     return [
@@ -116,11 +117,11 @@ def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
     ]
 
 
-def _shared(runs: Sequence[Run], request: Request) -> dict[str, Any]:
-    """{key: value} of what all runs have in common where the groups differ in something else: it belongs into the
-    title, not into each label. The model or the optimizer does only where the groups differ in the other one."""
-    values = {key: {written(run.get(key)) for run in runs} for key in request.by if key != "dataset"}
-    alike = {key: runs[0].get(key) for key, found in values.items() if len(found) == 1}
+def shared_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{key: value} of what all rows of keys have in common where they differ in something else: it belongs into the
+    title, not into each label. The model or the optimizer does only where the rows differ in the other one."""
+    values = {key: {written(row[key]) for row in rows} for key in rows[0]}
+    alike = {key: rows[0][key] for key, found in values.items() if len(found) == 1}
     if len(alike) == len(values):
         return {}
     pair_varies = any(key in values and key not in alike for key in BY)
@@ -140,42 +141,53 @@ def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Map
     panels = []
     for column in columns:
         values = dict(zip(pivot, column.values, strict=True))
-        parts = [_part(key, value, request) for key, value in shared.items()]
-        parts += [_part(key, value, request) for key, value in values.items() if value is not None]
-        own = [(row, cells[i, column]) for i, row in enumerate(rows) if (i, column) in cells]
-        series = tuple(Series(_label(row, request, shared), 0, group) for row, group in own)
+        parts = [part_of(key, value, request.names) for key, value in shared.items()]
+        parts += [part_of(key, value, request.names) for key, value in values.items() if value is not None]
+        own = [cells[i, column] for i in range(len(rows)) if (i, column) in cells]
+        keys = [{key: group.by[key] for key in by} for group in own]  # also an optimizer that `spread` leaves out
+        series = tuple(Series(label_of(row, request.names, shared), 0, group)
+                       for row, group in zip(keys, own, strict=True))  # fmt: skip
         panels.append(Panel((*parts, request.named(column.setting)), column.setting, validation, series))
     return panels
 
 
-def _part(key: str, value: Any, request: Request) -> str:
-    text = request.named(value)
+def named(value: Any, names: Mapping[str, str]) -> str:
+    """A value as text; the label that `names` has in its place."""
+    return names.get(canonical(written(value)), written(value))
+
+
+def part_of(key: str, value: Any, names: Mapping[str, str]) -> str:
+    """A part of a title: `er`, `lr 0.1`."""
+    text = named(value, names)
     if key in (*BY, "dataset") or text != written(value):
         return text
     return f"{'buffer' if key == 'buffer_size' else key.replace('_', ' ')} {text}"
 
 
-def _label(row: Mapping[str, Any], request: Request, shared: Mapping[str, Any]) -> str:
-    """`er + sam, lr 0.1`, with names in place of words; a name of the pair comes first."""
+def label_of(row: Mapping[str, Any], names: Mapping[str, str], shared: Mapping[str, Any]) -> str:
+    """`er + sam, lr 0.1`, with `names` in place of words; a name of the pair comes first."""
     words = {key: written(value) for key, value in row.items() if value is not None}
-    pair = request.names.get(canonical("+".join(words[key] for key in BY if key in words)))
-    main = [request.named(words[key]) for key in BY if key in words and key not in shared]
-    rest = [request.names.get(canonical(word), f"{key.replace('_', ' ')} {word}")
+    pair = names.get(canonical(_pair(words)))
+    main = [named(words[key], names) for key in BY if key in words and key not in shared]
+    rest = [names.get(canonical(word), f"{key.replace('_', ' ')} {word}")
             for key, word in words.items() if key not in BY and key not in shared]  # fmt: skip
     text = pair or " + ".join(main)
     return ", ".join([*([text] if text else []), *rest]) or "all runs"
 
 
-def _check_names(panels: Sequence[Panel], request: Request) -> None:
-    """A name for something that is not there is a typing error."""
-    known: dict[str, None] = {}
-    for panel in panels:
-        for series in panel.series:
-            words = {key: written(value) for key, value in series.group.by.items()}
-            pair = "+".join(words[key] for key in BY if key in words)
-            known |= dict.fromkeys([*words.values(), panel.setting, *([pair] if "+" in pair else [])])
+def _pair(words: Mapping[str, str]) -> str:
+    return "+".join(words[key] for key in BY if key in words)
+
+
+def check_names(names: Mapping[str, str], rows: Iterable[Mapping[str, Any]], others: Iterable[str] = ()) -> None:
+    """Raises `UsageError` for a name of what is neither a value or a pair of the rows nor among the `others`: it is a
+    typing error."""
+    known: dict[str, None] = dict.fromkeys(others)
+    for row in rows:
+        words = {key: written(value) for key, value in row.items()}
+        known |= dict.fromkeys([*words.values(), _pair(words)])
     there = {canonical(word) for word in known}
-    unknown = [name for name in request.names if canonical(name) not in there]
+    unknown = [name for name in names if canonical(name) not in there]
     if unknown:
         raise UsageError(
             *(f"--names: nothing here is called '{name}'. {nearest(name, list(known))}" for name in unknown)

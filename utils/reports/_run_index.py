@@ -26,11 +26,11 @@ Stamps = list[list[int] | None]  # of each of FILES; None where it is missing
 
 def read_runs(
     folder: Path, read: Callable[[Path], Any], record: str, may_write: bool = True
-) -> tuple[list[tuple[Path, Any]], list[Path]]:
-    """([(run folder, what `read` makes of it)] of all run folders below `folder`, files named `record` there), both in
-    the order of their paths. What `read` gives must fit into JSON; None says that it is no run. Without `may_write`, an
-    index is used, but none is written."""
-    found, records = _walk(str(folder), record)
+) -> tuple[list[tuple[Path, Any]], list[Path], list[Path]]:
+    """([(run folder, what `read` makes of it)] of all run folders below `folder`, files named `record` there, folders
+    that have a configuration and no summary), each in the order of their paths. What `read` gives must fit into JSON;
+    None says that it is no run. Without `may_write`, an index is used, but none is written."""
+    found, records, begun = _walk(str(folder), record)
     known = _load(folder)
     contents = {path: known[path][1] for path, stamps in found if path in known and known[path][0] == stamps}
     missing = [path for path, _ in found if path not in contents]
@@ -44,13 +44,14 @@ def read_runs(
     finally:
         if fresh is not None:
             fresh.remove()
-    return [(folder / path, contents[path]) for path, _ in found], [folder / path for path in records]
+    runs = [(folder / path, contents[path]) for path, _ in found]
+    return runs, [folder / path for path in records], [folder / path for path in begun]
 
 
-def _walk(top: str, record: str) -> tuple[list[tuple[str, Stamps]], list[str]]:
-    """([(path below `top`, stamps)] of each folder that has a summary.json, paths of the records). A run folder itself
-    is not searched: it holds many files, and no runs."""
-    found, records, waiting = [], [], [""]
+def _walk(top: str, record: str) -> tuple[list[tuple[str, Stamps]], list[str], list[str]]:
+    """([(path below `top`, stamps)] of each folder that has a summary.json, paths of the records, folders with a
+    config.json alone). A run folder itself is not searched: it holds many files, and no runs."""
+    found, records, begun, waiting = [], [], [], [""]
     while waiting:
         path = waiting.pop()
         own = os.path.join(top, path)
@@ -59,6 +60,8 @@ def _walk(top: str, record: str) -> tuple[list[tuple[str, Stamps]], list[str]]:
             found.append((path, stamps))
             if stamps[1] is not None:
                 continue
+        elif stamps[1] is not None:
+            begun.append(path)
         with suppress(OSError), os.scandir(own) as entries:  # what may not be read is passed over
             for entry in entries:
                 if entry.name == record:
@@ -66,7 +69,7 @@ def _walk(top: str, record: str) -> tuple[list[tuple[str, Stamps]], list[str]]:
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.append(os.path.join(path, entry.name))
     found.sort(key=lambda item: item[0].split(os.sep))
-    return found, sorted(records, key=lambda path: path.split(os.sep))
+    return found, *(sorted(paths, key=lambda path: path.split(os.sep)) for paths in (records, begun))
 
 
 def _stamp(file: str) -> list[int] | None:

@@ -52,7 +52,7 @@ def against_table(
     for own in found:
         keys = {**own.ours.by, "setting": own.ours.setting, "metric": own.metric}
         body.append([*(written(keys[name]) for name in head), *_cells(own, costs)])
-    titles = ["n", f"difference [{LEVEL * 100:.0f} %]", "p t", "p Wilcoxon", "seeds", "result"]
+    titles = ["n", f"difference [{LEVEL * 100:.0f} %]", "p t", "p Wilcoxon", "seeds needed", "result"]
     footing = _footing(found, against, metrics, costs)
     return laid_out(
         [*head, *titles], body, len(head), [*footing, *split_note(groups), *tuning_note(groups)], format, options
@@ -90,10 +90,12 @@ def _footing(
     return [
         units,
         f"difference: row minus the one of {reference}, mean of n pairs of equal seed [{LEVEL * 100:.0f} % t interval]",
-        f"p of the paired t test and of the Wilcoxon signed-rank test, Holm-corrected over {number} comparison(s)",
+        f"p of the paired t test and of the Wilcoxon signed-rank test, Holm-corrected over {number} comparison(s)"
+        if any(counts)
+        else "no test: there are fewer than two pairs of equal seed",
         f"result: better or worse by the corrected t test at {ALPHA}; less forgetting and less cost are better",
-        f"seeds: pairs for a power of {POWER} of the paired t test at {ALPHA} (uncorrected), if the true difference "
-        "is the observed one",
+        f"seeds needed: pairs for a power of {POWER} of the paired t test at {ALPHA} (uncorrected), if the true "
+        "difference is the observed one",
     ]
 
 

@@ -13,7 +13,7 @@ from flatcl.utils.arguments import SEEDS, EngineArgs
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import differences
 from flatcl.utils.registry import canonical, nearest
-from flatcl.utils.reports.runs import VALIDATION, Run, check_key, comparable
+from flatcl.utils.reports.runs import TEST, VALIDATION, Run, check_key, comparable
 
 TUNED = "tuned: "  # with which the notes of runs begin whose flags `flatcl tune` has chosen
 BY = ("dataset", "model", "optimizer", "buffer_size")
@@ -178,28 +178,49 @@ def mixtures(groups: Sequence[Group]) -> list[str]:
 def check_mixtures(groups: Sequence[Group], by: Sequence[str]) -> None:
     """Raises `UsageError` where a row would be a mean over runs that differ in more than the seed: one problem for all
     rows that differ in the same things. `by`: the keys that make the rows now."""
-    kinds: dict[tuple, dict[str, Mixture]] = {}
-    for mixture in map(Mixture.of, groups):
+    kinds: dict[tuple, list[Group]] = {}
+    for group in groups:
+        mixture = Mixture.of(group)
         if mixture:
-            kinds.setdefault((*mixture.keys, bool(mixture.files)), {})[mixture.label] = mixture
-    problems = [_refusal(list(alike.values()), by) for alike in kinds.values()]
+            kinds.setdefault((*mixture.keys, bool(mixture.files)), []).append(group)
+    problems = [_refusal(alike, by) for alike in kinds.values()]
     if problems:
         raise UsageError(*problems)
 
 
-def _refusal(alike: Sequence[Mixture], by: Sequence[str]) -> str:
-    """What a mixture is refused with, and how to split it. `alike`: mixtures of the same keys."""
-    keys = {name: sorted({value for own in alike for value in own.keys[name]}) for name in alike[0].keys}
-    merged = Mixture("", {name: _few(values) for name, values in keys.items()},
-                     _few(sorted({file for own in alike for file in own.files})))  # fmt: skip
-    names = [*keys, *(["code_version"] if merged.files else [])]
-    rows = ", ".join(_few([f"'{own.label}'" for own in alike], most=3))
-    mix = "show them apart with --mix" if [*keys] == ["split"] else "average them all with --mix"
-    where = shlex.quote(f"{names[0]}={keys[names[0]][0]}") if keys else "code_version=DIGEST"
+def _refusal(alike: Sequence[Group], by: Sequence[str]) -> str:
+    """What rows are refused with whose runs differ in the same keys, and how to split them."""
+    names = _splitting(alike)
+    mixed = [Mixture.of(group) for group in alike]
+    keys = {name: sorted({value for own in mixed for value in own.keys.get(name, ())}) for name in names}
+    files = sorted({file for own in mixed for file in own.files}) if "code_version" in names else []
+    merged = Mixture("", {name: _few(values) for name, values in keys.items() if values}, _few(files))
+    labels = [f"'{label}'" for label in dict.fromkeys(group.label for group in alike)]
+    if "split" in names:  # which are never averaged
+        where, mix = f"split={TEST}", "show them apart with --mix" if names == ["split"] else ""
+    else:
+        where = shlex.quote(f"{names[0]}={keys[names[0]][0]}") if keys[names[0]] else "code_version=DIGEST"
+        mix = "average them all with --mix"
+    ways = [f"Split them with --by {','.join((*by, *names))}", f"choose with --where {where}", *([mix] if mix else [])]
     return (
-        f"{len(alike)} row(s) would be a mean over runs that differ in more than the seed ({merged}): {rows}. Split "
-        f"them with --by {','.join((*by, *names))}, choose with --where {where}, or {mix}."
+        f"{len(labels)} row(s) would be a mean over runs that differ in more than the seed ({merged}): "
+        f"{', '.join(_few(labels, most=3))}. {', '.join(ways[:-1])}{',' * (len(ways) > 2)} or {ways[-1]}."
     )
+
+
+def _splitting(groups: Sequence[Group]) -> list[str]:
+    """Keys by which these rows fall into rows that mix nothing: the usual ones as far as they do, then others."""
+    found: list[str] = []
+    while True:
+        parts: dict[tuple, list[Run]] = {}
+        for i, group in enumerate(groups):
+            for run in group.runs:
+                parts.setdefault((i, *(comparable(run.get(key)) for key in found)), []).append(run)
+        mixed = [mixture for own in parts.values() if (mixture := Mixture.of(Group({}, "", tuple(own))))]
+        left = list(dict.fromkeys(key for mixture in mixed for key in mixture.keys if key not in found))
+        if not left:
+            return [*found, "code_version"] if any(mixture.files for mixture in mixed) else found
+        found.append(next((key for key in ("split", *BY) if key in left), left[0]))
 
 
 def _few(words: Sequence[str], most: int = 6) -> tuple[str, ...]:

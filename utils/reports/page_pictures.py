@@ -53,8 +53,8 @@ def draw(runs: Sequence[Run], given: Sequence[str | Path], choice: Choice) -> tu
 def _add(runs: Sequence[Run], name: str, choice: Choice, figures: dict[str, str], notes: list[str]) -> None:
     """The pictures of the runs of one section and split, and what is to be said about them."""
     runs, problems = (runs, []) if choice.mix else _without_mixtures(runs, choice)
-    kinds, problem = _kinds(runs, choice) if runs else ([], None)
-    notes += [_note(name or "These runs", problem) for problem in [*problems, *([problem] if problem else [])]]
+    kinds, more = _kinds(runs, choice) if runs else ([], [])
+    notes += [_note(name or "These runs", problem) for problem in (*problems, *more)]
     for kind in kinds:
         said: list[str] = []
         metric = choice.metric if kind in plots.WITH_METRIC else None
@@ -104,7 +104,7 @@ def _without_mixtures(runs: Sequence[Run], choice: Choice) -> tuple[list[Run], l
     return [run for run in runs if id(run) not in mixed], said
 
 
-def _kinds(runs: Sequence[Run], choice: Choice) -> tuple[list[str], str | None]:
+def _kinds(runs: Sequence[Run], choice: Choice) -> tuple[list[str], list[str]]:
     """(the kinds that can be read, what is to be said about the others)."""
     keys, apart = _keys(choice)
     groups = group_runs(runs, [*keys, *apart], choice.setting)
@@ -112,32 +112,38 @@ def _kinds(runs: Sequence[Run], choice: Choice) -> tuple[list[str], str | None]:
     panels = len({(*(group.by[key] for key in apart), group.setting) for group in groups})
     if len(names) > MOST_GROUPS or panels > MOST_PANELS:
         limits = f"drawn are at most {MOST_GROUPS} groups and {MOST_PANELS} combinations"
-        return [], (
+        return [], [
             f"no pictures of {len(names):,} groups in {panels:,} combinations of benchmark, memory size and setting: "
             f"{limits}. Choose with --where."
-        )
-    return _readable(len(runs), names, panels)
+        ]
+    kinds, problems = _readable(len(runs), names, panels)
+    if len(keys) != 2 and len(names) > 1:
+        kinds = [kind for kind in kinds if kind != "heat"]
+        problems.append(f"no heat map: it needs two keys, --by has {len(keys)}: {', '.join(keys)}.")
+    return kinds, problems
 
 
-def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], str | None]:
+def _readable(runs: int, names: set[tuple], panels: int) -> tuple[list[str], list[str]]:
     """As `_kinds`, for so many runs and panels, and groups of these names."""
-    problem: str | None = None
+    problems: list[str] = []
     skipped, count = set[str](), len(names)
     if count == 1:
         skipped = {"compute", "bars"}
     if count <= max((len(set(values)) for values in zip(*names, strict=True)), default=0):
         skipped.add("heat")  # with one cell in each row it would show what the bars do
-    if count * panels > MOST_MATRICES:
-        skipped.add("matrix")
-        number = count * panels
-        problem = f"no accuracy matrices: drawn are at most {MOST_MATRICES}, here are {number:,}. Choose with --where."
-    if runs > MATRICES_OF:
-        skipped |= {*plots.OF_MATRICES}
-        problem = f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}."
     if count > plots.MANY:
         skipped |= {*plots.OF_MATRICES, "compute"}
-        problem = (
+        problems.append(
             f"no lines, points and matrices of {count} groups: at most {plots.MANY} can be told apart. Choose with "
             "--where."
         )
-    return [kind for kind in plots.KINDS if kind not in skipped], problem
+    elif runs > MATRICES_OF:
+        skipped |= {*plots.OF_MATRICES}
+        problems.append(f"accuracy matrices are read of at most {MATRICES_OF:,} runs, here are {runs:,}.")
+    elif count * panels > MOST_MATRICES:
+        skipped.add("matrix")
+        problems.append(
+            f"no accuracy matrices: drawn are at most {MOST_MATRICES}, here are {count * panels:,}. Choose with "
+            "--where."
+        )
+    return [kind for kind in plots.KINDS if kind not in skipped], problems

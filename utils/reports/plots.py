@@ -47,10 +47,9 @@ from flatcl.utils.reports._panels import (
     listed,
     panels_of,
     say_single,
-    titles,
     with_data,
 )
-from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, written
+from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, sort_key, written
 from flatcl.utils.reports.runs import Run, check_key, load_matrices
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ __all__ = ["KINDS", "SUFFIXES", "WIDTHS", "check_path", "figure", "save", "svg"]
 KINDS = {
     "tasks": "average accuracy on the tasks learned so far, after each task",
     "forgetting": "average forgetting of the tasks learned so far, after each task from the second on",
-    "compute": "the metric against the rows that a run has trained on, with the Pareto front",
+    "compute": "the metric against the training cost, with the Pareto front",
     "bars": "the metric with 95 % t intervals, from the best to the worst",
     "matrix": "accuracy matrices side by side, means over the seeds",
     "heat": "the metric for each method and optimizer",
@@ -71,7 +70,10 @@ WITH_METRIC = ("compute", "bars", "heat")
 OF_MATRICES = ("tasks", "forgetting", "matrix")
 ROWS = "rows"
 MANY = 10  # lines; more are hard to tell apart
+BANDS = 6  # lines; the bands of more make one area
 MARKED = 20  # tasks up to which each has a marker, and each cell a border
+CELL = 1.15 * ROW  # inches: the height of a cell of a heat map
+SPAN = 5  # percent from the lightest to the darkest cell of a heat map, at least
 CMAP = "YlGnBu"  # light to dark, so that grey prints and the colour-blind have the same order
 
 
@@ -167,37 +169,45 @@ def _tasks(panels: Sequence[Panel], request: Request) -> "Figure":
     def course(matrix: Matrix) -> dict[int, float]:
         return {seen: metrics.average_accuracy(row, seen) for seen, row in enumerate(matrix, start=1)}
 
-    return _lines(panels, request, course, "average accuracy (%)")
+    return _lines(panels, request, course, "average accuracy (%)", (0, 100))
 
 
 def _forgetting(panels: Sequence[Panel], request: Request) -> "Figure":
     def course(matrix: Matrix) -> dict[int, float]:
         return dict(enumerate(pictures.forgetting(matrix), start=2))
 
-    return _lines(panels, request, course, "average forgetting (%)")
+    return _lines(panels, request, course, "average forgetting (%)", (-100, 100))
 
 
 def _lines(
-    panels: Sequence[Panel], request: Request, course: Callable[[Matrix], dict[int, float]], label: str
+    panels: Sequence[Panel],
+    request: Request,
+    course: Callable[[Matrix], dict[int, float]],
+    label: str,
+    limits: tuple[float, float],
 ) -> "Figure":
-    """Mean and sample standard deviation of `course` ({number of tasks learned: value}) over the runs of each group."""
+    """Mean and sample standard deviation of `course` ({number of tasks learned: value}) over the runs of each group.
+    `limits`: what the value can be, in percent; nothing is drawn beyond."""
     courses = [[[course(matrix) for matrix in own if len(matrix) > 1] for own in part]
                for part in _matrices(panels, request, joint=False)]  # fmt: skip
     panels, data = with_data(panels, courses)
     if not panels:
         raise UsageError("no run has learned two tasks one after the other, which a line needs.")
-    say_single(panels, "band", request)
+    with_bands = max(len(panel.series) for panel in panels) <= BANDS
+    if with_bands:
+        say_single(panels, "band", request)
+    elif any(len(series.group.runs) > 1 for panel in panels for series in panel.series):
+        request.say(f"note: no bands, since more than {BANDS} would cover each other. The tables have the spread.")
     _say_many(panels, "lines", request)
     page = Page(request.width, len(panels), _most_across(len(panels), request))
     handles: dict[str, Any] = {}
     for axes, panel, own in zip(page.axes, panels, data, strict=True):
         for series, values in zip(panel.series, own, strict=True):
-            handles.setdefault(series.label, _line(axes, series.style, values))
+            handles.setdefault(series.label, _line(axes, series.style, values, limits, with_bands))
         longest = max(max(values) for item in own for values in item)
         _task_axis(axes, min(min(values) for item in own for values in item), longest)
         _value_ticks(axes.yaxis)
-        if label.startswith("average accuracy"):
-            axes.set_ylim(max(axes.get_ylim()[0], 0), min(axes.get_ylim()[1], 101))
+        axes.set_ylim(np.clip(axes.get_ylim(), *limits))
         axes.grid(axis="y")
     head(page, panels)
     _name_axes(page, panels, "tasks learned", label)
@@ -216,18 +226,21 @@ def _value_ticks(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def _line(axes: "Axes", look: Style, courses: Sequence[Mapping[int, float]]) -> Any:
-    """A line with a band; the handle for the legend."""
+def _line(
+    axes: "Axes", look: Style, courses: Sequence[Mapping[int, float]], limits: tuple[float, float], with_band: bool
+) -> Any:
+    """A line, and its band inside the limits; the handle for the legend."""
     places = sorted(set().union(*courses))
     stats = [Stat.of(course.get(place) for course in courses) for place in places]
     means = np.array([100 * stat.mean for stat in stats])  # type: ignore[operator]
     stds = np.array([100 * (stat.std or 0) for stat in stats])
-    if stds.any():
-        axes.fill_between(places, means - stds, means + stds, color=look.colour, alpha=0.1, lw=0)
+    if with_band and stds.any():
+        low, high = np.clip([means - stds, means + stds], *limits)
+        axes.fill_between(places, low, high, color=look.colour, alpha=0.1, lw=0)
     every = 1 if len(places) <= MARKED else 0.125  # of a long line, a few markers tell it from the others
     (line,) = axes.plot(
         places, means, color=look.colour, ls=look.dashes, lw=1.2, marker=look.marker, ms=3.8, mec="white", mew=0.3,
-        markevery=every,
+        markevery=every, clip_on=False,
     )  # fmt: skip
     return line
 
@@ -288,11 +301,10 @@ def _compute(panels: Sequence[Panel], request: Request) -> "Figure":
         for point in own:
             handles.setdefault(point.series.label, _dot(axes, point, request.scale))
         _cost_axis(axes, own)
+        axes.set_ylim(_within(request, axes.get_ylim()))
         axes.grid(axis="y")
     head(page, panels)
-    if page.across > 1:
-        unit = unit.replace(" (", "\n(").replace(" + ", " + " if page.panel_inches > LETTER * 26 else " +\n")
-    _name_axes(page, panels, unit, request.label)
+    _name_axes(page, panels, _cost_label(unit, page.panel_inches), request.label)
     page.legend([*handles.values(), line], [*_in_legend(handles, request), "Pareto front"], handlelength=1.4)
     made = page.fit(lambda width: min(max(0.72 * width, 1.6), 2.2))
     for axes, own, front in zip(page.axes, data, fronts, strict=True):
@@ -310,13 +322,20 @@ def _cost(request: Request, groups: Sequence[Group]) -> tuple[Callable[[Run], fl
     """(cost of a run, the axis' label)."""
     if request.x == ROWS:
         largest = max((_rows(run) or 0 for group in groups for run in group.runs), default=0)
-        unit, word = (10**6, "millions") if largest >= 10**6 else (10**3, "thousands")
-        return lambda run: None if _rows(run) is None else _rows(run) / unit, f"forward + 2 × backward rows ({word})"
+        unit, word = (10**6, "million") if largest >= 10**6 else (10**3, "thousand")
+        label = f"training cost ({word} images, forward + 2 × backward)"
+        return lambda run: None if _rows(run) is None else _rows(run) / unit, label
     if request.x not in request.costs:
         known = [ROWS, *sorted(request.costs)]
         raise UsageError(f"--x: unknown cost: '{request.x}'. {nearest(request.x, known)}")
     name = request.x
     return lambda run: run.summary.get("cost", {}).get(name), NAMES.get(name, name.replace("_", " "))
+
+
+def _cost_label(label: str, inches: float) -> str:
+    """In as many lines as an axis of this length needs."""
+    halves = broken(label, inches).split("\n")
+    return "\n".join(part if len(part) * LETTER <= inches else part.replace(" (", "\n(") for part in halves)
 
 
 def _rows(run: Run) -> float | None:
@@ -350,16 +369,18 @@ def _dot(axes: "Axes", point: Point, scale: int) -> Any:
     look, mean = point.series.style, scale * point.mean
     if point.y.std:
         axes.errorbar(point.x, mean, yerr=scale * point.y.std, color=look.colour, lw=0.6, alpha=0.5, fmt="none")
-    (dot,) = axes.plot([point.x], [mean], color=look.colour, marker=look.marker, ms=4.5, mec="white", mew=0.3, ls="")
+    (dot,) = axes.plot([point.x], [mean], color=look.colour, marker=look.marker, ms=4.5, mec="white", mew=0.3, ls="",
+                       clip_on=False)  # fmt: skip
     return dot
 
 
 def _front(axes: "Axes", front: Sequence[Point], scale: int) -> Any:
-    """A step at each point: between two of them nothing better than the first is known."""
+    """A step at each point: between two of them nothing better than the first is known. Behind all points: a step may
+    pass one that is not on the front."""
     ys = [scale * point.mean for point in front]
     (line,) = axes.step(
-        [point.x for point in front], ys, where="post", color=GREY, lw=0.9, zorder=1.5, marker="o", mfc="none",
-        mec=INK, mew=0.7, ms=7.5, label="Pareto front",
+        [point.x for point in front], ys, where="post", color=GREY, lw=0.8, ls=(0, (3, 2)), zorder=1.2, marker="o",
+        mfc="none", mec=INK, mew=0.7, ms=7.5, clip_on=False, label="Pareto front",
     )  # fmt: skip
     return line
 
@@ -464,7 +485,9 @@ def _bars(panels: Sequence[Panel], request: Request) -> "Figure":
     head(page, panels)
     for axes, panel in zip(page.axes, panels, strict=True):
         axes.set_xlabel(panel.on_split(textwrap.fill(request.label, int(page.panel_inches / LETTER))))
-    page.legend(_interval_key(), ["mean", "95 % t interval", "each seed"], handlelength=1.4)
+    intervals = [t_interval(numbers) for own in data for numbers in own]
+    key = _interval_key(any(high > low for low, high in intervals))
+    page.legend(list(key.values()), list(key), handlelength=1.4)
     row = ROW * max(1 + label.count("\n") for label in labels.values())
     heights = [max(row * len(panel.series), 2 * ROW) for panel in panels]
     return _fit_rows(page, heights)
@@ -494,7 +517,7 @@ def _in_legend(labels: Iterable[str], request: Request) -> list[str]:
     return [broken(label, WIDTHS[request.width] - 0.5) for label in labels]
 
 
-SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": ""}
+SEEDS: dict[str, Any] = {"color": GREY, "marker": "o", "ms": 2.2, "alpha": 0.6, "mew": 0, "ls": "", "clip_on": False}
 
 
 def _interval(axes: "Axes", row: int, values: Sequence[float]) -> None:
@@ -502,27 +525,29 @@ def _interval(axes: "Axes", row: int, values: Sequence[float]) -> None:
     axes.plot(values, [row + 0.27] * len(values), **SEEDS, label="seeds")  # below, where the interval hides none
     if high > low:
         axes.plot([low, high], [row, row], color=COLOURS[0], lw=1, solid_capstyle="butt", label="interval")
-    axes.plot([statistics.fmean(values)], [row], "o", color=COLOURS[0], ms=4.2, mec="white", mew=0.4, label="mean")
+    axes.plot([statistics.fmean(values)], [row], "o", color=COLOURS[0], ms=4.2, mec="white", mew=0.4, clip_on=False,
+              label="mean")  # fmt: skip
 
 
-def _interval_key() -> list[Any]:
+def _within(request: Request, ends: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an axis; those of an accuracy are not beyond 0 and 100 %."""
+    return (max(ends[0], 0.0), min(ends[1], 100.0)) if request.metric.endswith("accuracy") else ends
+
+
+def _interval_key(with_interval: bool) -> dict[str, Any]:
+    """{what is drawn: how it looks} for the legend."""
     from matplotlib.lines import Line2D
 
-    return [
-        Line2D([], [], color=COLOURS[0], marker="o", ms=4.2, ls=""),
-        Line2D([], [], color=COLOURS[0], lw=1),
-        Line2D([], [], **SEEDS),
-    ]
+    mean = {"mean": Line2D([], [], color=COLOURS[0], marker="o", ms=4.2, ls="")}
+    interval = {"95 % t interval": Line2D([], [], color=COLOURS[0], lw=1)} if with_interval else {}
+    return {**mean, **interval, "each seed": Line2D([], [], **SEEDS)}
 
 
 def _value_axis(axes: "Axes", data: Sequence[Sequence[float]], request: Request) -> None:
-    """Limits from the intervals; an accuracy's axis does not go on beyond 0 and 100 %."""
+    """Limits from the intervals; an accuracy's axis ends at 0 and 100 %."""
     ends = [end for values in data for end in (*t_interval(values), *values)]
     room = 0.03 * (max(ends) - min(ends)) or 1.0
-    low, high = min(ends) - room, max(ends) + room
-    if request.metric.endswith("accuracy"):
-        low, high = max(low, 0.0), min(high, 100.0 + room / 2)
-    axes.set_xlim(low, high)
+    axes.set_xlim(_within(request, (min(ends) - room, max(ends) + room)))
     _value_ticks(axes.xaxis)
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
@@ -536,27 +561,34 @@ def _matrix(panels: Sequence[Panel], request: Request) -> "Figure":
     panels, data = with_data(panels, _matrices(panels, request, joint=True))
     cells = [(panel, series, _mean_of(own)) for panel, part in zip(panels, data, strict=True)
              for series, own in zip(panel.series, part, strict=True)]  # fmt: skip
-    widest = LETTER * max(len(series.label) for _, series, _ in cells) + 0.1
+    common, parts = _apart([(series.label, *panel.parts) for panel, series, _ in cells])
+    widest = LETTER * max(len(part) for own in parts for part in own) + 0.1
     page = Page(request.width, len(cells), max(1, min(2 if request.width == "column" else 4,
                                                       int(WIDTHS[request.width] / widest))))  # fmt: skip
-    for axes, (panel, series, values) in zip(page.axes, cells, strict=True):
+    for axes, (_, _, values), own in zip(page.axes, cells, parts, strict=True):
         image = _mesh(axes, values, 0, 100, CMAP)
-        above = "" if len(panels) == 1 else "\n" + titles([panel], page.panel_inches)[0]
-        axes.set_title(broken(series.label, page.panel_inches) + above)
+        lines = [own[0], ", ".join(own[1:])] if len(own) > 1 else own
+        axes.set_title("\n".join(broken(line, page.panel_inches) for line in lines))
         for axis, count in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-            _task_labels(axis, count, int(page.panel_inches / 0.3))
+            _task_labels(axis, count, page.panel_inches)
     for place, axes in enumerate(page.axes):
         if place % page.across == 0:
             axes.set_ylabel("after task")
         if place + page.across >= len(cells):
             axes.set_xlabel("accuracy on task")
     _colour_bar(page, image, panels[0].on_split("accuracy (%)"))
-    if len(panels) == 1:
-        page.figure.suptitle(titles(panels, WIDTHS[request.width])[0])
+    if common:
+        page.figure.suptitle(broken(", ".join(common), WIDTHS[request.width] - 0.1))
     rows, columns = np.max([values.shape for _, _, values in cells], axis=0)
     made = page.fit(lambda width: max(min(width * rows / columns, 2.6), 0.3))
     _write_cells([(axes, values) for axes, (_, _, values) in zip(page.axes, cells, strict=True)], ("{:.1f}", "{:.0f}"))
     return made
+
+
+def _apart(headings: Sequence[tuple[str, ...]]) -> tuple[list[str], list[list[str]]]:
+    """(what all headings have, the rest of each). A single heading keeps its first part, the group's label."""
+    common = [part for part in headings[0][len(headings) == 1 :] if all(part in other for other in headings)]
+    return common, [[part for part in heading if part not in common] for heading in headings]
 
 
 def _mean_of(matrices: Sequence[Matrix]) -> np.ndarray:
@@ -584,8 +616,10 @@ def _mesh(axes: "Axes", values: np.ndarray, low: float, high: float, cmap: str) 
     return image
 
 
-def _task_labels(axis: Any, count: int, most: int) -> None:
-    """Of all tasks, or of each second, fifth, tenth, ..., so that they are at most `most`."""
+def _task_labels(axis: Any, count: int, inches: float) -> None:
+    """Of all tasks up to ten, if they have room; else of each second, fifth, tenth, ..."""
+    letters = len(str(count)) if axis.axis_name == "x" else 1  # side by side, or one below the other
+    most = int(inches / (0.3 if count > 10 else 0.08 + 0.035 * letters))
     step = next(
         digit * 10**power for power in itertools.count() for digit in (1, 2, 5) if count <= most * digit * 10**power
     )
@@ -637,50 +671,86 @@ def _number(value: float, form: str) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text  # no -0.0
 
 
+@dataclass(frozen=True)
+class Crossed:
+    """A panel of a heat map: `keys` of its rows and columns, what is beside and below it, and (rows, columns) values in
+    the metric's unit, nan where there is none."""
+
+    panel: Panel
+    keys: tuple[str, str]
+    rows: list[str]
+    columns: list[str]
+    values: np.ndarray
+
+    @property
+    def names(self) -> list[str]:
+        """Of the vertical axis, broken where it is short, and of the horizontal one; empty where the labels are names
+        that say it themselves."""
+        beside, below = ("" if key in BY else key.replace("_", " ") for key in self.keys)
+        is_short = LETTER * len(beside) > CELL * len(self.rows)
+        return [beside.replace(" ", "\n") if is_short else beside, below]
+
+
 def _heat(panels: Sequence[Panel], request: Request) -> "Figure":
     keys = [key for key in request.by if key != "dataset"]
     crossed = [_crossed(panel, keys, request) for panel in panels]
-    shown = [(panel, *parts) for panel, parts in zip(panels, crossed, strict=True) if not np.isnan(parts[2]).all()]
+    shown = [own for own in crossed if not np.isnan(own.values).all()]
     if not shown:
         raise UsageError(f"no run has a value of {request.metric}. Choose another --metrics.")
-    share = all(rows == shown[0][1] for _, rows, _, _ in shown)
-    longest = LETTER * max(len(name) for _, rows, _, _ in shown for name in rows)
-    title = LETTER * max(len(part) for panel, *_ in shown for part in panel.parts)
-    columns = max(0.36 * max(len(names) for _, _, names, _ in shown), title) + 0.15
+    share = all((own.keys, own.rows) == (shown[0].keys, shown[0].rows) for own in shown)
+    longest = LETTER * max(len(name) for own in shown for name in own.rows)
+    longest += ROW * max(len(own.names[0].split("\n")) if own.names[0] else 0 for own in shown)
+    title = LETTER * max(len(part) for own in shown for part in own.panel.parts)
+    columns = max(0.36 * max(len(own.columns) for own in shown), title) + 0.15
     room = WIDTHS[request.width] - (longest if share else 0)
     page = Page(request.width, len(shown), max(1, int(room / (columns + (0 if share else longest)))))
     page.panel_inches = room / page.across - (0.1 if share else longest)
-    for place, (axes, (_, rows, names, values)) in enumerate(zip(page.axes, shown, strict=True)):
-        _mesh(axes, values, np.nanmin(values), np.nanmax(values), f"{CMAP}_r" if request.lower_is_better else CMAP)
-        axes.set_yticks(range(len(rows)), [] if share and place % page.across else rows)
-        axes.set_xticks(range(len(names)), names)
-        too_long = LETTER * max(map(len, names)) > page.panel_inches / len(names)
+    for place, (axes, own) in enumerate(zip(page.axes, shown, strict=True)):
+        low, high = _colour_ends(own.values, request)
+        _mesh(axes, own.values, low, high, f"{CMAP}_r" if request.lower_is_better else CMAP)
+        has_rows = not share or place % page.across == 0
+        axes.set_yticks(range(len(own.rows)), own.rows if has_rows else [])
+        axes.set_ylabel(own.names[0] if has_rows else "")
+        axes.set_xticks(range(len(own.columns)), own.columns)
+        axes.set_xlabel(own.names[1])
+        too_long = LETTER * max(map(len, own.columns)) > page.panel_inches / len(own.columns)
         axes.tick_params(axis="x", rotation=90 if too_long else 0)
-    head(page, [panel for panel, *_ in shown])
-    page.figure.suptitle(shown[0][0].on_split(request.label))
-    made = _fit_rows(page, [1.15 * ROW * len(rows) for _, rows, _, _ in shown])
+    head(page, [own.panel for own in shown])
+    said = f"{request.label}, each panel with its own colours" if len(shown) > 1 else request.label
+    page.figure.suptitle(shown[0].panel.on_split(broken(said, WIDTHS[request.width] - 0.1)))
+    made = _fit_rows(page, [CELL * len(own.rows) for own in shown])
     forms = ("{:,.4g}", "{:.2g}") if request.is_cost else ("{:.1f}", "{:.0f}")
-    _write_cells([(axes, values) for axes, (_, _, _, values) in zip(page.axes, shown, strict=True)], forms)
+    _write_cells([(axes, own.values) for axes, own in zip(page.axes, shown, strict=True)], forms)
     return made
 
 
-def _crossed(panel: Panel, keys: Sequence[str], request: Request) -> tuple[list[str], list[str], np.ndarray]:
-    """(rows, columns, values): the key with more values makes the rows, so that all labels can be read."""
+def _colour_ends(values: np.ndarray, request: Request) -> tuple[float, float]:
+    """The values of the lightest and the darkest colour: of percentages at least `SPAN` apart, so that small
+    differences look small."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if request.is_cost or high - low >= SPAN:
+        return low, high
+    return (low + high - SPAN) / 2, (low + high + SPAN) / 2
+
+
+def _crossed(panel: Panel, keys: Sequence[str], request: Request) -> Crossed:
+    """The key with more values makes the rows, so that all labels can be read."""
     groups = {tuple(written(series.group.by[key]) for key in keys): series.group for series in panel.series}
     ranks = {canonical(name): rank for rank, name in enumerate(request.order)}
-    names = [
-        sorted({pair[k] for pair in groups}, key=lambda word: (ranks.get(canonical(word), len(ranks)), word))
-        for k in range(2)
-    ]
-    turned = len(names[0]) <= len(names[1])
-    rows, columns = (names[1], names[0]) if turned else (names[0], names[1])
-    values = np.full((len(rows), len(columns)), np.nan)
+
+    def place(word: str, value: Any) -> tuple:
+        return ranks.get(canonical(word), len(ranks)), sort_key(value)
+
+    known = [{written(series.group.by[key]): series.group.by[key] for series in panel.series} for key in keys]
+    names = [sorted(own, key=lambda word, own=own: place(word, own[word])) for own in known]  # type: ignore[misc]
+    row, column = (1, 0) if len(names[0]) <= len(names[1]) else (0, 1)
+    values = np.full((len(names[row]), len(names[column])), np.nan)
     for pair, group in groups.items():
-        row, column = (pair[1], pair[0]) if turned else pair
         mean = group.stat(request.metric).mean
         if mean is not None:
-            values[rows.index(row), columns.index(column)] = request.scale * mean
-    return [request.named(word) for word in rows], [request.named(word) for word in columns], values
+            values[names[row].index(pair[row]), names[column].index(pair[column])] = request.scale * mean
+    labels = [[request.named(word) for word in own] for own in names]
+    return Crossed(panel, (keys[row], keys[column]), labels[row], labels[column], values)
 
 
 DRAW: Mapping[str, Callable[[Sequence[Panel], Request], "Figure"]] = {

@@ -18,8 +18,9 @@ BLOCKS = ("dataset", "buffer_size", "split")  # keys of a block, with the settin
 
 @dataclass(frozen=True)
 class Ranks:
-    """Mean ranks (from 1, the best) of k groups over N blocks in one metric. `rows` are their keys, and their `labels`.
-    `chi2` and `p` of the Friedman test are None for k < 3, or where all groups are equal in each block."""
+    """Mean ranks (from 1, the best) of k groups over N blocks in one metric. `rows` are their keys, without the
+    optimizer where each method has one; `groups` all keys but those of the blocks. `chi2` and `p` of the Friedman test
+    are None for k < 3, or where all groups are equal in each block."""
 
     metric: str
     rows: tuple[dict[str, Any], ...]
@@ -27,10 +28,7 @@ class Ranks:
     num_blocks: int
     chi2: float | None
     p: float | None
-
-    @property
-    def labels(self) -> list[str]:
-        return [" ".join(written(value) for value in row.values() if value is not None) for row in self.rows]
+    groups: tuple[dict[str, Any], ...]
 
     @property
     def critical_difference(self) -> float:
@@ -78,7 +76,9 @@ def rank(
     if len(rows) > 2 and any(len(set(block)) > 1 for block in blocks):
         result = friedmanchisquare(*zip(*blocks, strict=True))
         chi2, p = float(result.statistic), float(result.pvalue)
-    return Ranks(metric, tuple(rows), mean_ranks, len(whole), chi2, p)
+    whole_keys = ({key: value for key, value in cells[i, whole[0]].by.items() if key not in keys}
+                  for i in range(len(rows)))  # fmt: skip
+    return Ranks(metric, tuple(rows), mean_ranks, len(whole), chi2, p, tuple(whole_keys))
 
 
 def _check(rows: list[dict], columns: list[Column], whole: list[Column], means: dict, metric: str) -> None:

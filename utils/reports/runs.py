@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from flatcl.utils.saved import other_code
 RECORD = "runs.jsonl"
 VALIDATION, TEST = "validation", "test"
 DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
-NO_RESULT = "no result"  # the status of a run that has written no summary: it ended before its first task did
+NO_RESULT = "no result"  # the status of a run that has no summary: it is at its first task, or ended there
 DECIMALS = 5  # of an accuracy (a fraction) in a record: enough for test sets of up to 100,000 images
 
 
@@ -76,15 +76,17 @@ def _digest(code: Mapping[str, str] | None) -> str | None:
     return "c" + hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:7]
 
 
-def load_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
-    """The finished runs in these folders, searched recursively; of equal runs (flags and seed) the newest. Raises
-    `UsageError` where there are none."""
-    runs = find_runs(paths, say)
+def load_runs(
+    paths: Sequence[str | Path], say: Callable[[str], None] = complain, where: Mapping[str, str] | None = None
+) -> list[Run]:
+    """The finished runs in these folders (and records) that have the values of `where`, searched recursively; of equal
+    runs (flags and seed) the newest. Raises `UsageError` where there are none."""
+    runs = find_runs(paths, say, where=where or {})
     if not runs:
         raise UsageError(
             f"no finished runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders."
         )
-    return runs
+    return select(runs, where or {})
 
 
 def find_runs(
@@ -93,24 +95,29 @@ def find_runs(
     with_repeats: bool = False,
     with_unfinished: bool = False,
     may_write: bool = True,
+    where: Mapping[str, str] | None = None,
 ) -> list[Run]:
-    """As `load_runs`, but there may be none. `with_repeats`: all of equal runs, the newest last. `with_unfinished`:
-    runs of any status; of equal runs a finished one counts rather than a newer one that is not. Without `may_write`, no
-    index is written."""
+    """As `load_runs`, but there may be none, and `where` only says which runs that are left out are counted.
+    `with_repeats`: all of equal runs, the newest last. `with_unfinished`: runs of any status that have a result; of
+    equal runs a finished one counts rather than a newer one that is not. Without `may_write`, no index is written."""
     found: dict[Path, Run] = {}
-    unfinished: dict[str, int] = {}
+    unfinished: Counter[str] = Counter()
     for path in paths:
         folder = user_path(path)
         place = folder.resolve()
         for run in _runs_in(folder, say, may_write):
-            if run is not None and (with_unfinished or run.summary["status"] == "finished"):
+            if run is None:
+                continue
+            status = run.summary["status"]
+            if status == "finished" or (with_unfinished and status != NO_RESULT):
                 found[place / run.path.relative_to(folder)] = run
-            elif run is not None:
-                unfinished[run.summary["status"]] = unfinished.get(run.summary["status"], 0) + 1
+            elif _has(run, where or {}):
+                unfinished[status] += 1
     if unfinished:
-        counts = ", ".join(f"{number} {status}" for status, number in sorted(unfinished.items()))
+        said = {NO_RESULT: "without a result yet"}
+        counts = ", ".join(f"{number} {said.get(status, status)}" for status, number in sorted(unfinished.items()))
         say(f"note: left out, since they did not finish: {counts}.")
-    return _by_age(found.values()) if with_repeats else _newest(list(found.values()), say)
+    return _by_age(found.values()) if with_repeats else _newest(list(found.values()), say, where or {})
 
 
 def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
@@ -119,7 +126,7 @@ def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain)
     found: dict[Path, Run] = {}
     for path in paths:
         folder = user_path(path)
-        for run in (*_runs_in(folder, say), *_without_summary(folder)):
+        for run in _runs_in(folder, say):
             if run is not None:
                 found.setdefault(folder.resolve() / run.path.relative_to(folder), run)
     if not found:
@@ -128,14 +135,22 @@ def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain)
 
 
 def _runs_in(folder: Path, say: Callable[[str], None], may_write: bool = True) -> Iterable[Run | None]:
-    """Run folders, and records (`runs.jsonl`) of run folders that are not kept."""
-    try:
-        next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
-    except OSError as error:
-        raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
-    runs, records = run_index.read_runs(folder, _contents, RECORD, may_write)
+    """Run folders, and records (`runs.jsonl`) of run folders that are not kept. Runs that ended before their first task
+    did, or are still at it, have no result: their folders have a configuration alone."""
+    if folder.suffix == Path(RECORD).suffix and folder.is_file():
+        runs, records, begun = [], [folder], []
+    else:
+        try:
+            next(folder.iterdir(), None)  # rglob is silent about a folder that it cannot read
+        except OSError as error:
+            raise UsageError(f"cannot read {folder}: {error.strerror}. Give a folder that holds run folders.") from None
+        runs, records, begun = run_index.read_runs(folder, _contents, RECORD, may_write)
     for path, content in runs:
         yield _as_run(path, content, say)
+    for path in begun:
+        run = _as_run(path, _contents(path, has_summary=False), lambda line: None)  # or somebody else's config.json
+        if run is not None and run.flags:
+            yield run
     for file in records:
         try:
             lines = read_text(file).splitlines()
@@ -144,18 +159,6 @@ def _runs_in(folder: Path, say: Callable[[str], None], may_write: bool = True) -
             continue
         for number, line in enumerate(lines, start=1):
             yield _as_run(file / str(number), _parsed(line), say)
-
-
-def _without_summary(folder: Path) -> Iterable[Run]:
-    """Runs that ended before their first task did, or are still at it: their folders have a configuration alone."""
-    for own, folders, files in os.walk(folder):
-        folders.sort()
-        if "config.json" in files:
-            folders.clear()  # a run folder holds no runs
-            content = None if "summary.json" in files else _contents(Path(own), has_summary=False)
-            run = _as_run(Path(own), content, say=lambda line: None)  # a foreign config.json is none of our business
-            if run is not None and run.flags:
-                yield run
 
 
 def _contents(folder: Path, has_summary: bool = True) -> dict[str, Any] | None:
@@ -314,13 +317,13 @@ def write_record(runs: Sequence[Run], path: str | Path) -> None:
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _newest(runs: list[Run], say: Callable[[str], None]) -> list[Run]:
+def _newest(runs: list[Run], say: Callable[[str], None], where: Mapping[str, str]) -> list[Run]:
     """One run of each config hash."""
     kept: dict[Any, Run] = {}
     for run in _by_age(runs):
         kept[run.summary.get("config_hash") or run.path] = run
-    if len(kept) < len(runs):
-        repeated = len(runs) - len(kept)
+    repeated = sum(_has(run, where) for run in runs) - sum(_has(run, where) for run in kept.values())
+    if repeated:
         say(f"note: {repeated} run(s) repeat another one's flags and seed; the newest of equal runs counts.")
     return list(kept.values())
 
@@ -339,13 +342,16 @@ def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
     """The runs whose keys have these values; commas separate alternatives: {"model": "er,derpp", "seed": "0"}."""
     for key, wanted in where.items():
         check_key(key, runs)
-        choices = [comparable(word) for word in wanted.split(",")]
-        found = [run for run in runs if comparable(run.get(key)) in choices]
+        found = [run for run in runs if _has(run, {key: wanted})]
         if not found:
             has = sorted({comparable(run.get(key)) for run in runs})
             raise UsageError(f"no run has {key} = {wanted}. These occur: {', '.join(has)}.")
         runs = found
     return list(runs)
+
+
+def _has(run: Run, where: Mapping[str, str]) -> bool:
+    return all(comparable(run.get(key)) in map(comparable, wanted.split(",")) for key, wanted in where.items())
 
 
 def comparable(value: Any) -> str:

@@ -11,6 +11,7 @@ from flatcl.utils.reports import latex
 from flatcl.utils.reports.cells import Cell, Number, plain
 from flatcl.utils.reports.comparisons import mark_best
 from flatcl.utils.reports.groups import (
+    BY,
     METRICS,
     Group,
     check_metrics,
@@ -72,7 +73,7 @@ def _flat(
 ) -> Parts:
     """A row for each group, a column for each metric; the best are marked where there is a `sign` for it."""
     numbers = [[Number.of(group.stat(metric), metric in costs, interval) for metric in metrics] for group in groups]
-    footing = ["mean ± sample standard deviation [95 % t interval of the mean]"] if interval else []
+    footing = _spread_note(numbers, interval)
     if sign:
         marks, notes = mark_best(groups, [None] * len(groups), metrics, costs, sign=sign)
         numbers = _marked(numbers, marks)
@@ -99,7 +100,9 @@ def _pivoted(
     )]  # fmt: skip
     members = list(cells.values())
     numbers = [[Number.of(group.stat(metric), metric in costs, interval) for metric in metrics] for group in members]
-    footing = [_pivot_footing(members, metrics, costs, interval)]
+    footing = [_pivot_footing(members, metrics, costs, _spread_note(numbers, interval))]
+    if any(key not in BY[:3] for key in pivot):  # whose values do not say what they are of
+        footing.append(f"columns: {', '.join(pivot)}")
     if sign:
         marks, notes = mark_best(members, [column for _, column in cells], metrics, costs, pivot, sign)
         numbers = _marked(numbers, marks)
@@ -110,13 +113,21 @@ def _pivoted(
     return head, body, len(rows[0]), footing
 
 
-def _pivot_footing(members: Sequence[Group], metrics: Sequence[str], costs: set[str], interval: bool) -> str:
+def _spread_note(numbers: Sequence[Sequence[Number]], interval: bool) -> list[str]:
+    """What stands behind ±, where there is one."""
+    if not any(number.std for own in numbers for number in own):
+        return []
+    return [f"mean ± sample standard deviation{' [95 % t interval of the mean]' if interval else ''}"]
+
+
+def _pivot_footing(
+    members: Sequence[Group], metrics: Sequence[str], costs: set[str], spread_note: Sequence[str]
+) -> str:
     counts = sorted({len(group.runs) for group in members})
     runs = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
     names = " / ".join(metric if metric in costs or not costs & {*metrics} else f"{metric} in %" for metric in metrics)
     unit = "" if costs & {*metrics} else " in %"
-    ends = " [95 % t interval of the mean]" if interval else ""
-    return f"{names}{unit}; mean ± sample standard deviation{ends}, {runs}"
+    return f"{names}{unit}; {', '.join((*spread_note, runs))}"
 
 
 def _marked(numbers: list[list[Number]], marks: Sequence[Sequence[str | None]]) -> list[list[Number]]:
@@ -136,7 +147,9 @@ def tuning_note(groups: Sequence[Group]) -> list[str]:
     """How many configurations stand behind the numbers of each row."""
     labels: dict[str, dict[str, None]] = {}
     for group in groups:
-        labels.setdefault(group.tuned, {})[group.label] = None
+        words = (written(value) if key in BY[:3] else f"{key} {written(value)}"
+                 for key, value in group.by.items() if value is not None)  # fmt: skip
+        labels.setdefault(group.tuned, {})[" ".join(words)] = None
     lines = [f"{said}: {', '.join(own)}" if len(labels) > 1 else said for said, own in labels.items() if said]
     return [f"flags of each row chosen by a search ({'; '.join(lines)})"] if lines else []
 

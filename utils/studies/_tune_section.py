@@ -131,15 +131,10 @@ class TuneReader:
             if name in self.places:
                 self.tree.complain(path, f"--{name} is also given at {self.places[name]}. Give it in one place.")
             self.places[name] = self.tree.where(path)
-            values = self._range(path, item) if isinstance(item, dict) else self._choices(path, item)
+            values = self._range(path, item) if isinstance(item, dict) else self._choices(path, name, item)
             if values:
                 space[name] = values
         return space
-
-    def _choices(self, path: tuple, item: Any) -> tuple[str, ...]:
-        if isinstance(item, list) and any(isinstance(one, list) for one in item):
-            return tuple(self._value((*path, i), one) for i, one in enumerate(item))
-        return tuple(word for _, word in self._list(path, item))
 
     def _range(self, path: tuple, item: Mapping[str, Any]) -> Range | None:
         for key in item:

@@ -27,6 +27,7 @@ from flatcl.utils.studies.engines import LAST_LINE
 FINISHED, RUNNING, FAILED, INTERRUPTED, NOT_STARTED = STATES = (
     "finished", "running", "failed", "interrupted", "not started",
 )  # fmt: skip
+DIVERGED = "diverged (loss not finite)"  # why a run has failed
 OK, SOME_FAILED, NOT_ALL_YET = 0, 1, 3  # exit codes
 SHOWN = 20  # runs of each kind, one a line
 TAIL = 2048  # bytes of a log that hold its last lines
@@ -137,10 +138,12 @@ def _unfinished(job: Job, folder: Path | None, num_tasks: int, keep_changed: boo
     if process is not None:
         return State(job, RUNNING, tasks, num_tasks, str(process), folder)
     code = exit_code_of(job.log)
+    has_diverged = counts and status == "diverged"
     if code is not None and 0 < code < 128 and code != 75:  # 75: another process was at it; 128 and more: a signal
-        return State(job, FAILED, tasks, num_tasks, f"exit code {code}", folder)
+        why = DIVERGED if has_diverged and code == 1 else f"exit code {code}"
+        return State(job, FAILED, tasks, num_tasks, why, folder)
     if code is None and counts and status in ("crashed", "diverged"):  # started without a sweep, or its log is gone
-        return State(job, FAILED, tasks, num_tasks, str(status), folder)
+        return State(job, FAILED, tasks, num_tasks, DIVERGED if has_diverged else str(status), folder)
     if folder is not None and counts and checkpoint.exists(folder / "checkpoint"):
         return State(job, INTERRUPTED, tasks, num_tasks, "", folder)
     return State(job, NOT_STARTED, 0, num_tasks)
@@ -272,8 +275,9 @@ def report(states: Sequence[State], time_left: Left, name: str | None) -> str:
     """Counts, a table of the cells, the runs that are not over, the time left: text that ends in a newline."""
     counts = _counts(states)
     number = "1 run" if len(states) == 1 else f"{len(states)} runs"
-    head = f"{f'study {name}: ' if name else ''}{number}: {', '.join(f'{counts[state]} {state}' for state in STATES)}"
-    lines = [head, "", _table(states).rstrip("\n")]
+    places = ", ".join(sorted({str(state.job.config.results_path) for state in states}))
+    head = f"study {name} in {places}: {number}" if name else f"{number} in {places}"
+    lines = [f"{head}: {', '.join(f'{counts[state]} {state}' for state in STATES)}", "", _table(states).rstrip("\n")]
     for kind in (RUNNING, FAILED, INTERRUPTED):
         own = [state for state in states if state.state == kind]
         if own:

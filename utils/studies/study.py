@@ -5,6 +5,7 @@ The file's words mean what the same words of a command line mean; paths in it ar
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils import declared
-from flatcl.utils.arguments import SEEDS, SELECTORS, flags_of_runs, known_flags
+from flatcl.utils.arguments import SEEDS, SELECTORS, flags_of_runs, known_flags, problem_of
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import METHODS, canonical, load_plugin, nearest
 from flatcl.utils.studies import _tree
@@ -185,6 +186,7 @@ class _Reader(TuneReader):
     def __init__(self, tree: Tree):
         self.tree, self.top = tree, tree.top
         self.places: dict[str, str] = {}
+        self.values: list[tuple[_tree.Path_, str, str]] = []  # (path, flag, word), of those that could be taken
 
     def study(self) -> Study:
         top = self.top
@@ -210,9 +212,18 @@ class _Reader(TuneReader):
             tune=self._tune(),
             places=self.places,
         )
-        if not self.tree.problems:
+        if self.tree.problems:
+            self._check_values()
+        else:
             self._check_use(study)
         return study
+
+    def _check_values(self) -> None:
+        """Values of flags that all runs have, where other mistakes keep the runs from being resolved."""
+        for path, name, value in self.values:
+            problem = problem_of(name, value)
+            if problem is not None:
+                self.tree.complain(path, problem)
 
     def _about_key(self, key: str) -> str:
         if canonical(key) in flags_of_runs():
@@ -310,6 +321,9 @@ class _Reader(TuneReader):
             self.tree.complain(path, f"--{name} has a key of its own. Write: {OWN_KEYS[name]}: ...")
         elif name in also or name in flags_of_runs():
             return True
+        elif _is_number(path[-1]):  # YAML reads {lr: 0,1} as two keys
+            hint = "Write numbers with a point (0.1, not 0,1), and lists in [ ]."
+            self.tree.complain(path, f"expects the name of a flag, got the number {path[-1]}. {hint}")
         else:
             hint = nearest(name, sorted(flags_of_runs()), "See flatcl train --model M --dataset D --help.")
             self.tree.complain(path, f"unknown flag: {name}. {hint}")
@@ -327,10 +341,10 @@ class _Reader(TuneReader):
         for path, name, value in entries:
             if name != "plugin" and self._flag_is_known(path, name, BESIDE_FLAGS):
                 self.places[name] = self.tree.where(path)
-                flags[name] = self._value(path, value)
+                flags[name] = self._value(path, name, value)
         return flags, plugins
 
-    def _value(self, path: _tree.Path_, value: Any) -> str:
+    def _value(self, path: _tree.Path_, name: str, value: Any) -> str:
         """One value of a flag; a list is one of a flag that takes several numbers."""
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -338,7 +352,16 @@ class _Reader(TuneReader):
             if None not in items:
                 self.tree.complain(path, f"expects a value, got {kind}.")
             return ""
-        return ",".join(items) or "none"
+        self.values.append((path, name, ",".join(items) or "none"))
+        return self.values[-1][-1]
+
+    def _choices(self, path: _tree.Path_, name: str, value: Any) -> tuple[str, ...]:
+        """Several values of a flag."""
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            return tuple(self._value((*path, i), name, item) for i, item in enumerate(value))
+        items = self._list(path, value)
+        self.values += [(own, name, item) for own, item in items]
+        return tuple(item for _, item in items)
 
     def _grid(self, flags: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
         grid: dict[str, tuple[str, ...]] = {}
@@ -348,10 +371,7 @@ class _Reader(TuneReader):
             if name in flags:
                 self.tree.complain(path, f"--{name} also stands below flags. Give it in one place.")
             self.places[name] = self.tree.where(path)
-            if isinstance(value, list) and any(isinstance(item, list) for item in value):
-                grid[name] = tuple(self._value((*path, i), item) for i, item in enumerate(value))
-            else:
-                grid[name] = tuple(item for _, item in self._list(path, value))
+            grid[name] = self._choices(path, name, value)
         return grid
 
     def _fix(self, flags: Mapping[str, str]) -> dict[str, int]:
@@ -398,10 +418,11 @@ class _Reader(TuneReader):
                     chosen[name] = tuple(item for _, item in self._list(path, value))
                 elif self._flag_is_known(path, name):
                     self.places.setdefault(name, self.tree.where(path))
-                    flags[name] = self._value(path, value)
+                    flags[name] = self._value(path, name, value)
             if isinstance(entry, dict) and (not chosen or not flags):
-                missing = "any flag" if chosen else f"one of {', '.join(CHOOSES)}"
-                self.tree.complain(("cells", i), f"expects runs to choose and flags to set, got none of {missing}.")
+                names = f"{', '.join(CHOOSES[:-1])} or {CHOOSES[-1]}"
+                missing = "sets no flag. Add one, such as lr: 0.03" if chosen else f"names no {names}. Add one"
+                self.tree.complain(("cells", i), f"this cell {missing}.")
             found.append(Cell(chosen, flags))
         return tuple(found)
 
@@ -446,19 +467,31 @@ class _Reader(TuneReader):
                 )
         both = sorted({*section.seeds} & {*study.seeds}) if section and not section.same_seeds else ()
         if both:
+            of_search, of_study = map(self._seeds_as_given, (self.top["tune"], self.top))
             complain(
                 ("tune", "seeds") if "seeds" in self.top["tune"] else ("tune",),
-                f"seed {', '.join(map(str, both))} is both of the search (tune.seeds, default: 0) and of the study "
-                "(seeds, default: 0). Give others, or same_seeds: true.",
+                f"seed {', '.join(map(str, both))} is both of the search (tune.seeds: {of_search}) and of the study "
+                f"(seeds: {of_study}). Give others, or same_seeds: true.",
             )
         if not re.fullmatch(r"\w[\w.-]*", study.name):
             complain(("name",), f"names a file of the search: letters, digits and ._- only, got '{study.name}'.")
+
+    def _seeds_as_given(self, section: Mapping[str, Any]) -> str:
+        given = section.get("seeds", "0, by default")
+        return given if isinstance(given, str) else ", ".join(given)
 
     def _as_written(self, path: _tree.Path_, name: str) -> str:
         entry: Any = self.top
         for part in path:
             entry = entry[part]
         return next(key for key in entry if canonical(key.removeprefix("--")) == name)
+
+
+def _is_number(key: Any) -> bool:
+    try:
+        return math.isfinite(float(key))
+    except ValueError:
+        return False
 
 
 def _kind(value: Any) -> str:

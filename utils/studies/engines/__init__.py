@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 OK, FAILED, BUSY, INTERRUPTED = 0, 1, 75, 130  # exit codes of a run
 LAST_LINE = "exit code"  # of a run's log, then the code; a log without it is of a run that was killed
+ALREADY = "already finished"  # how `train` begins its line where another process has made the run
 Runner = Callable[[list[str]], int]  # `main` of the command `train`
 
 
@@ -29,8 +30,8 @@ class Job(Protocol):
     def log(self) -> Path: ...
 
 
-OnEnd = Callable[[Job, int, str], None]  # (job, exit code, why there is no log)
-OnWait = Callable[[Job, str], None]  # (job, who is at it)
+OnEnd = Callable[[Job, int, str], None]  # (job, exit code, why there is no log, or ALREADY)
+OnWait = Callable[[Job, str], None]  # (job, what it waits for: words that go on from its name)
 
 
 class Engine(Protocol):

@@ -17,7 +17,18 @@ from typing import Any
 
 from flatcl.utils.console import program, say
 from flatcl.utils.engine.lock import Busy, Lock
-from flatcl.utils.studies.engines import BUSY, FAILED, INTERRUPTED, LAST_LINE, OK, Job, OnEnd, OnWait, Runner
+from flatcl.utils.studies.engines import (
+    ALREADY,
+    BUSY,
+    FAILED,
+    INTERRUPTED,
+    LAST_LINE,
+    OK,
+    Job,
+    OnEnd,
+    OnWait,
+    Runner,
+)
 
 RETRY_S = 2.0  # until a job that another sweep is at is tried again
 STOP_S = 30.0  # what an interrupted run may take to write what it has finished
@@ -56,11 +67,18 @@ class Worker:
 
     def result(self) -> tuple[int, str]:
         """(exit code, why there is no log that says more)."""
+        sent = self.sent()
+        if sent is None:
+            self.process.join()
+            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
+        return sent
+
+    def sent(self) -> tuple[int, str] | None:
+        """What the worker says of its run; None where it has ended without a word."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self.process.join()
-            return self.process.exitcode or FAILED, ""  # negative: the signal that killed it
+            return None
 
 
 def run_all(
@@ -114,15 +132,30 @@ def run_all(
                 else:
                     on_end(job, code, why)
     finally:
-        stop([*workers, *idle])
+        stop(workers, idle, on_end)
 
 
-def stop(workers: Sequence[Worker]) -> None:
-    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not."""
-    for worker in workers:
+def stop(workers: Sequence[Worker], idle: Sequence[Worker] = (), on_end: OnEnd = lambda job, code, why: None) -> None:
+    """Asks the runs to end as Ctrl-C does, so that they keep what they have, and ends those that do not. `on_end` is
+    called for a run that comes to its own end meanwhile: Ctrl-C in its last seconds, after its last step, changes
+    nothing."""
+    for worker in (*workers, *idle):
         if worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGINT)
     end = time.monotonic() + STOP_S
+    ended = []
+    left = {worker.connection: worker for worker in workers}
+    while left and time.monotonic() < end:
+        for connection in wait(list(left), max(0.0, end - time.monotonic())):
+            worker = left.pop(connection)
+            ended.append((worker.job, worker.sent()))
+            connection.close()  # it waits for no further run
+    for worker in (*left.values(), *idle):
+        worker.connection.close()
+    for job, sent in ended:
+        if sent is not None and sent[0] < 128 and sent[0] != BUSY:  # 128 and more: our signal
+            on_end(job, *sent)
+    workers = [*workers, *idle]
     for worker in workers:
         worker.process.join(max(0.0, end - time.monotonic()))
     for worker in workers:
@@ -143,7 +176,7 @@ def _work(connection, runner: Runner) -> None:
             connection.send((code, why))
             if code not in (OK, BUSY):
                 return
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return
 
 
@@ -156,16 +189,33 @@ def _end_with_parent() -> None:
 
 
 def run_claimed(argv: list[str], log: Path, label: str, runner: Runner) -> tuple[int, str]:
-    """(exit code, why there is no log). One process at a time runs a job, whatever sweep it belongs to."""
+    """(exit code, why there is no log, or what a busy one waits for, or ALREADY). One process at a time runs a job,
+    whatever sweep it belongs to."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with Lock(log.with_suffix(".lock"), label):
             code = _run_logged(argv, log, runner)
-            return code, f"see {log}" if code == BUSY else ""
+            if code == BUSY:
+                return code, f"waits: another process is at it, see {log}"
+            return code, ALREADY if code == OK and _had_nothing_to_do(log) else ""
     except Busy as error:
-        return BUSY, str(error)
+        return BUSY, _who(error, log.with_suffix(".lock"), label)
     except OSError as error:
         return FAILED, f"its log {log} cannot be written: {error.strerror or error}"
+
+
+def _who(error: Busy, lock: Path, label: str) -> str:
+    """Who is at a job: words that go on from its name."""
+    if error.holder is None:
+        return str(error).removeprefix(f"{label} ")
+    if error.holder.is_here:
+        return f"is being made by another sweep (process {error.holder.pid})"
+    return f"is being made by another sweep ({error.holder}). If you know that it is not alive, delete {lock}."
+
+
+def _had_nothing_to_do(log: Path) -> bool:
+    """Whether another process has finished the run since this sweep looked; asked while we hold its lock."""
+    return any(line.startswith(ALREADY) for line in log.read_text(errors="replace").splitlines()[1:])
 
 
 def _run_logged(argv: list[str], log: Path, runner: Runner) -> int:

@@ -137,7 +137,7 @@ class _Driver:
                 self.on_end(job, FAILED, f"{self.losses[job]} workers or nodes were lost under it; {_first_line(lost)}")
                 return False
             room = "" if _fits(*self.options.needs(job), _nodes()) else ", once a node has room for it"
-            self.on_wait(job, f"its node or worker was lost; it goes on from its checkpoint{room}")
+            self.on_wait(job, f"waits: its node or worker was lost; it goes on from its checkpoint{room}")
             return True
         except errors.RayError as error:  # e.g. a node with another version of Python
             code, why = FAILED, _first_line(error)
