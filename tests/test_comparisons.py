@@ -146,6 +146,23 @@ def test_against_shows_differences_and_corrected_tests(three, capsys):
     assert code == 0 and [line.split(" | ")[-1].rstrip(" |") for line in lines[2:4]] == [OPEN, WORSE]
 
 
+def test_names_stand_in_the_tables_of_comparisons_too(three, capsys):
+    labels = ("--names", "optimizer=Optimizer", "sam=SAM", "sgd=SGD", "final_average_accuracy=FAA")
+    words = (three, "--by", "optimizer", "--setting", "domain-il", "--against", "optimizer=sgd")
+    code, lines, _ = told(capsys, *words, *labels)
+    assert code == 0 and lines[0].startswith("| Optimizer | metric | n |")
+    assert [row[:2] for row in cells_of(lines)] == [
+        ["adam", "FAA"], ["adam", "forgetting_chaudhry18"], ["SAM", "FAA"], ["SAM", "forgetting_chaudhry18"]
+    ]  # fmt: skip
+    footing = "\n".join(lines[6:])
+    assert "FAA in %, forgetting_chaudhry18 in %;" in footing and "minus the one of Optimizer = SGD," in footing
+    code, lines, err = told(capsys, three, "--by", "optimizer", "--pivot", "seed", "--ranks", *labels)
+    assert code == 0 and lines[0] == "| Optimizer | mean rank, FAA | mean rank, forgetting_chaudhry18 |"
+    assert [row[0] for row in cells_of(lines)] == ["SAM", "adam", "SGD"] and "FAA: 4 blocks, 3 groups," in lines[6]
+    code, _, err = told(capsys, three, "--by", "optimizer", "--pivot", "seed", "--ranks", "--names", "err=ER")
+    assert code == 2 and "--names: nothing here is called 'err'." in err
+
+
 def test_against_in_csv_has_fractions_and_both_p(three, capsys):
     _, lines, _ = told(capsys, three, "--by", "optimizer", "--against", "optimizer=sgd", "--format", "csv",
                        "--metrics", "final_average_accuracy")  # fmt: skip
@@ -451,6 +468,13 @@ def test_validation_and_test_runs_never_meet(tmp_path, capsys):
     code, lines, _ = told(capsys, tmp_path, "--where", "split=validation", "--pivot", "dataset")
     assert lines[0].startswith("| model | optimizer | buffer_size | split |") or "| split |" in lines[0]
     assert lines[-1] == "validation split, not the test set"
+    picture = tmp_path / "r.svg"
+    ranked = ("--by", "optimizer", "--pivot", "seed", "--metrics", "final_average_accuracy", "--ranks", picture)
+    code, lines, _ = told(capsys, tmp_path, "--where", "split=validation", *ranked)
+    assert code == 0 and lines[-1] == "validation split, not the test set"
+    assert "validation split, not the test set" in " ".join(re.findall(r">([^<>]+)</text>", picture.read_text()))
+    code, lines, _ = told(capsys, tmp_path, "--where", "split=test", "optimizer=sgd")
+    assert code == 0 and "validation" not in "\n".join(lines)
 
 
 def test_a_table_from_python_and_a_sweeps_are_never_refused(tmp_path):

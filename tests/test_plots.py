@@ -415,6 +415,11 @@ def test_names_label_values_and_pairs_and_are_checked(two_by_two):
         "ER + SAM $x$",
         "ER + sgd",
     ]
+    figure, _ = draw("bars", two_by_two, names={"final_average_accuracy": "FAA", "buffer_size": "memory"})
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "FAA (%)" and "memory 100" in axes.get_title()
+    figure, _ = draw("heat", two_by_two, by=["seed", "model"], mix=True, names={"seed": "repeat", "er": "ER"})
+    assert "repeat" in (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel())
     with pytest.raises(UsageError, match="nothing here is called 'derp'. Did you mean derpp"):
         draw("tasks", two_by_two, names={"derp": "DER"})
 

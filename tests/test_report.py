@@ -178,6 +178,29 @@ def test_latex_is_booktabs_with_escapes(three_seeds):
     ]
 
 
+def test_names_give_labels_to_values_keys_and_metrics(three_seeds, capsys):
+    make_run(three_seeds, model="mgser_sam", optimizer="sam", accuracy=0.9, forgetting=-0.01)
+    labels = ["er=ER", "mgser-sam=MGSER-SAM,model=Method", "final-average-accuracy=FAA"]
+    words = [str(three_seeds), "--by", "dataset,model,lr", "--names", *labels, "lr=η"]
+    assert report.main([*words, "--format", "text"]) == 0
+    head, _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[:7] == ["dataset", "Method", "η", "setting", "n", "FAA", "(%)"]
+    assert first.split()[1] == "ER" and second.split()[1] == "MGSER-SAM"
+    assert report.main([*words, "--format", "latex", "--setting", "domain-il"]) == 0
+    assert r"dataset & Method & $\eta$ & n & FAA (\%) & forgetting" in capsys.readouterr().out
+    pivot = ["--by", "model,buffer_size", "--pivot", "dataset,buffer-size", "--setting", "domain-il"]
+    assert report.main([str(three_seeds), *pivot, "--names", *labels, "perm-mnist=P", "200=small"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| Method | P, small |" and lines[3].startswith("| MGSER-SAM | 90.00 / -1.00 |")
+    assert lines[-2].startswith("FAA / forgetting_chaudhry18 in %; ") and lines[-1] == "columns: dataset, buffer_size"
+    assert report.main([str(three_seeds), "--names", *labels, "rot=Rot", "lr=η", "er+sgd=x"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "--names: nothing here is called 'rot'." in err and "nothing here is called 'lr'." in err
+    )  # which is no key of these rows
+    assert "--names: 'er+sgd' is a pair, whose parts a table shows in two columns. Name the parts." in err
+
+
 def test_text_columns_are_aligned(three_seeds):
     lines = tables.table(finished.load_runs([three_seeds]), by=["model"], format="text").splitlines()
     assert (
@@ -290,6 +313,8 @@ def test_where_selects_by_summary_and_by_flag(grid):
         (["--setting", "class-li"], "unknown setting: 'class-li'."),
         (["--where", "model"], "--where expects key=value, got 'model'."),
         (["--pivot", "dataset", "--format", "csv"], "--pivot cannot be used with --format csv"),
+        (["--names", "er=ER", "--format", "csv"], "--names: CSV keeps the names that programs know."),
+        (["--names", "er=ER", "--html", "x.html"], "--names is for the table, which --html replaces."),
         (["--nonsense"], "unknown flag: --nonsense"),
     ],
 )

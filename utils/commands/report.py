@@ -22,8 +22,8 @@ from flatcl.utils.reports.runs import RECORD, Run, all_runs, load_runs, select, 
 from flatcl.utils.reports.tables import FORMATS, table
 
 SUFFIXES = ", ".join(plots.SUFFIXES)
-OF_PICTURES = ("width", "names", "x")
-OF_RANK_PICTURES = ("width", "names")
+OF_PICTURES = ("width", "x")
+OF_RANK_PICTURES = ("width",)
 OF_TABLES = ("pivot", "format", "interval", "best", "against", "ranks", "caption", "label", "siunitx")
 
 
@@ -85,7 +85,13 @@ def _parser() -> Parser:
     add("--width", choices=plots.WIDTHS,
         help="of a picture: " + ", ".join(f"{name} ({inches:g} inches)" for name, inches in plots.WIDTHS.items())
         + f"; default: {next(iter(plots.WIDTHS))}")  # fmt: skip
-    add("--names", nargs="+", action="extend", metavar="NAME=LABEL", help="labels, e.g. er=ER,er+sam='ER with SAM'")
+    add(
+        "--names",
+        nargs="+",
+        action="extend",
+        metavar="NAME=LABEL",
+        help="labels of values, keys and metrics, e.g. er=ER,buffer_size=memory; in pictures also er+sam='ER with SAM'",
+    )
     add("--x", metavar="COST", help=f"of compute: {plots.ROWS} (forward + 2 x backward, the default) or train_s, ...")
     add(
         "--html",
@@ -124,9 +130,9 @@ def _problems_of_files(args: argparse.Namespace) -> list[str]:
         problems.append(f"--html expects a file that ends in .html, got '{args.html}'.")
     elif args.html and not user_path(args.html).parent.is_dir():
         problems.append(f"--html: there is no folder {user_path(args.html).parent}. Make it, or give another file.")
-    if args.html and not args.out:
+    if args.html and not (args.out or args.ranks):
         problems += [f"--{name} is for the table, which --html replaces. Drop it, or give --out too."
-                     for name in ("pivot", "format") if getattr(args, name) is not None]  # fmt: skip
+                     for name in ("pivot", "format", "names") if getattr(args, name) is not None]  # fmt: skip
     if args.ranks and Path(args.ranks).suffix.lower() not in plots.SUFFIXES:
         problems.append(
             f"--ranks expects a file that ends in {SUFFIXES}, got '{args.ranks}'. Give the folders of runs before the "
@@ -147,6 +153,8 @@ def _problems_of_tables(args: argparse.Namespace, given: set[str]) -> list[str]:
                  for name in ("caption", "label", "siunitx") if name in given and args.format != "latex"]  # fmt: skip
     if "best" in given and args.format == "csv":
         problems.append("--best marks cells, which CSV cannot. Choose another --format.")
+    if args.names and args.format == "csv":
+        problems.append("--names: CSV keeps the names that programs know. Drop it, or choose another --format.")
     return problems
 
 
@@ -170,7 +178,7 @@ def _labels(pairs: Sequence[str]) -> dict[str, str]:
     return {canonical(name): label for name, _, label in (part.partition("=") for part in parts)}
 
 
-def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
+def _text_of(args: argparse.Namespace, runs: Sequence[Run], labels: dict[str, str]) -> tuple[str, list]:
     """(the table that is asked for, the ranks that it shows)."""
     metrics, pivot, form = args.metrics or METRICS, args.pivot or (), args.format or FORMATS[0]
     options = latex.Options(args.caption, args.label, args.siunitx)
@@ -183,14 +191,14 @@ def _text_of(args: argparse.Namespace, runs: Sequence[Run]) -> tuple[str, list]:
     if args.against is not None:
         pairs = conditions(args.against.split(","), "--against", "optimizer=sgd")
         text = comparison_tables.against_table(
-            runs, pairs, args.by, metrics, args.setting, args.order, form, complain, options
+            runs, pairs, args.by, metrics, args.setting, args.order, form, complain, options, labels
         )
         return text, []
     if args.ranks is not None:
         ranks = comparison_tables.ranks_of(runs, args.by, metrics, args.setting, args.order, pivot, complain)
-        return comparison_tables.ranks_table(ranks, form, options), ranks
+        return comparison_tables.ranks_table(ranks, form, options, labels, has_pairs=bool(args.ranks)), ranks
     text = table(runs, args.by, metrics, args.setting, pivot, args.order, form, interval=args.interval,
-                 best=args.best, options=options)  # fmt: skip
+                 best=args.best, options=options, names=labels)  # fmt: skip
     return text, []
 
 
@@ -226,7 +234,7 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def _write_table(args: argparse.Namespace, runs: Sequence[Run], labels: dict[str, str]) -> None:
-    text, ranks = _text_of(args, runs)
+    text, ranks = _text_of(args, runs, labels)
     picture = rank_picture.draw(ranks[0], labels, args.width or next(iter(plots.WIDTHS))) if args.ranks else None
     if args.out:
         Path(args.out).write_text(text, encoding="utf-8")

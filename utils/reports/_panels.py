@@ -1,7 +1,7 @@
 """What the pictures of `plots` show: groups of runs, a panel for each dataset, buffer size and setting; their names."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports._layout import Page, Style
 from flatcl.utils.reports.groups import Group, check_mixtures, group_runs, mixtures, spread, written
+from flatcl.utils.reports.labels import check_names, named, pair_of
 from flatcl.utils.reports.runs import Run
 
 BY = ("model", "optimizer")
@@ -59,7 +60,7 @@ class Request:
 
     @property
     def label(self) -> str:
-        name = NAMES.get(self.metric, self.metric.replace("_", " "))
+        name = metric_label(self.metric, self.names)
         return name if self.is_cost else f"{name} (%)"
 
     def named(self, value: Any) -> str:
@@ -108,7 +109,8 @@ def panels_of(runs: Sequence[Run], request: Request) -> list[Panel]:
         part = [run for run in runs if bool(run.get("validation")) == validation]
         found += _panels(part, request, validation, shared)
     rows = [series.group.by for panel in found for series in panel.series]
-    check_names(request.names, rows, [panel.setting for panel in found])
+    others = [*PANELS, request.metric, *([request.x] if request.x in request.costs else [])]
+    check_names(request.names, rows, [*others, *(panel.setting for panel in found)])
     labels = dict.fromkeys(series.label for panel in found for series in panel.series)
     places = {label: place for place, label in enumerate(labels)}
     return [
@@ -151,9 +153,13 @@ def _panels(runs: Sequence[Run], request: Request, validation: bool, shared: Map
     return panels
 
 
-def named(value: Any, names: Mapping[str, str]) -> str:
-    """A value as text; the label that `names` has in its place."""
-    return names.get(canonical(written(value)), written(value))
+def metric_label(name: str, names: Mapping[str, str]) -> str:
+    """Of a metric or a cost."""
+    return named(name, names, NAMES.get(name, name.replace("_", " ")))
+
+
+def key_label(key: str, names: Mapping[str, str]) -> str:
+    return named(key, names, "buffer" if key == "buffer_size" else key.replace("_", " "))
 
 
 def part_of(key: str, value: Any, names: Mapping[str, str]) -> str:
@@ -161,37 +167,18 @@ def part_of(key: str, value: Any, names: Mapping[str, str]) -> str:
     text = named(value, names)
     if key in (*BY, "dataset") or text != written(value):
         return text
-    return f"{'buffer' if key == 'buffer_size' else key.replace('_', ' ')} {text}"
+    return f"{key_label(key, names)} {text}"
 
 
 def label_of(row: Mapping[str, Any], names: Mapping[str, str], shared: Mapping[str, Any]) -> str:
     """`er + sam, lr 0.1`, with `names` in place of words; a name of the pair comes first."""
     words = {key: written(value) for key, value in row.items() if value is not None}
-    pair = names.get(canonical(_pair(words)))
+    pair = names.get(canonical(pair_of(words)))
     main = [named(words[key], names) for key in BY if key in words and key not in shared]
-    rest = [names.get(canonical(word), f"{key.replace('_', ' ')} {word}")
+    rest = [names.get(canonical(word), f"{named(key, names, key.replace('_', ' '))} {word}")
             for key, word in words.items() if key not in BY and key not in shared]  # fmt: skip
     text = pair or " + ".join(main)
     return ", ".join([*([text] if text else []), *rest]) or "all runs"
-
-
-def _pair(words: Mapping[str, str]) -> str:
-    return "+".join(words[key] for key in BY if key in words)
-
-
-def check_names(names: Mapping[str, str], rows: Iterable[Mapping[str, Any]], others: Iterable[str] = ()) -> None:
-    """Raises `UsageError` for a name of what is neither a value or a pair of the rows nor among the `others`: it is a
-    typing error."""
-    known: dict[str, None] = dict.fromkeys(others)
-    for row in rows:
-        words = {key: written(value) for key, value in row.items()}
-        known |= dict.fromkeys([*words.values(), _pair(words)])
-    there = {canonical(word) for word in known}
-    unknown = [name for name in names if canonical(name) not in there]
-    if unknown:
-        raise UsageError(
-            *(f"--names: nothing here is called '{name}'. {nearest(name, list(known))}" for name in unknown)
-        )
 
 
 def listed(runs: Sequence[Run]) -> str:

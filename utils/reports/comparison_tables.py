@@ -14,11 +14,13 @@ from flatcl.utils.reports.groups import (
     group_runs,
     keys_of,
     mixtures,
+    split_notes,
     written,
 )
+from flatcl.utils.reports.labels import check_names, named
 from flatcl.utils.reports.ranks import BLOCKS, Ranks, rank
 from flatcl.utils.reports.runs import Run
-from flatcl.utils.reports.tables import csv_keys, csv_text, laid_out, split_note, tuning_note
+from flatcl.utils.reports.tables import check_names_of, csv_keys, csv_text, laid_out, tuning_note, with_unit
 
 CSV = ("metric", "n", "mean", "reference_mean", "difference", "std", "low", "high", "p_t", "p_t_holm", "p_wilcoxon",
        "p_wilcoxon_holm", "seeds_needed", "verdict")  # fmt: skip
@@ -34,11 +36,13 @@ def against_table(
     format: str,
     say: Callable[[str], None],
     options: latex.Options = latex.PLAIN,
+    names: Mapping[str, str] = {},
 ) -> str:
     """A row for each group and metric: its difference from the reference group `against` {key: value}, with the tests
     of `comparisons`. CSV has fractions, and the p values also before their correction."""
     check_metrics(metrics, runs)
     groups = group_runs(runs, keys_of(runs, by), setting, order)
+    check_names_of(groups, metrics, names)
     for line in (*mixtures(groups), *gaps(groups, metrics)):
         say(line)
     costs = costs_of(runs)
@@ -51,12 +55,11 @@ def against_table(
     body = []
     for own in found:
         keys = {**own.ours.by, "setting": own.ours.setting, "metric": own.metric}
-        body.append([*(written(keys[name]) for name in head), *_cells(own, costs)])
+        body.append([*(named(keys[name], names) for name in head), *_cells(own, costs)])
     titles = ["n", f"difference [{LEVEL * 100:.0f} %]", "p t", "p Wilcoxon", "seeds needed", "result"]
-    footing = _footing(found, against, metrics, costs)
-    return laid_out(
-        [*head, *titles], body, len(head), [*footing, *split_note(groups), *tuning_note(groups)], format, options
-    )
+    footing = [*_footing(found, against, metrics, costs, names), *split_notes(groups), *tuning_note(groups, names)]
+    keys = [named(name, names) for name in head]
+    return laid_out([*keys, *titles], body, len(keys), footing, format, options)
 
 
 def _cells(found: Comparison, costs: set[str]) -> list[str]:
@@ -81,10 +84,11 @@ def p_text(p: float | None) -> str:
 
 
 def _footing(
-    found: Sequence[Comparison], against: Mapping[str, str], metrics: Sequence[str], costs: set[str]
-) -> list[str]:
-    reference = ", ".join(f"{key} = {value}" for key, value in against.items())
-    units = ", ".join(metric if metric in costs else f"{metric} in %" for metric in metrics)
+    found: Sequence[Comparison], against: Mapping[str, str], metrics: Sequence[str], costs: set[str],
+    names: Mapping[str, str],
+) -> list[str]:  # fmt: skip
+    reference = ", ".join(f"{named(key, names)} = {named(value, names)}" for key, value in against.items())
+    units = ", ".join(with_unit(metric, costs, names) for metric in metrics)
     counts = {sum(getattr(own, name) is not None for own in found): None for name in ("holm_t", "holm_wilcoxon")}
     number = " and ".join(map(str, counts))
     return [
@@ -131,23 +135,33 @@ def block_keys(runs: Sequence[Run], by: Sequence[str] | None, pivot: Sequence[st
     return list(dict.fromkeys((*keys_of(runs, by, pivot), *own)))
 
 
-def ranks_table(found: Sequence[Ranks], format: str, options: latex.Options = latex.PLAIN) -> str:
-    """A row for each group, in the order of its rank in the first metric."""
+def ranks_table(
+    found: Sequence[Ranks],
+    format: str,
+    options: latex.Options = latex.PLAIN,
+    names: Mapping[str, str] = {},
+    has_pairs: bool = False,
+) -> str:
+    """A row for each group, in the order of its rank in the first metric. `has_pairs`: `names` may have names of pairs,
+    for the picture."""
     first = found[0]
+    check_names(names, first.groups, [own.metric for own in found], has_pairs)
     order = sorted(range(len(first.means)), key=lambda i: first.means[i])
     if format == "csv":
         head = [*first.rows[0], "metric", "mean_rank", "blocks", "friedman_chi2", "friedman_p", "critical_difference"]
         rows = [[*(written(value) for value in own.rows[i].values()), own.metric, own.means[i], own.num_blocks,
                  own.chi2, own.p, own.critical_difference] for own in found for i in order]  # fmt: skip
         return csv_text(head, rows)
-    head = [*first.rows[0], *(f"mean rank, {own.metric}" for own in found)]
-    body = [[*map(written, first.rows[i].values()), *((_rank_number(own, i),) for own in found)] for i in order]
-    footing = [_friedman(own) for own in found]
+    keys = [named(key, names) for key in first.rows[0]]
+    head = [*keys, *(f"mean rank, {named(own.metric, names)}" for own in found)]
+    body = [[*(named(value, names) for value in first.rows[i].values()), *((_rank_number(own, i),) for own in found)]
+            for i in order]  # fmt: skip
+    footing = [_friedman(own, named(own.metric, names)) for own in found]
     footing.append(
         f"{TIE_MARK}: the best rank, or not separable from it: nearer than the critical difference (CD) of the Nemenyi "
         f"test at {ALPHA}"
     )
-    return laid_out(head, body, len(first.rows[0]), footing, format, options)
+    return laid_out(head, body, len(keys), [*footing, *first.split_notes], format, options)
 
 
 def _rank_number(own: Ranks, i: int) -> Number:
@@ -155,9 +169,9 @@ def _rank_number(own: Ranks, i: int) -> Number:
     return Number(f"{own.means[i]:.2f}", mark=TIE if is_near else None)
 
 
-def _friedman(own: Ranks) -> str:
+def _friedman(own: Ranks, metric: str) -> str:
     test = "no Friedman test (it needs 3 groups that are not all equal)"
     if own.chi2 is not None:
         p = "< 0.001" if own.p is not None and own.p < 0.001 else f"= {p_text(own.p)}"
         test = f"Friedman chi2 = {own.chi2:.2f}, p {p}"
-    return f"{own.metric}: {own.num_blocks} blocks, {len(own.means)} groups, {test}, CD = {own.critical_difference:.2f}"
+    return f"{metric}: {own.num_blocks} blocks, {len(own.means)} groups, {test}, CD = {own.critical_difference:.2f}"

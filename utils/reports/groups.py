@@ -19,6 +19,7 @@ TUNED = "tuned: "  # with which the notes of runs begin whose flags `flatcl tune
 BY = ("dataset", "model", "optimizer", "buffer_size")
 METRICS = ("final_average_accuracy", "forgetting_chaudhry18")
 NOTHING = "–"
+NOT_TEST = "validation split, not the test set"
 LEVEL = 0.95  # of intervals
 
 
@@ -238,6 +239,14 @@ def gaps(groups: Sequence[Group], metrics: Sequence[str]) -> list[str]:
                     f"note: {group.label}: {has} of {of} runs have {metric} ({group.setting}), its mean is theirs."
                 )
     return lines
+
+
+def split_notes(groups: Sequence[Group], what: str = "rows") -> list[str]:
+    """Says which numbers are not of the test set; `what` they are of, where only some are not."""
+    splits = {run.split for group in groups for run in group.runs}
+    if VALIDATION not in splits:
+        return []
+    return [NOT_TEST if len(splits) == 1 else f"{what} of split = {VALIDATION}: {NOT_TEST}"]
 
 
 def keys_of(runs: Sequence[Run], by: Sequence[str] | None, pivot: Sequence[str] = ()) -> list[str]:

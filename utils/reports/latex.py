@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from flatcl.utils.reports.cells import BEST, TIE, TIE_MARK, Cell, Number
 from flatcl.utils.reports.groups import NOTHING
 
+GREEK = {chr(ord("α") + i): f"${chr(92)}{name}$" for i, name in enumerate((
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "omicron", "pi", "rho", "varsigma", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
+)) if name != "omicron"}  # fmt: skip
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", TIE_MARK: r"$\dagger$",
-    NOTHING: "--", "α": r"$\alpha$", **{char: f"\\{char}" for char in "_%&#$"},
+    NOTHING: "--", **GREEK, **{char: f"\\{char}" for char in "_%&#$"},
 }  # fmt: skip
 SETUP = r"\sisetup{separate-uncertainty = true, detect-weight = true}"
 

@@ -38,18 +38,19 @@ from flatcl.utils.reports._layout import (
 from flatcl.utils.reports._panels import (
     BY,
     LETTER,
-    NAMES,
     Panel,
     Request,
     Series,
     broken,
     head,
     listed,
+    metric_label,
     panels_of,
     say_single,
     with_data,
 )
 from flatcl.utils.reports.groups import METRICS, Group, Stat, check_metrics, costs_of, gaps, sort_key, written
+from flatcl.utils.reports.labels import named
 from flatcl.utils.reports.runs import Run, check_key, load_matrices
 
 if TYPE_CHECKING:
@@ -95,9 +96,10 @@ def figure(
 
     `metric`: for compute, bars and heat, a metric or a cost (default: final_average_accuracy). `by`: the keys that make
     a group (default: model and optimizer). `order`: values of these keys in the order of drawing. `names`: labels in
-    place of names ({"er": "ER"}), also of pairs ({"er+sam": "ER-SAM"}). `width`: column (3.5 inches) or page (7).
-    `x`: for compute, `rows` (forward + 2 x backward) or a cost, such as train_s. `mix`: also draw groups whose runs
-    differ in more than their seed, with notes. Raises `UsageError` for what cannot be drawn, and for such groups.
+    place of names ({"er": "ER"}), also of keys, metrics and pairs ({"er+sam": "ER-SAM"}). `width`: column (3.5 inches)
+    or page (7). `x`: for compute, `rows` (forward + 2 x backward) or a cost, such as train_s. `mix`: also draw groups
+    whose runs differ in more than their seed, with notes. Raises `UsageError` for what cannot be drawn, and for such
+    groups.
     """
     problems = [] if kind in KINDS else [f"unknown kind of picture: '{kind}'. {nearest(kind, list(KINDS))}"]
     if width not in WIDTHS:
@@ -329,7 +331,7 @@ def _cost(request: Request, groups: Sequence[Group]) -> tuple[Callable[[Run], fl
         known = [ROWS, *sorted(request.costs)]
         raise UsageError(f"--x: unknown cost: '{request.x}'. {nearest(request.x, known)}")
     name = request.x
-    return lambda run: run.summary.get("cost", {}).get(name), NAMES.get(name, name.replace("_", " "))
+    return lambda run: run.summary.get("cost", {}).get(name), metric_label(name, request.names)
 
 
 def _cost_label(label: str, inches: float) -> str:
@@ -673,8 +675,9 @@ def _number(value: float, form: str) -> str:
 
 @dataclass(frozen=True)
 class Crossed:
-    """A panel of a heat map: `keys` of its rows and columns, what is beside and below it, and (rows, columns) values in
-    the metric's unit, nan where there is none."""
+    """A panel of a heat map: `keys` of its rows and columns as they are written beside and below it (empty where the
+    labels are names that say it themselves), and (rows, columns) values in the metric's unit, nan where there is
+    none."""
 
     panel: Panel
     keys: tuple[str, str]
@@ -684,9 +687,8 @@ class Crossed:
 
     @property
     def names(self) -> list[str]:
-        """Of the vertical axis, broken where it is short, and of the horizontal one; empty where the labels are names
-        that say it themselves."""
-        beside, below = ("" if key in BY else key.replace("_", " ") for key in self.keys)
+        """Of the vertical axis, broken where it is short, and of the horizontal one."""
+        beside, below = self.keys
         is_short = LETTER * len(beside) > CELL * len(self.rows)
         return [beside.replace(" ", "\n") if is_short else beside, below]
 
@@ -750,7 +752,8 @@ def _crossed(panel: Panel, keys: Sequence[str], request: Request) -> Crossed:
         if mean is not None:
             values[names[row].index(pair[row]), names[column].index(pair[column])] = request.scale * mean
     labels = [[request.named(word) for word in own] for own in names]
-    return Crossed(panel, (keys[row], keys[column]), labels[row], labels[column], values)
+    titles = [named(key, request.names, "" if key in BY else key.replace("_", " ")) for key in keys]
+    return Crossed(panel, (titles[row], titles[column]), labels[row], labels[column], values)
 
 
 DRAW: Mapping[str, Callable[[Sequence[Panel], Request], "Figure"]] = {

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from flatcl.utils.errors import UsageError
 from flatcl.utils.reports._layout import INK, PNG_DPI, ROW, WIDTHS, style
-from flatcl.utils.reports._panels import NAMES, broken, check_names, label_of, part_of, shared_of
+from flatcl.utils.reports._panels import broken, label_of, metric_label, part_of, shared_of
+from flatcl.utils.reports.labels import check_names
 from flatcl.utils.reports.ranks import Ranks, cliques
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def draw(ranks: Ranks, names: Mapping[str, str] = {}, width: str = "column") -> 
     """The best group is on the right, as in the paper. `names`: labels in place of names, as of `plots.figure`.
     `width`: column (3.5 inches) or page (7). Raises `UsageError` for a name of what is not there, and where the names
     leave no room for the axis."""
-    check_names(names, ranks.groups)
+    check_names(names, ranks.groups, [ranks.metric])
     with style():
         return _draw(ranks, names, width)
 
@@ -42,7 +43,8 @@ def _draw(ranks: Ranks, names: Mapping[str, str], width: str) -> "Figure":
     k, right = len(means), len(means) // 2  # half of the names, the best ones, are on the right
     labels, sides = _fitted(axes, labels, right, width)
     length = WIDTHS[width] - sum(sides)
-    title = broken(_title(ranks, [part_of(key, value, names) for key, value in shared.items()]), WIDTHS[width] - 0.1)
+    parts = [part_of(key, value, names) for key, value in shared.items()]
+    title = broken(_title(ranks, parts, names), WIDTHS[width] - 0.1)
     bars = cliques(means, ranks.critical_difference)
     levels = [_levels(labels[:right]), _levels(labels[right:][::-1])[::-1]]
     first = 0.3 + GAP * len(bars)  # inches below the axis: the first name
@@ -116,8 +118,7 @@ def _name(axes: "Axes", mean: float, label: str, x: float, y: float, is_right: b
                   ha="left" if is_right else "right")  # fmt: skip
 
 
-def _title(ranks: Ranks, shared: Sequence[str]) -> str:
+def _title(ranks: Ranks, shared: Sequence[str], names: Mapping[str, str]) -> str:
     test = [] if ranks.p is None else [f"Friedman p {'< 0.001' if ranks.p < 0.001 else f'= {ranks.p:.3f}'}"]
-    metric = NAMES.get(ranks.metric, ranks.metric.replace("_", " "))
-    what = f"mean rank of {metric} over {ranks.num_blocks} blocks"
-    return ", ".join([*shared, what, *test])
+    what = f"mean rank of {metric_label(ranks.metric, names)} over {ranks.num_blocks} blocks"
+    return ", ".join([*shared, what, *test, *ranks.split_notes])

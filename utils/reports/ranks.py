@@ -11,7 +11,7 @@ from typing import Any
 
 from flatcl.utils.errors import UsageError
 from flatcl.utils.reports.comparisons import ALPHA, lower_is_better
-from flatcl.utils.reports.groups import Column, Group, spread, written
+from flatcl.utils.reports.groups import Column, Group, split_notes, spread, written
 
 BLOCKS = ("dataset", "buffer_size", "split")  # keys of a block, with the setting
 
@@ -20,7 +20,8 @@ BLOCKS = ("dataset", "buffer_size", "split")  # keys of a block, with the settin
 class Ranks:
     """Mean ranks (from 1, the best) of k groups over N blocks in one metric. `rows` are their keys, without the
     optimizer where each method has one; `groups` all keys but those of the blocks. `chi2` and `p` of the Friedman test
-    are None for k < 3, or where all groups are equal in each block."""
+    are None for k < 3, or where all groups are equal in each block. `split_notes` say which blocks are not of the test
+    set."""
 
     metric: str
     rows: tuple[dict[str, Any], ...]
@@ -29,6 +30,7 @@ class Ranks:
     chi2: float | None
     p: float | None
     groups: tuple[dict[str, Any], ...]
+    split_notes: tuple[str, ...] = ()
 
     @property
     def critical_difference(self) -> float:
@@ -78,7 +80,10 @@ def rank(
         chi2, p = float(result.statistic), float(result.pvalue)
     whole_keys = ({key: value for key, value in cells[i, whole[0]].by.items() if key not in keys}
                   for i in range(len(rows)))  # fmt: skip
-    return Ranks(metric, tuple(rows), mean_ranks, len(whole), chi2, p, tuple(whole_keys))
+    used = [group for (_, column), group in cells.items() if column in whole]
+    return Ranks(
+        metric, tuple(rows), mean_ranks, len(whole), chi2, p, tuple(whole_keys), tuple(split_notes(used, "blocks"))
+    )
 
 
 def _check(rows: list[dict], columns: list[Column], whole: list[Column], means: dict, metric: str) -> None:

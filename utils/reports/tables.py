@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
@@ -20,14 +20,15 @@ from flatcl.utils.reports.groups import (
     group_runs,
     keys_of,
     mixtures,
+    split_notes,
     spread,
     written,
 )
-from flatcl.utils.reports.runs import VALIDATION, Run
+from flatcl.utils.reports.labels import check_names, named
+from flatcl.utils.reports.runs import Run
 
 FORMATS = ("markdown", "csv", "latex", "text")
 Parts = tuple[list[str], list[list[Cell]], int, list[str]]  # head, body, number of key columns, footing
-NOT_TEST = "validation split, not the test set"
 
 
 def table(
@@ -42,12 +43,14 @@ def table(
     interval: bool = False,
     best: bool = False,
     options: latex.Options = latex.PLAIN,
+    names: Mapping[str, str] = {},
 ) -> str:
     """The table of `runs` as text that ends in a newline.
 
     One row for each combination of the keys `by` and each setting. With `pivot`, these keys and the setting become
     columns, the other keys rows, and a cell holds all metrics, separated by slashes. `interval` adds the 95 % interval
-    of each mean; `best` marks the best group of each column, if a test can tell which it is.
+    of each mean; `best` marks the best group of each column, if a test can tell which it is. `names`: labels in place
+    of values, keys and metrics ({"er": "ER"}), which CSV has not.
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format: '{format}'. {nearest(format, list(FORMATS))}")
@@ -55,6 +58,7 @@ def table(
         raise UsageError("--pivot cannot be used with --format csv, whose cells are single numbers. Drop one of them.")
     check_metrics(metrics, runs)
     groups = group_runs(runs, keys_of(runs, by, pivot), setting, order)
+    check_names_of(groups, metrics, names)
     for line in (*mixtures(groups), *gaps(groups, metrics)):
         say(line)
     if format == "csv":
@@ -62,15 +66,18 @@ def table(
     costs = costs_of(runs)
     sign = ("*" if format == "text" else "bold") if best else ""
     if pivot:
-        head, body, num_keys, footing = _pivoted(groups, metrics, costs, pivot, order, interval, sign)
+        head, body, num_keys, footing = _pivoted(groups, metrics, costs, pivot, order, interval, sign, names)
     else:
-        head, body, num_keys, footing = _flat(groups, metrics, costs, setting is None, interval, sign)
-    return laid_out(head, body, num_keys, [*footing, *split_note(groups), *tuning_note(groups)], format, options)
+        head, body, num_keys, footing = _flat(groups, metrics, costs, setting is None, interval, sign, names)
+    return laid_out(
+        head, body, num_keys, [*footing, *split_notes(groups), *tuning_note(groups, names)], format, options
+    )
 
 
 def _flat(
-    groups: Sequence[Group], metrics: Sequence[str], costs: set[str], with_setting: bool, interval: bool, sign: str
-) -> Parts:
+    groups: Sequence[Group], metrics: Sequence[str], costs: set[str], with_setting: bool, interval: bool, sign: str,
+    names: Mapping[str, str],
+) -> Parts:  # fmt: skip
     """A row for each group, a column for each metric; the best are marked where there is a `sign` for it."""
     numbers = [[Number.of(group.stat(metric), metric in costs, interval) for metric in metrics] for group in groups]
     footing = _spread_note(numbers, interval)
@@ -79,36 +86,38 @@ def _flat(
         numbers = _marked(numbers, marks)
         footing += notes
     shown = ["setting"] if with_setting else []
-    head = [*groups[0].by, *shown, "n", *(metric if metric in costs else f"{metric} (%)" for metric in metrics)]
+    keys = [named(key, names) for key in (*groups[0].by, *shown)]
+    head = [*keys, "n", *(with_unit(metric, costs, names, "{} (%)") for metric in metrics)]
     body = [
-        [*map(written, group.by.values()), *([group.setting] if with_setting else []), str(len(group.runs)),
-         *((number,) for number in own)]
+        [*(named(value, names) for value in (*group.by.values(), *([group.setting] if with_setting else []))),
+         str(len(group.runs)), *((number,) for number in own)]
         for group, own in zip(groups, numbers, strict=True)
     ]  # fmt: skip
-    return head, body, len(groups[0].by) + len(shown), footing
+    return head, body, len(keys), footing
 
 
 def _pivoted(
     groups: Sequence[Group], metrics: Sequence[str], costs: set[str], pivot: Sequence[str], order: Sequence[str],
-    interval: bool, sign: str,
+    interval: bool, sign: str, names: Mapping[str, str],
 ) -> Parts:  # fmt: skip
     """A row for the keys that are not pivot keys, a cell for all metrics of a group."""
     rows, columns, cells = spread(groups, pivot, order)
-    labels = [column.label for column in columns]
-    head = [*(rows[0] if rows else ()), *(
-        f"{column.label}, {column.setting}" if labels.count(column.label) > 1 else column.label for column in columns
+    labels = [", ".join(named(value, names) for value in column.values if value is not None) for column in columns]
+    head = [*(named(key, names) for key in (rows[0] if rows else ())), *(
+        f"{label}, {named(column.setting, names)}" if labels.count(label) > 1 else label
+        for label, column in zip(labels, columns, strict=True)
     )]  # fmt: skip
     members = list(cells.values())
     numbers = [[Number.of(group.stat(metric), metric in costs, interval) for metric in metrics] for group in members]
-    footing = [_pivot_footing(members, metrics, costs, _spread_note(numbers, interval))]
+    footing = [_pivot_footing(members, metrics, costs, _spread_note(numbers, interval), names)]
     if any(key not in BY[:3] for key in pivot):  # whose values do not say what they are of
-        footing.append(f"columns: {', '.join(pivot)}")
+        footing.append(f"columns: {', '.join(named(key, names) for key in pivot)}")
     if sign:
         marks, notes = mark_best(members, [column for _, column in cells], metrics, costs, pivot, sign)
         numbers = _marked(numbers, marks)
         footing += notes
     shown = dict(zip(cells, map(tuple, numbers), strict=True))
-    body = [[*map(written, row.values()), *(shown.get((i, column), "") for column in columns)]
+    body = [[*(named(value, names) for value in row.values()), *(shown.get((i, column), "") for column in columns)]
             for i, row in enumerate(rows)]  # fmt: skip
     return head, body, len(rows[0]), footing
 
@@ -121,13 +130,26 @@ def _spread_note(numbers: Sequence[Sequence[Number]], interval: bool) -> list[st
 
 
 def _pivot_footing(
-    members: Sequence[Group], metrics: Sequence[str], costs: set[str], spread_note: Sequence[str]
-) -> str:
+    members: Sequence[Group], metrics: Sequence[str], costs: set[str], spread_note: Sequence[str],
+    names: Mapping[str, str],
+) -> str:  # fmt: skip
     counts = sorted({len(group.runs) for group in members})
     runs = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    names = " / ".join(metric if metric in costs or not costs & {*metrics} else f"{metric} in %" for metric in metrics)
+    form = "{} in %" if costs & {*metrics} else "{}"
+    parts = " / ".join(with_unit(metric, costs, names, form) for metric in metrics)
     unit = "" if costs & {*metrics} else " in %"
-    return f"{names}{unit}; {', '.join((*spread_note, runs))}"
+    return f"{parts}{unit}; {', '.join((*spread_note, runs))}"
+
+
+def check_names_of(groups: Sequence[Group], metrics: Sequence[str], names: Mapping[str, str]) -> None:
+    rows = [{**group.by, "setting": group.setting} for group in groups]
+    check_names(names, rows, metrics, has_pairs=False)
+
+
+def with_unit(metric: str, costs: set[str], names: Mapping[str, str], form: str = "{} in %") -> str:
+    """The name of a metric as `form`, in percent; of a cost alone."""
+    name = named(metric, names)
+    return name if metric in costs else form.format(name)
 
 
 def _marked(numbers: list[list[Number]], marks: Sequence[Sequence[str | None]]) -> list[list[Number]]:
@@ -135,19 +157,11 @@ def _marked(numbers: list[list[Number]], marks: Sequence[Sequence[str | None]]) 
             for pair in zip(numbers, marks, strict=True)]  # fmt: skip
 
 
-def split_note(groups: Sequence[Group]) -> list[str]:
-    """Says which numbers are not of the test set."""
-    splits = {run.split for group in groups for run in group.runs}
-    if VALIDATION not in splits:
-        return []
-    return [NOT_TEST if len(splits) == 1 else f"rows of split = {VALIDATION}: {NOT_TEST}"]
-
-
-def tuning_note(groups: Sequence[Group]) -> list[str]:
+def tuning_note(groups: Sequence[Group], names: Mapping[str, str] = {}) -> list[str]:
     """How many configurations stand behind the numbers of each row."""
     labels: dict[str, dict[str, None]] = {}
     for group in groups:
-        words = (written(value) if key in BY[:3] else f"{key} {written(value)}"
+        words = (named(value, names) if key in BY[:3] else f"{named(key, names)} {named(value, names)}"
                  for key, value in group.by.items() if value is not None)  # fmt: skip
         labels.setdefault(group.tuned, {})[" ".join(words)] = None
     lines = [f"{said}: {', '.join(own)}" if len(labels) > 1 else said for said, own in labels.items() if said]
