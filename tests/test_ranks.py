@@ -119,6 +119,22 @@ class Mixed(ER):
 """
 
 
+DRAWING = """
+import os
+import torch
+from flatcl.models.er import ER
+from flatcl.utils.registry import METHODS
+
+
+@METHODS.register("drawing")
+class Drawing(ER):
+    def remember(self, batch, loss):
+        super().remember(batch, loss)
+        if os.environ.get("RANK") == "1":
+            torch.rand(1)
+"""
+
+
 def argv(tmp_path, *words, code=DYING, model="dying"):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(code)
@@ -185,6 +201,14 @@ def test_rows_that_depend_on_each_other_are_noticed_in_the_first_step(tmp_path):
     assert process.returncode != 0
     assert err.count("the cost of a row in the term 'even' depends on other rows") == 1, err[-2000:]
     assert summary(tmp_path)["cost"]["steps"] == 0
+
+
+def test_processes_that_draw_differently_end_the_run_which_has_not_diverged(tmp_path):
+    process = launched(2, *argv(tmp_path, code=DRAWING, model="drawing"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "failed: the processes no longer draw the same after step" in err, err[-2000:]
+    assert summary(tmp_path)["status"] == "crashed"
 
 
 def test_processes_that_are_to_make_different_runs_say_so(tmp_path):

@@ -20,7 +20,11 @@ class DataError(UsageError):
 
 
 class RunFailed(RuntimeError):
-    """Training cannot go on (a loss that is not finite). What was finished is kept; exit code 1."""
+    """Training cannot go on. What was finished is kept; exit code 1."""
+
+
+class Diverged(RunFailed):
+    """The loss, an update or the weights are not finite."""
 
 
 class Interrupted(Exception):

@@ -19,7 +19,7 @@ from flatcl.utils.engine.ranks import Ranks
 from flatcl.utils.engine.results import RunFolder
 from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
-from flatcl.utils.errors import Interrupted, RunFailed, UsageError
+from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
@@ -221,8 +221,8 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             status = "interrupted"
             where = f" Continue with: {again(folder.path)}" if folder else ""
             raise RunFailed(f"{error}{where}") from None
-        except RunFailed:
-            status = "diverged" if status == "crashed" else status
+        except Diverged:
+            status = "diverged"
             raise
         except KeyboardInterrupt:
             status = "interrupted" if status == "crashed" else status

@@ -25,7 +25,7 @@ from flatcl.utils.engine.evaluator import Evaluator, rows_per_pass
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.memory import peak_memory_mib, reset_peak_memory
 from flatcl.utils.engine.results import RunFolder
-from flatcl.utils.errors import Interrupted, RunFailed
+from flatcl.utils.errors import Diverged, Interrupted, RunFailed
 from flatcl.utils.optim._driver import Driver, Grads
 from flatcl.utils.protocols import Benchmark, Config, Split, Task
 
@@ -465,7 +465,7 @@ class Trainer:
                 "the method draws random numbers for its own rows. Start one process."
             )
         if not norms.isfinite().all():
-            raise RunFailed(
+            raise Diverged(
                 f"the weights are not finite after step {self.cost.steps}. Try a smaller --lr (now "
                 f"{self.config.lr:g}). Finished tasks are kept."
             )
@@ -474,7 +474,7 @@ class Trainer:
         """Counts the steps that the optimizer has not taken, and ends a run that gets nowhere."""
         self.cost.skipped_steps, in_a_row = self.optimizer.skips.tolist()
         if in_a_row >= min(limit, SKIPS_IN_A_ROW):
-            raise RunFailed(
+            raise Diverged(
                 f"the loss or the update was not finite in {in_a_row} steps in a row (step {self.cost.steps}): they "
                 f"were not taken. Try a smaller {self._steps_by()}. Finished tasks are kept."
             )
