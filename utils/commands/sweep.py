@@ -389,8 +389,10 @@ def _grid(axes: Sequence[str]) -> dict[str, list[str]]:
         name = canonical(name.removeprefix("--"))
         if not words(values):
             problems.append(f"--grid expects flag=value,value, got '{axis}'. Example: rho=0.02,0.05.")
-        elif name in grid or name in ("model", "dataset", "buffer_size", "seed"):
-            problems.append(f"--grid {name}: that axis is given twice or has a flag of its own. Give it once.")
+        elif name in ("model", "dataset", "buffer_size", "seed"):
+            problems.append(f"--grid {name}: that axis has a flag of its own. Give --{name}s {values}.")
+        elif name in grid:
+            problems.append(f"--grid {name}: that axis is given twice. Give all values in one.")
         grid[name] = words(values)
     if problems:
         raise UsageError(*problems)
