@@ -612,7 +612,7 @@ def test_a_flag_that_only_some_optimizers_have_goes_to_these(capsys):
         (["--models", "er", "--datasets", "perm-mnist", "--grid", "rho"], "--grid expects flag=value"),
         (["--models", "er", "--datasets", "perm-mnist", "--grid", "buffer_size=1,2"], "Give --buffer_sizes 1,2."),
         (
-            ["--models", "er", "--datasets", "perm-mnist", "--grid", "lr=1", "lr=2"],
+            ["--models", "er", "--datasets", "perm-mnist", "--grid", "lr=1", "--grid", "lr=2"],
             "--grid lr: that axis is given twice",
         ),
         (["--models", "er", "--datasets", "perm-mnist", "--", "--seed", "1"], "--seed after -- is an axis"),
