@@ -544,7 +544,10 @@ def test_bad_seeds(text):
 
 
 def expand(**options):
-    return sweep.expand(["sgd", "er"], ["perm-mnist", "seq-mnist"], has_buffer=lambda model: model == "er", **options)
+    def known(axes):
+        return {"model", "dataset", "lr", *(["buffer_size"] if axes["model"] == "er" else [])}
+
+    return sweep.expand(["sgd", "er"], ["perm-mnist", "seq-mnist"], known=known, **options)
 
 
 def test_grid_gives_buffer_sizes_to_methods_that_have_them():
@@ -556,9 +559,29 @@ def test_grid_gives_buffer_sizes_to_methods_that_have_them():
 
 
 def test_grid_knows_the_buffers_of_real_methods():
-    assert [sweep._has_buffer(name) for name in ("er", "sgd", "no-such-model")] == [True, False, False]
+    sizes = [axes.get("buffer_size") for axes in sweep.expand(["er", "sgd", "none"], ["perm-mnist"], ["200"])]
+    assert sizes == ["200", None, None]
+    with pytest.raises(UsageError, match="unknown model: 'err'"):
+        sweep.expand(["err"], ["perm-mnist"], buffer_sizes=["200"])
     with pytest.raises(UsageError, match="none of sgd has a buffer"):
         sweep.expand(["sgd"], ["perm-mnist"], buffer_sizes=["200"])
+
+
+def test_an_axis_is_for_the_runs_that_have_its_flag(capsys):
+    words = ["--models", "er", "--datasets", "seq-digits", "--seeds", "0-1", "--grid", "rho=0.05,0.1"]
+    jobs, *_ = sweep._prepare([*words, "--grid", "optimizer=sgd,sam"])
+    assert [job.axes for job in jobs] == [
+        {"model": "er", "dataset": "seq-digits", **parts, "seed": seed}
+        for parts in (
+            {"optimizer": "sgd"}, {"rho": "0.05", "optimizer": "sam"}, {"rho": "0.1", "optimizer": "sam"}
+        )
+        for seed in "01"
+    ]  # fmt: skip
+    assert "only for the runs that have them: --rho" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="unknown flag: --rho"):
+        sweep._prepare(words)
+    jobs, *_ = sweep._prepare([*words, "--", "--optimizer", "sam"])
+    assert [job.axes["rho"] for job in jobs] == ["0.05", "0.05", "0.1", "0.1"]
 
 
 def stub_resolver(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils import studies
-from flatcl.utils.arguments import PROTOCOL, SEEDS, SELECTORS, Config, Request, args_of, known_flags, resolve
+from flatcl.utils.arguments import PROTOCOL, SEEDS, SELECTORS, Config, Request, known_flags, resolve
 from flatcl.utils.commands import train
 from flatcl.utils.commands._engines import add_engines, chosen
 from flatcl.utils.commands._parser import Parser
@@ -35,6 +35,7 @@ from flatcl.utils.studies.engines.slurm import Slurm, new_folder
 from flatcl.utils.studies.study import parse_seeds as seeds_of
 
 USAGE = 2
+PARTS = (*SELECTORS, "protocol")  # what decides which flags a run has
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,28 +79,47 @@ def expand(
     buffer_sizes: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     grid: Mapping[str, Sequence[str]] = {},
-    has_buffer: Callable[[str], bool] | None = None,
+    known: Callable[[Mapping[str, str]], set[str]] | None = None,
 ) -> list[dict[str, str]]:
-    """The axes of each run. Buffer sizes are for the methods that have them; the others run once a dataset."""
-    has_buffer = has_buffer or _has_buffer
-    buffered = {model: bool(buffer_sizes) and has_buffer(model) for model in models}
-    if buffer_sizes and not any(buffered.values()):
-        raise UsageError(f"--buffer_sizes: none of {', '.join(models)} has a buffer. Drop the flag.")
+    """The axes of each run. The buffer sizes and an axis of `grid` are for the runs that have this flag; the others run
+    once without it. An axis that no run has is given to all, and refused with everything else when they are resolved.
+    `known`: the flags of runs with these parts."""
+    known = known or Known()
+    axes = {**({"buffer_size": buffer_sizes} if buffer_sizes else {}), **grid}
     found = []
     for dataset, model in itertools.product(datasets, models):
-        sizes = [{"buffer_size": size} for size in buffer_sizes] if buffered[model] else [{}]
-        for size, *values, seed in itertools.product(sizes, *grid.values(), seeds):
-            own = dict(zip(grid, values, strict=True))
-            found.append({"model": model, "dataset": dataset, **size, **own, "seed": str(seed)})
-    return found
+        for *values, seed in itertools.product(*axes.values(), seeds):
+            point = {"model": model, "dataset": dataset, **dict(zip(axes, values, strict=True))}
+            found.append((point, known(point), seed))
+    somewhere = set().union(*(flags for _, flags, _ in found))
+    if buffer_sizes and "buffer_size" not in somewhere:
+        for model in models:
+            METHODS.check(model)
+        raise UsageError(f"--buffer_sizes: none of {', '.join(models)} has a buffer. Drop the flag.")
+    fitting = (
+        {**{name: value for name, value in point.items() if name in flags or name not in somewhere}, "seed": str(seed)}
+        for point, flags, seed in found
+    )
+    return [dict(items) for items in dict.fromkeys(tuple(point.items()) for point in fitting)]
 
 
-def _has_buffer(model: str) -> bool:
-    try:
-        args_type = args_of(METHODS.load(model))
-    except UsageError:  # an unknown model is reported with everything else, when its run is resolved
-        return False
-    return args_type is not None and "buffer_size" in {field.name for field in dataclasses.fields(args_type)}
+class Known:
+    """The names of the flags that a run has, which its parts decide, and the words `also` of a command line."""
+
+    def __init__(self, also: Sequence[str] = ()):
+        self._also, self._known = list(also), dict[tuple, set[str]]()
+
+    def __call__(self, axes: Mapping[str, str]) -> set[str]:
+        parts = {name: value for name, value in axes.items() if name in PARTS}
+        key = tuple(parts.items())
+        if key not in self._known:
+            self._known[key] = known_flags(words_of(parts) + self._also)
+        return self._known[key]
+
+    @classmethod
+    def beside(cls, flags: Sequence[tuple[str, Sequence[str]]]) -> "Known":
+        """`flags`: those of all runs, as of `_cut`."""
+        return cls([word for name, part in flags if name in PARTS for word in part])
 
 
 class Shared:
@@ -108,8 +128,7 @@ class Shared:
 
     def __init__(self, words: Sequence[str], grid: Sequence[Mapping[str, str]]):
         self.flags = _cut(words)
-        self._chosen = [word for name, part in self.flags if name in (*SELECTORS, "protocol") for word in part]
-        self._known: dict[tuple, set[str]] = {}
+        self._flags_of = Known.beside(self.flags)
         known = [self._flags_of(axes) for axes in grid]
         everywhere, somewhere = set.intersection(*known), set.union(*known)
         self.partial = list(dict.fromkeys(name for name, _ in self.flags if name in somewhere - everywhere))
@@ -120,14 +139,6 @@ class Shared:
             word for name, part in self.flags
             if name not in axes and (name in own or name not in self.partial) for word in part
         ]  # fmt: skip
-
-    def _flags_of(self, axes: Mapping[str, str]) -> set[str]:
-        """The flags of a run, which its parts decide: the same for all of its seeds."""
-        parts = {name: value for name, value in axes.items() if name in (*SELECTORS, "protocol")}
-        key = tuple(parts.items())
-        if key not in self._known:
-            self._known[key] = known_flags(words_of(parts) + self._chosen)
-        return self._known[key]
 
 
 def _cut(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -447,14 +458,16 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], Engine | Slurm, bool]:
         sizes = {"buffer_size": ""} if args.buffer_sizes else {}
         request = check_rest(rest, {"model": "", "dataset": "", "seed": "", **sizes, **grid})
         seeds = parse_seeds("0" if args.seeds is None else args.seeds)
-        points, study = expand(args.models, args.datasets, args.buffer_sizes, seeds, grid), None
+        points = expand(args.models, args.datasets, args.buffer_sizes, seeds, grid, Known.beside(_cut(rest)))
+        study = None
     else:
         study = _study(args, grid, rest)
         points, rest = study.points(), [*study.words(), *rest]
         request = check_rest(rest, dict.fromkeys(study.axes, ""))
     shared = Shared(rest, points)
-    if shared.partial and not args.status:
-        print(f"only for the runs that have them: --{', --'.join(shared.partial)}")
+    partial = [*(name for name in grid if any(name not in point for point in points)), *shared.partial]
+    if partial and not args.status:
+        print(f"only for the runs that have them: --{', --'.join(partial)}")
     try:
         jobs = plan(points, shared)
     except UsageError as error:
