@@ -337,7 +337,6 @@ def ours(base: Published, why: str, **values: Any) -> Published:
 ONLINE = ("seq-cifar10", "seq-cifar100", "seq-tinyimg")  # benchmarks with the protocol `online`
 
 
-def ours_online(base: Published, why: str, **values: Any) -> Published:
-    """Values for `--protocol online` with the memory sizes of `base`, all marked as ours."""
-    keys = [(f"{dataset}:online", size) for dataset, size in base if dataset in ONLINE]
-    return ours(dict.fromkeys(keys, {}), why, **values)
+def ours_online(why: str, **values: Any) -> Published:
+    """Values for `--protocol online` with a memory of any size, marked as ours."""
+    return ours({(f"{dataset}:online", None): {} for dataset in ONLINE}, why, **values)

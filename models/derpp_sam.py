@@ -13,5 +13,5 @@ class DerPPSam(DerPP):
     default_optimizer = "sam"
     published = {
         **ours(DerPP.published, "one rho for all methods under SAM", rho=0.1),
-        **ours_online(DerPP.published, "validation split of seq-cifar10, tests/records/cifar10_online", rho=0.01),
+        **ours_online("validation split of seq-cifar10, tests/records/cifar10_online", rho=0.01),
     }

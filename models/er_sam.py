@@ -13,5 +13,5 @@ class ErSam(ER):
     default_optimizer = "sam"
     published = {
         **ours(ER.published, "one rho for all methods under SAM", rho=0.1),
-        **ours_online(ER.published, "that of derpp_sam", rho=0.01),
+        **ours_online("that of derpp_sam", rho=0.01),
     }

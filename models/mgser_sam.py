@@ -39,9 +39,7 @@ class MgserSam(DerPP):
         **ours(
             DerPP.published, "validation splits of MNIST streams, tests/records/mgser_validation", rho=0.1, guide=1.0
         ),
-        **ours_online(
-            DerPP.published, "validation split of seq-cifar10, tests/records/cifar10_online", rho=0.01, guide=0.5
-        ),
+        **ours_online("validation split of seq-cifar10, tests/records/cifar10_online", rho=0.01, guide=0.5),
     }
 
     @dataclass(frozen=True)
