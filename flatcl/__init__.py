@@ -8,7 +8,7 @@ written with what `flatcl.models`, `flatcl.datasets`, `flatcl.utils.registry` an
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = ["Callback", "Experiment", "Run", "State", "benchmark_from_arrays", "build", "load", "resume", "train"]
 
 _HERE = Path(__file__).resolve().parent
