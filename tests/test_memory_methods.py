@@ -243,12 +243,31 @@ def test_gdumbs_cutmix_is_a_box_of_other_images_and_their_share_of_the_loss(star
     assert rows_of(loss.costs["memory"]) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("probability, least, most", [(0.0, 0, 0), (0.2, 39, 81), (1.0, 300, 300)])
+def test_gdumb_mixes_batches_with_the_probability_given(start, probability, least, most):
+    """300 batches; at 0.2 within three standard deviations (6.9) of 60."""
+    trainer = start("gdumb", cutmix_alpha=1.0, cutmix_prob=probability)
+    (batch,) = batches(trainer, 0, 1)
+    blocks = [trainer.method.draw(batch)[0] for _ in range(300)]
+    assert least <= sum("share" in block.columns for block in blocks) <= most
+
+
+@pytest.mark.parametrize(
+    "dataset, size, probability",
+    [("seq-cifar100", 500, 1.0), ("seq-cifar100", 2000, 1.0), ("seq-cifar10", 500, 0.5), ("seq-synth", 500, 0.5)],
+)
+def test_gdumbs_published_runs_on_cifar100_mix_every_batch(dataset, size, probability):
+    config = resolve(["--model", "gdumb", "--dataset", dataset, "--buffer_size", str(size)])
+    assert config.cutmix_prob == probability
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [
         (("--budget_rows", "1000"), "--budget_rows has no effect on gdumb"),
         (("--n_epochs", "3"), "--n_epochs has no effect on gdumb"),
         (("--lr_scheduler", "cosine", "--n_epochs", "1"), "--lr_scheduler"),
+        (("--cutmix_prob", "1"), "--cutmix_prob has no effect without CutMix. Give --cutmix_alpha too"),
         (("--maxlr", "0.1", "--minlr", "0.2"), "--minlr must be at most --maxlr 0.1, got 0.2"),
         (("--lr", "0.1", "--minlr", "0.2"), "--minlr must be at most --lr 0.1, got 0.2"),
     ],
