@@ -490,6 +490,19 @@ def test_xder_leaves_the_statistics_of_batchnorm_to_stream_and_replay(xder):
         assert torch.equal(ours, theirs)
 
 
+def test_saf_records_what_xder_gave_for_the_stream_and_not_for_its_strong_views(start):
+    trainer = start("xder", optimizer="saf", stop_after=2, buffer_size=24, minibatch_size=9, simclr_batch_size=5)
+    trainer.run()
+    method, optimizer, task = trainer.method, trainer.optimizer, trainer.benchmark[2]
+    method.begin_task(task), optimizer.begin_task(task)
+    (batch,) = batches(trainer, 2, 1)
+    ((objective, _),) = method.observe(batch, optimizer)
+    rows = torch.searchsorted(optimizer.ids, batch.ids)
+    assert torch.equal(optimizer.ids[rows], batch.ids) and (optimizer.visits[rows] == 1).all()
+    assert len(objective.blocks) == 4, "stream, two draws, views"
+    assert torch.equal(optimizer.logits[rows, 0], objective.loss.logits)
+
+
 def test_xder_writes_what_is_due_and_only_heads_from_the_present_on(xder):
     method, columns = xder.method, xder.method.buffer.columns
     written = skipped = 0
