@@ -310,8 +310,10 @@ def test_ewc_sums_the_squared_gradients_of_single_images_over_full_batches(begin
         observe(trainer, rows_of(trainer, task, range(0, 128, 5)))
         statistics = [(b.running_mean.double(), b.running_var.double()) for b in bn_layers(method.net)]
         trainer.mark.seen.clear()
-        w = weights(method.net)
+        w, rows = weights(method.net), method.rows
         leave(trainer, task)
+        again = 128 if bn_layers(method.net) else 0  # for the running averages
+        assert method.rows == [rows[0] + 128 + again, rows[1] + 128]
         split = trainer.benchmark[task].train
         fisher = 0
         for i in range(128):
