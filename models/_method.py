@@ -207,9 +207,9 @@ class Method(nn.Module):
     def combine(self, update: Grads, guides: Mapping[str, Grads]) -> Grads:
         """Changes the update after the optimizer has computed it (gradient surgery).
 
-        `update` is a list of tensors, one for each parameter; `guides` has such lists by name: clean gradients of terms
-        (`Method.guides`) and reference gradients. It is empty while there is no memory. Returns a new list; `update`
-        and `guides` may not be changed in place.
+        `update` is a list of tensors, one for each parameter; `guides` has such lists by name: gradients of terms
+        (`Method.guides`), clean ones or, with `guides_last`, those of the step's last pass, and reference gradients. It
+        is empty while there is no memory. Returns a new list; `update` and `guides` may not be changed in place.
         """
         return update
 

@@ -31,7 +31,7 @@ from flatcl.utils.optim._driver import Wanted
 
 
 class Key(NamedTuple):
-    """What a part of the loss is for: a guide, the gradient that is climbed, and passes at perturbed weights."""
+    """What a part of the loss is for: a guide, the gradient of the ascent, and passes at perturbed weights."""
 
     guide: str | None
     climbed: bool
@@ -43,7 +43,7 @@ class Sums:
     """Gradients of one pass, each a sum over those parts of the loss that it is of."""
 
     whole: Grads | None = None
-    climbed: Grads | None = None  # None too where all of the loss is climbed
+    climbed: Grads | None = None  # of what the perturbation increases; None too where that is the whole loss
     guides: dict[str, Grads] = field(default_factory=dict)
     total: Tensor | None = None  # of the loss
 
@@ -166,11 +166,11 @@ class Objective:
         return self.gradients()[0]
 
     def gradients(self, climb: str = "all", wanted: Wanted = None) -> tuple[Grads, Grads]:
-        """(gradient of the whole loss, gradient of the part that is climbed), at the present weights, in one forward.
+        """(gradient of the whole loss, gradient for the ascent), at the present weights, in one forward.
 
-        `climb` is 'all', 'current' (the stream's rows) or 'memory' (the memory's rows, and the penalties, which speak
-        of the past). Parameters that are not `wanted` (P,) bool have zeros and, if the host knows which, cost no weight
-        gradient, except in guides.
+        `climb` says of what the second one is: 'all', 'current' (the stream's rows) or 'memory' (the memory's rows, and
+        the penalties, which speak of the past). Parameters that are not `wanted` (P,) bool have zeros and, if the host
+        knows which, cost no weight gradient, except in guides.
         """
         clean, self._is_clean = self._is_clean, False
         if clean and self.method.references_first:
@@ -292,7 +292,7 @@ class Objective:
             raise mistake(part, f"it changes {what} in place. Make a new list, as torch._foreach_add(a, b) does.")
 
     def has(self, climb: str) -> bool:
-        """Whether there are rows to climb."""
+        """Whether there are rows of this kind: 'all', 'current' or 'memory'."""
         memory = sum(block.memory for block in self.whole)
         return {"all": True, "current": memory < self.num_rows, "memory": memory > 0}[climb]
 

@@ -4,7 +4,8 @@
 
 At the end of a task, buffer_size / number of tasks of its images, drawn at random, go into the memory, as in the code
 behind the DER paper (the paper's own memory is filled while the stream passes). The update that the optimizer found is
-what is projected; g_ref is taken at the unmoved weights, by a pass after the stream's.
+what is projected; g_ref is taken at the unperturbed weights (under `sampa` at those of its look-ahead), by a pass after
+the stream's.
 """
 
 from collections.abc import Iterator

@@ -9,10 +9,13 @@ two numbers fitted on the rows held out by Adam: `bic_epochs` passes, learning r
 seen. Past classes are as they were: the correction of a task ends with the next one, but for the teacher.
 
 With t tasks learned before, lam is 1 / (t + 1) in X-DER's code, which made the published figures, and the share of old
-classes in the paper. The memory has buffer_size // (t + 1) images of each task, drawn at random from those that the
-network was trained on, not from those held out: X-DER's code fills its memories from the training rows, but what we
-know of it does not say so for this method. Exemplars that were held out stay in the memory; the next task draws anew
-which are held out. Held out rows pass the network once, un-augmented.
+classes in the paper. The memory has buffer_size // (t + 1) images of each task, drawn at random from the task's own
+images, without those held out. Exemplars that were held out stay in the memory; the next task draws anew which are held
+out. Held out rows pass the network once, un-augmented.
+
+X-DER's code differs in three points. A task's share of the memory is drawn from its images mixed with the exemplars,
+without what is held out: old exemplars among them count as images of the new task. Held out rows are augmented anew in
+each pass of the fit. Each exemplar is held out with probability `valset_split`, so that their number varies.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Dark Experience Replay, DER (Buzzega et al., NeurIPS 2020), eq. 6: replay matches the logits of the past.
+"""Dark Experience Replay, DER (Buzzega et al., NeurIPS 2020), eq. 5: replay matches the logits of the past.
 
 The squared distance is a mean over classes as well as rows, to which the published alphas are tuned; stored logits are
 those of the augmented image in train mode, before the update. (With --buffer_policy herding they are taken when a task

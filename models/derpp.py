@@ -1,4 +1,4 @@
-"""Dark Experience Replay++ (Buzzega et al., NeurIPS 2020), eq. 7: DER plus the labels of a second, independent draw.
+"""Dark Experience Replay++ (Buzzega et al., NeurIPS 2020), eq. 6: DER plus the labels of a second, independent draw.
 
 Three forwards (stream, logits, labels), hence three BatchNorm batches, as in the code behind the paper.
 """

@@ -80,9 +80,11 @@ class EwcOn(Drawing, Method):
             total += flat(sums)
             seen += len(labels)
             last = inputs if last is None else torch.cat((last, inputs))[-PASS:]
-        with torch.no_grad():  # BatchNorm's running averages: those of the last images are all that is left of them
-            for image in last.split(1) if batchnorms(self.net) else ():
-                self.net(image)
         self.count(forward=seen, backward=seen)
+        if batchnorms(self.net):  # their running averages: those of the last images are all that is left of them
+            with torch.no_grad():
+                for image in last.split(1):
+                    self.net(image)
+            self.count(forward=len(last))
         self.fisher.mul_(self.args.gamma).add_(total / (math.ceil(seen / batch_size) * batch_size))
         self.anchor.copy_(self.theta().detach())

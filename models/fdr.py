@@ -4,6 +4,9 @@
 
 The norm is not squared and its weight is `fdr_weight` = 1: the published runs list an alpha that their code does not
 use. At the end of task t the memory has B / (t + 1) images of each task, with the logits of their augmented view.
+
+Two optimizer steps a batch, on two losses: an optimizer that keeps a gradient from one step to the next (`looksam`,
+`friendly_sam`, `sampa`) then uses gradients of the other loss too.
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,8 @@
 
 Gradients are of images that are neither augmented nor normalised, in eval mode, over all weights. Rows that do not fit
 into the room that is left are dropped. All rows of a batch choose their candidates by the scores before it; where two
-take one place, the later one stays.
+take one place, the later one stays. A cyclic order lasts over many stream batches, until all rows have been shown; the
+code behind the DER paper's figures begins a new one with each stream batch.
 """
 
 from collections.abc import Iterator

@@ -5,14 +5,15 @@
     phi <- beta * phi + (1 - beta) * mean features(x)                within a task
 
 At a task's end each of its classes k gets an anchor e, by 100 steps of SGD from uniform noise on
--CE(f_M(e), k) + CE(f(e), k) + gamma * |features(e) - phi|^2, f_M one SGD step on a draw from the memory ahead.
+-CE(f_M(e), k) + CE(f(e), k) + gamma * |features(e) - phi|^2, f_M one SGD step on a draw from the memory ahead. These
+steps have the rate --lr, whatever a schedule has made of it; the look-ahead of a training step has that step's rate.
 
 The memory is a reservoir, as the code of that time reads, or a ring for each task with its last buffer_size / number of
 tasks images, as in its later versions. The DER paper's figures are nearer to those of rings, and on perm-mnist at 200
 and 500 agree with no others (tests/records/published): its rows have `--hal_memory ring`.
 
-The look-ahead's gradient is a pass of its own here, so that the step can be any optimizer's; passes for look-ahead and
-anchors leave BatchNorm's running averages alone.
+The look-ahead's gradient is a pass of its own here, so that the step can be any optimizer's. Passes for look-ahead and
+anchors leave BatchNorm's running averages alone; the pass for the mean features, after each step, moves them once more.
 """
 
 from dataclasses import dataclass
@@ -104,17 +105,17 @@ class HAL(ReplayMethod):
         """The anchors' logits (E, K) after one SGD step on this block."""
         self.count(forward=len(joint) + len(self.anchors), backward=len(joint))
         with frozen_statistics(self.net):
-            ahead = self._ahead(joint.x, joint.y)
+            ahead = self._ahead(joint.x, joint.y, self.lr)
             with torch.no_grad():
                 return torch.func.functional_call(self.net, ahead, (self.anchors,))
 
-    def _ahead(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _ahead(self, x: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
         """The weights, by name, after one SGD step on these rows."""
         params = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         cost = cross_entropy(self.net(x), y)
         grads = torch.autograd.grad(cost, list(params.values()), allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-self.lr), strict=True))
+            return dict(zip(params, torch._foreach_add(list(params.values()), grads, alpha=-lr), strict=True))
 
     phase = ReplayMethod.phase
 
@@ -144,10 +145,10 @@ class HAL(ReplayMethod):
 
     def end_task(self, task) -> None:
         super().end_task(task)
-        size = self.context.config.batch_size
-        rows = self.buffer.draw(size)
+        config = self.context.config
+        rows = self.buffer.draw(config.batch_size)
         with frozen_statistics(self.net):
-            ahead = self._ahead(self.context.augment(rows["x"]), rows["y"])
+            ahead = self._ahead(self.context.augment(rows["x"]), rows["y"], config.lr)
             anchors = self._anchors(torch.arange(task.classes.start, task.classes.stop), ahead)
         self.count(forward=len(rows["y"]), backward=len(rows["y"]))
         self.anchors = torch.cat((self.anchors, anchors))
@@ -155,6 +156,7 @@ class HAL(ReplayMethod):
     @torch.no_grad()  # the gradients are torch.func's; a graph of the weights would grow with each step
     def _anchors(self, classes: Tensor, ahead: dict[str, Tensor]) -> Tensor:
         """An anchor for each class (n,), each passing alone."""
+        lr = self.context.config.lr
 
         def cost(e: Tensor, y: Tensor) -> Tensor:
             forgotten = cross_entropy(torch.func.functional_call(self.net, ahead, (e[None],)), y[None])
@@ -165,7 +167,7 @@ class HAL(ReplayMethod):
         e = torch.rand(len(classes), *self.anchors.shape[1:]).to(self.anchors)
         y = classes.to(e.device)
         for _ in range(self.args.steps_on_anchors):
-            e = e - self.lr * gradient(e, y)
+            e = e - lr * gradient(e, y)
         rows = len(e) * self.args.steps_on_anchors
         self.count(forward=3 * rows, backward=3 * rows)
         return e

@@ -9,7 +9,8 @@ exemplars, un-augmented and not flipped. Other than there, exemplars go back amo
 code distorted those of CIFAR and Tiny ImageNet (wrong pixel values, height and width swapped), for which its figures
 are lower; on MNIST they do not depend on the size of the memory, as with `--replay_exemplars 0` here. There is no
 replay minibatch, since exemplars are a part of the stream. On CIFAR-100, X-DER's code has no |theta|^2 in the loss, but
-the weight decay of SGD.
+the weight decay of SGD. Its class means are averaged batch by batch, so that of a class with more than 32 exemplars the
+last batch has half of the weight; here all exemplars weigh the same.
 """
 
 from dataclasses import dataclass

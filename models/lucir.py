@@ -12,10 +12,14 @@ and sigma alone are trained on them: fitting_epochs passes of SGD with the whole
 depend on them), momentum 0.9, the rate lr_finetune divided by 10 after 10 steps, and batch statistics, which leave
 BatchNorm's running averages as they are.
 
-All of this as in X-DER's code, which made the published figures. There it differs from the paper: the margin is a mean
-over k, where the paper has a sum; the softmax is over all heads, those of classes that have not come too, whose weights
-are still as they were drawn; features are not normalised for herding; the weights of old classes are not trained on the
-exemplars. Of the momentum of these passes we know only that there is one; 0.9 is that of the published run.
+But for two points, this is as in X-DER's code, which made the published figures. That code differs from the paper: the
+margin is a mean over k, where the paper has a sum; the softmax is over all heads, those of classes that have not come
+too, whose weights are still as they were drawn; features are not normalised for herding; the weights of old classes are
+not trained on the exemplars.
+
+The two points: that code seeks the margin's k in the outputs of all heads but the old ones, those of classes to come
+too; here they are new classes that have been seen, as in the paper. It takes momentum and weight decay of the fit after
+a task from the command line, 0.9 and 0 in the published runs; here they are always 0.9 and 0.
 """
 
 from collections.abc import Iterable
@@ -145,7 +149,8 @@ class Lucir(WithExemplars):
         return rows, logits
 
     def _margins(self, cosines: Tensor, y: Tensor) -> Tensor:
-        """(n, K), (n,) -> (n,): the mean over all is the mean over the rows of old classes."""
+        """(n, K), (n,) -> (n,): the mean over all is the mean over the rows of old classes. Heads of classes to come
+        are no candidates."""
         new = cosines[:, self.past : self.seen]
         hardest = new.topk(min(self.args.k_mr, new.shape[1]), 1).values
         costs = relu(self.args.mr_margin - cosines.gather(1, y[:, None]) + hardest).mean(1)

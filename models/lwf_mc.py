@@ -4,7 +4,8 @@
     q = sigmoid(f_old(x)) for the classes of past tasks, the label for those of the present one
 
 f_old is the network at the end of the last task, in eval mode, on the same augmented images. The head is linear, as in
-X-DER's code; the figures of that paper are its (in Mammoth's list of best arguments the row stands under `lwf`).
+X-DER's code; the figures of that paper are its (in Mammoth's list of best arguments the row stands under `lwf`). That
+code has no |theta|^2 in the loss, but the weight decay of SGD, whose gradient is half as large for the same weight.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ class LwfMc(WithTeacher, Incremental):
     class Args:
         wd_reg: float = flag(0.0005, "weight of |theta|^2 in the loss", low=0)
 
-    published = published(XDER, {("seq-cifar100",): dict(lr=0.03, batch_size=32, n_epochs=50, wd_reg=0.0005)})
+    published = published(
+        XDER, {("seq-cifar100",): dict(lr=0.03, batch_size=32, n_epochs=50, optim_wd=0.0005, wd_reg=0.0)}
+    )
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
         targets = one_hot(batch.y, self.context.benchmark.num_classes)[:, : self.seen].to(batch.inputs.dtype)

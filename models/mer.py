@@ -4,7 +4,8 @@
     batch_num times: theta_W = theta; step on CE of stream and a draw; theta = theta_W + beta * (theta - theta_W)
     theta = theta_A + gamma * (theta - theta_A)
 
-The paper's stream has one image a batch (published: --batch_size 1). All draws come before the first step.
+The paper's stream has one image a batch (published: --batch_size 1). All draws come before the first step. Under the
+optimizer `mesa`, with beta or gamma below 1, the averaged weights follow the weights as they are before MER goes back.
 """
 
 from collections.abc import Iterator

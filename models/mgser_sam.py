@@ -2,16 +2,17 @@
 
     L_t = CE(f(x), y)    L_s = alpha * mean (f(x') - z')^2 + beta * CE(f(x''), y'')
     g~  = gradient of L_t + L_s at theta + rho * (g_t + g_s) / |g_t + g_s|
-    u   = g~ + guide * g_s, with g_s the gradient of L_s at the unmoved weights
+    u   = g~ + guide * g_s, with g_s the gradient of L_s at the unperturbed weights
 
 The loss is DER++'s and the ascent is the optimizer's (`sam` unless told otherwise); this file adds the guide. The
 forwards of stream and memory are separate, so g_s costs no extra pass. With `--guide 0` it is DER++ under SAM, bit for
 bit. The authors' code and hyperparameters are not public: ours are DER++'s, with rho and guide as stated below.
 
-The paper's text is not public either, so other readings of it are a flag away. `--ascent_on` and `--sharp_on` say which
-rows are climbed on and taken at the perturbed weights. `--guide_mode align` is the alignment of Gradient Vaccine (Wang
-et al., ICLR 2021), which UniGrad-FS applies to gradients at perturbed weights. With m the memory's gradient in
-the step's last pass, c = g~ - m the rest of the update, phi their cosine and p the running mean of phi:
+The paper's text is not public either, so other readings of it are a flag away. `--ascent_on` says the loss of which
+rows the perturbation increases, `--sharp_on` which rows are taken at the perturbed weights. `--guide_mode align` is the
+alignment of Gradient Vaccine (Wang et al., ICLR 2021), which UniGrad-FS applies to gradients at perturbed weights. With
+m the memory's gradient in the step's last pass, c = g~ - m the rest of the update, phi their cosine and p the running
+mean of phi:
 
     u = g~ + guide * t * (|c| / |m| m + |m| / |c| c)    t = p sqrt(1 - phi^2) / sqrt(1 - p^2) - phi, 0 if phi >= p
 

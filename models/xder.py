@@ -111,18 +111,18 @@ class XDer(ReplayMethod):
         return (batch.block, *replayed, *views)
 
     def _views(self, batch: Batch) -> Block:
-        """Strong views of the stream's images and of the memory's, those of one image side by side."""
+        """Strong views of the stream's images and of the memory's, those of one image side by side. They have no `ids`:
+        what the network gives for them is not what an optimizer may record as an image's output."""
         memory = self.buffer.draw(self.args.simclr_batch_size) if len(self.buffer) else {}
-        x, y, ids = (
-            torch.cat((getattr(batch, name), memory[name])) if memory else getattr(batch, name)
-            for name in ("x", "y", "ids")
+        x, y = (
+            torch.cat((getattr(batch, name), memory[name])) if memory else getattr(batch, name) for name in ("x", "y")
         )
         number, augment = self.args.simclr_num_aug, self.context.augment
-        x, y, ids = (column.repeat_interleave(number, 0) for column in (x, y, ids))
+        x, y = (column.repeat_interleave(number, 0) for column in (x, y))
         views = strong_views(x.float() / 255)
         if augment.mean is not None:
             views = (views - augment.mean) / augment.std
-        return Block(views, memory=len(y) - number * len(batch.y), y=y, ids=ids)
+        return Block(views, memory=len(y) - number * len(batch.y), y=y)
 
     phase = ReplayMethod.phase
 

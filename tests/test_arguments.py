@@ -945,6 +945,7 @@ COMPANIONS = {  # without which a flag is refused or has nothing to act on
     "sparse_m": ("--sparse_mask", "nm", "--sparse_n", "1"),
     ("gdumb", "fitting_epochs"): LONG,
     "minlr": (*LONG, "--fitting_epochs", "4"),
+    "cutmix_prob": (*LONG, "--fitting_epochs", "4", "--cutmix_alpha", "1"),
     ("esam", "renormalize"): ("--esam_beta", "1"),
     "mr_margin": ("--debug_mode", "0", "--n_epochs", "4"),
 }

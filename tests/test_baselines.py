@@ -310,8 +310,10 @@ def test_ewc_sums_the_squared_gradients_of_single_images_over_full_batches(begin
         observe(trainer, rows_of(trainer, task, range(0, 128, 5)))
         statistics = [(b.running_mean.double(), b.running_var.double()) for b in bn_layers(method.net)]
         trainer.mark.seen.clear()
-        w = weights(method.net)
+        w, rows = weights(method.net), method.rows
         leave(trainer, task)
+        again = 128 if bn_layers(method.net) else 0  # for the running averages
+        assert method.rows == [rows[0] + 128 + again, rows[1] + 128]
         split = trainer.benchmark[task].train
         fisher = 0
         for i in range(128):
@@ -825,12 +827,13 @@ def test_hal_keeps_anchors_where_they_are_after_the_step(begin, backbone):
     method, anchors = trainer.method, trainer.method.anchors.double()
     assert anchors.shape == (2, 3, 8, 8) and method.phi.abs().max() == 0
     phi = 0
+    method.lr = 0.5 * LR  # as a schedule sets it
     for step in range(3):
         memory, batch = copy.deepcopy(method.buffer.all()), rows_of(trainer, 1, range(step, 128, 9))
         w = weights(method.net)
         x, y = torch.cat((batch.x, memory["x"])), torch.cat((batch.y, memory["y"]))
         own = gradient(w, ce(w, augmented(x), y))
-        target = logits(descend(w, own), anchors).detach()
+        target = logits(descend(w, own, 0.5 * LR), anchors).detach()
         pull = gradient(w, 30.0 * (logits(w, anchors) - target).square().mean())
         observe(trainer, batch)
         near(direction(w, trainer), flat(own) + flat(pull), 1e-3)
@@ -847,7 +850,8 @@ def test_hal_keeps_anchors_where_they_are_after_the_step(begin, backbone):
 
 @pytest.mark.parametrize("backbone", NETS)
 def test_hals_anchors_are_what_would_be_forgotten_most(begin, backbone):
-    """One for each class of the task, from uniform noise; each is a batch of its own."""
+    """One for each class of the task, from uniform noise; each is a batch of its own. Their rate is that of the flags,
+    not the one that a schedule has left."""
     trainer = begin("hal", backbone, buffer_size=10, minibatch_size=4, batch_size=16, steps_on_anchors=6, gamma=0.4)
     method = trainer.method
     for task in (0, 1):
@@ -859,7 +863,9 @@ def test_hals_anchors_are_what_would_be_forgotten_most(begin, backbone):
         torch.manual_seed(11)
         noise = torch.rand(2, 3, 8, 8)
         torch.manual_seed(11)
+        method.lr = 0.1 * LR
         leave(trainer, task)
+        method.lr = LR
         ahead = descend(w, gradient(w, ce(w, augmented(memory["x"]), memory["y"])))
         for position, label in enumerate((2 * task, 2 * task + 1)):
             e, y = noise[position : position + 1].double(), torch.tensor([label])

@@ -537,8 +537,15 @@ def test_joint_training_is_one_first_task(start, name):
     assert trainer.run()["accuracy"]["task-il"][0][0] > 0.7
 
 
-@pytest.mark.parametrize("size", ["500", "2000"])
-def test_icarl_decays_as_its_published_run_on_cifar100(size):
-    """1e-5 as weight decay of the base optimizer; there is no penalty beside it."""
-    config = resolve(["--model", "icarl", "--dataset", "seq-cifar100", "--buffer_size", size])
-    assert (config.optim_wd, config.wd_reg) == (1e-5, 0.0)
+@pytest.mark.parametrize(
+    "words, decay",
+    [
+        (["icarl", "--buffer_size", "500"], 1e-5),
+        (["icarl", "--buffer_size", "2000"], 1e-5),
+        (["lwf_mc"], 5e-4),
+    ],
+)
+def test_the_published_runs_on_cifar100_decay_in_the_optimizer(words, decay):
+    """There is no penalty beside the weight decay of the base optimizer."""
+    config = resolve(["--dataset", "seq-cifar100", "--model", *words])
+    assert (config.optim_wd, config.wd_reg) == (decay, 0.0)

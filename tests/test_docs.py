@@ -125,7 +125,7 @@ def test_the_pictures_can_be_drawn(tmp_path):
     assert list(own) == list(pictures.METHODS) and all(set(part) == set(OPTIMIZERS.names()) for part in own.values())
     step = pictures.one_step()
     assert [len(images) for images in step["blocks"]] == [10, 10, 10]
-    assert sum(step["perturbed"].values()) > sum(step["clean"].values()), "the ascent does not climb"
+    assert sum(step["perturbed"].values()) > sum(step["clean"].values()), "the perturbation does not increase the loss"
     for figure in (pictures.overview(), pictures.step_picture()):
         pictures.save(figure, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000

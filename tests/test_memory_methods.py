@@ -243,12 +243,31 @@ def test_gdumbs_cutmix_is_a_box_of_other_images_and_their_share_of_the_loss(star
     assert rows_of(loss.costs["memory"]) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("probability, least, most", [(0.0, 0, 0), (0.2, 39, 81), (1.0, 300, 300)])
+def test_gdumb_mixes_batches_with_the_probability_given(start, probability, least, most):
+    """300 batches; at 0.2 within three standard deviations (6.9) of 60."""
+    trainer = start("gdumb", cutmix_alpha=1.0, cutmix_prob=probability)
+    (batch,) = batches(trainer, 0, 1)
+    blocks = [trainer.method.draw(batch)[0] for _ in range(300)]
+    assert least <= sum("share" in block.columns for block in blocks) <= most
+
+
+@pytest.mark.parametrize(
+    "dataset, size, probability",
+    [("seq-cifar100", 500, 1.0), ("seq-cifar100", 2000, 1.0), ("seq-cifar10", 500, 0.5), ("seq-synth", 500, 0.5)],
+)
+def test_gdumbs_published_runs_on_cifar100_mix_every_batch(dataset, size, probability):
+    config = resolve(["--model", "gdumb", "--dataset", dataset, "--buffer_size", str(size)])
+    assert config.cutmix_prob == probability
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [
         (("--budget_rows", "1000"), "--budget_rows has no effect on gdumb"),
         (("--n_epochs", "3"), "--n_epochs has no effect on gdumb"),
         (("--lr_scheduler", "cosine", "--n_epochs", "1"), "--lr_scheduler"),
+        (("--cutmix_prob", "1"), "--cutmix_prob has no effect without CutMix. Give --cutmix_alpha too"),
         (("--maxlr", "0.1", "--minlr", "0.2"), "--minlr must be at most --maxlr 0.1, got 0.2"),
         (("--lr", "0.1", "--minlr", "0.2"), "--minlr must be at most --lr 0.1, got 0.2"),
     ],
@@ -469,6 +488,19 @@ def test_xder_leaves_the_statistics_of_batchnorm_to_stream_and_replay(xder):
         other(block.x)
     for ours, theirs in zip(method.net.buffers(), other.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_saf_records_what_xder_gave_for_the_stream_and_not_for_its_strong_views(start):
+    trainer = start("xder", optimizer="saf", stop_after=2, buffer_size=24, minibatch_size=9, simclr_batch_size=5)
+    trainer.run()
+    method, optimizer, task = trainer.method, trainer.optimizer, trainer.benchmark[2]
+    method.begin_task(task), optimizer.begin_task(task)
+    (batch,) = batches(trainer, 2, 1)
+    ((objective, _),) = method.observe(batch, optimizer)
+    rows = torch.searchsorted(optimizer.ids, batch.ids)
+    assert torch.equal(optimizer.ids[rows], batch.ids) and (optimizer.visits[rows] == 1).all()
+    assert len(objective.blocks) == 4, "stream, two draws, views"
+    assert torch.equal(optimizer.logits[rows, 0], objective.loss.logits)
 
 
 def test_xder_writes_what_is_due_and_only_heads_from_the_present_on(xder):

@@ -745,7 +745,7 @@ class WithConstant(Watched):
 
 @pytest.mark.parametrize("climb", ("current", "memory"))
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS.names() if hasattr(OPTIMIZERS.load(name).Args(), "rho")])
-def test_a_term_that_depends_on_no_weight_is_no_part_to_climb(name, climb):
+def test_a_term_that_depends_on_no_weight_has_no_part_in_the_ascent(name, climb):
     kind = OPTIMIZERS.load(name)
     method = WithConstant(conv_bn_linear(), None, None).train()
     optimizer = kind(method, LR, DECAY, kind.Args(ascent_on=climb))

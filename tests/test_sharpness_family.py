@@ -219,7 +219,7 @@ class Family(Oracle):
         return self.clean_gradient
 
     def climbed(self, blocks):
-        """The gradient to climb, None where nothing is climbed."""
+        """The gradient of the ascent, None where there is no ascent."""
         part = self.flags.ascent_on
         if part == "memory" and not any(block.memory for block in blocks):
             return None
@@ -793,8 +793,8 @@ def test_stream_and_memory_together(name, flags, layout, penalty):
 @pytest.mark.parametrize("layout", ("er", "der"))
 @pytest.mark.parametrize("part", ("current", "memory"))
 @pytest.mark.parametrize("name", ("sam", "gsam"))
-def test_a_part_of_the_loss_is_climbed_and_the_whole_is_descended(name, part, layout, penalty):
-    """Before there is memory, a step that would climb it alone is the base step in one pass."""
+def test_the_ascent_is_on_a_part_of_the_loss_and_the_descent_on_the_whole(name, part, layout, penalty):
+    """Before there is memory, a step with an ascent on it alone is the base step in one pass."""
     Comparison(name, penalty, ascent_on=part).run(mixed(layout))
 
 
@@ -816,7 +816,7 @@ def test_some_rows_are_taken_at_the_perturbed_weights_and_the_others_where_they_
 @pytest.mark.parametrize("sharp", ("current", "memory"))
 @pytest.mark.parametrize("layout", ("er", "der"))
 @pytest.mark.parametrize("name", ("sam", "gsam"))
-def test_what_is_climbed_and_what_is_sharp_are_two_choices(name, layout, sharp, climb):
+def test_the_loss_of_the_ascent_and_the_rows_at_perturbed_weights_are_two_choices(name, layout, sharp, climb):
     Comparison(name, ascent_on=climb, sharp_on=sharp).run(mixed(layout))
 
 

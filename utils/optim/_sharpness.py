@@ -5,7 +5,8 @@ number of passes, `direction`, which gets gradients from `self.gradients(objecti
 perturbs the weights by `with self.at(offset)`, never in another way. It resets in `begin_task`; state and `phase` are
 as in `Driver`. Gradients are not copies: make a new list, do not change them in place. These flags are the same for all
 variants: which loss the ascent uses, which rows are taken at perturbed weights, which parameters are perturbed, and
-from which task on. Weight decay acts only in the base optimizer, at the unperturbed weights.
+from which task on. Weight decay of the base optimizer acts only there, at the unperturbed weights; a method's penalties
+(of `ewc_on`, of `si`, by --wd_reg) are part of its loss, which the perturbation increases.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ left out in a task's first step; one always stays. Nothing is frozen, BatchNorm'
 
 With --sharp_on, the chosen rows of one joint forward keep the weight that they have among the chosen rows of all.
 
-Passes: 2 + gamma forward, 1 + gamma backward
+Passes: 2 + gamma forward, 1 + gamma backward (2 and 2 with gamma 1)
 Memory: 2 P (perturbed weights, clean gradient)
 """
 
@@ -51,7 +51,7 @@ class ESAM(SharpnessAware):
         return self.clock["started"]
 
     def draw(self, objective) -> dict[str, np.ndarray]:
-        """`moved` (P,) bool: the tensors of this step."""
+        """`perturbed` (P,) bool: the tensors of this step."""
         if not self.phase() or not self.is_sharp(objective):
             return {}
         draws = self.rng.random(len(self.params))

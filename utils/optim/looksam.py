@@ -35,7 +35,7 @@ class LookSAM(SharpnessAware):
         self.clock["t"] = 0
 
     def phase(self) -> bool:
-        """Whether the next sharp step climbs."""
+        """Whether the next sharp step has an ascent."""
         return self.clock["t"] % self.args.looksam_every == 0
 
     def tick(self, objective) -> None:

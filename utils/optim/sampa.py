@@ -6,11 +6,12 @@
     u  = (1 - sampa_lambda) * a + sampa_lambda * h'
 
 a and h' do not wait for each other, so two devices take the time of one pass. Here they run one after the other, and
-SAMPa costs what SAM does; in a step that is recorded on a GPU, side by side. As the authors' code: the batch that was
-climbed on is the one that a is taken on, one step later, and the look-ahead has the base's momentum and weight decay.
-Unlike that code, h is kept and not recovered from the sum (with sampa_lambda 0 it would be lost), and BatchNorm's
-running statistics move with the newest batch.
-The clean pass, from which guides, stored logits and the loss come, is the one at y. A task's first step is the base's.
+SAMPa costs what SAM does; in a step that is recorded on a GPU, side by side. As in the authors' code, the perturbation
+and a, one step after h, are of the same batch, and the look-ahead has the base's momentum and weight decay. Unlike that
+code, h is kept and not recovered from the sum (with sampa_lambda 0 it would be lost), and BatchNorm's running
+statistics move with the newest batch.
+The clean pass, from which guides, stored logits and the loss come, is the one at y; the references of A-GEM, A-GEM-R
+and GEM are taken there too. A task's first step is the base's.
 
 Passes: 2 forward, 2 backward
 Memory: 3 P (perturbed weights, h before and after), the previous batch

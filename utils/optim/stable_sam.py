@@ -3,6 +3,7 @@
     u = |g| / (|g~| + 1e-12) * g~    g~ = gradient at SAM's w + e
 
 This is `--renormalize 1` on SAM, which the other variants can have too. No clamp of the ratio, as in the authors' code.
+With `asam` the norms are plain ones too; the authors' adaptive variant weights both by |w|.
 
 Passes: 2 forward, 2 backward
 Memory: 2 P (perturbed weights, clean gradient)
