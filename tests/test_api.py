@@ -1,5 +1,6 @@
 """The Python API: the same runs as on the command line, objects of the user's own, and what runs have left."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import gelu
 
 import flatcl
 from flatcl.datasets import Benchmark
@@ -229,6 +231,58 @@ def test_frozen_parts_augmentations_and_code_are_parts_of_the_identity():
     assert len({*names}) == 4 and names[:4] == names[4:]
     typed = [flatcl.benchmark_from_arrays(*data, mean=mean, std=(1,)).name for mean in ([0.5], (np.float64(0.5),))]
     assert typed[0] == typed[1]
+
+
+class Scaled(nn.Module):
+    """One set of weights, several functions: what it computes is in attributes that its repr does not show."""
+
+    def __init__(self, scale=1, act=torch.relu, more=None):
+        super().__init__()
+        torch.manual_seed(7)
+        self.scale, self.act, self.more, self.layer = scale, act, more, nn.Linear(36, 5)
+
+    def forward(self, x):
+        return self.scale * self.act(self.layer(x.flatten(1)))
+
+
+def test_networks_that_differ_in_attributes_only_are_other_runs(quick):
+    given = {**quick, "dataset": flatcl.benchmark_from_arrays(arrays(), arrays()), "stop_after": 1}
+    more = [
+        {"a": (1, [None])},
+        {"a": (1, [2])},
+        torch.zeros(2),
+        torch.ones(2),
+        nn.Dropout(0.1),
+        nn.Dropout(0.2).forward,
+    ]
+    nets = [Scaled(), Scaled(10), Scaled(act=gelu), *(Scaled(more=value) for value in more)]
+    built = [flatcl.build(**given, backbone=net) for net in nets]
+    assert len({experiment.config.backbone for experiment in built}) == len(nets)
+    again = flatcl.build(**given, backbone=copy.deepcopy(nets[4])).config
+    assert again.hash == built[4].config.hash and again.code == built[4].config.code
+    assert [experiment.run().model.net.scale for experiment in built[:2]] == [1, 10]
+
+
+def test_an_experiment_keeps_the_objects_that_it_was_given(quick):
+    def build(number):
+        class Net(Scaled):
+            made = number
+
+        class Twin(ER):
+            made = number
+
+        data = flatcl.benchmark_from_arrays(arrays(seed=number), arrays(), name="of-one-name")
+        return flatcl.build(**{**quick, "dataset": data, "model": Twin}, backbone=Net(), stop_after=1), data
+
+    (one, first), (two, second) = build(1), build(2)
+    assert one.config.backbone == two.config.backbone and one.config.code != two.config.code
+    for experiment, data, number in ((one, first, 1), (two, second, 2), (one, first, 1)):
+        run = experiment.run()
+        assert run.model.made == run.model.net.made == number and run.benchmark.arrays is data.arrays
+        assert json.loads((run.folder / "config.json").read_text())["code"] == experiment.config.code
+    old = flatcl.load(run.folder, model=type(run.model), dataset=first, backbone=run.model.net.__class__())
+    build(2)
+    assert old.model.made == old.model.net.made == 1
 
 
 def test_arrays_that_the_caller_goes_on_using_are_not_those_of_the_benchmark(quick):
