@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -283,6 +284,34 @@ def test_an_experiment_keeps_the_objects_that_it_was_given(quick):
     old = flatcl.load(run.folder, model=type(run.model), dataset=first, backbone=run.model.net.__class__())
     build(2)
     assert old.model.made == old.model.net.made == 1
+
+
+def test_settings_and_code_of_augmentations_are_parts_of_the_identity():
+    class Noise(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
+        def forward(self, x):
+            return x + self.size * torch.randn_like(x)
+
+    def noisy(x, size):
+        return x + size * torch.randn_like(x)
+
+    def closure(size):
+        return lambda x: noisy(x, size)
+
+    transforms = [
+        make(size) for make in (Noise, lambda size: partial(noisy, size=size), closure) for size in (0.01, 0.9)
+    ]
+    made = [flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda own=own: [own]) for own in transforms]
+    assert len({benchmark.name for benchmark in made}) == len(made)
+    again = flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda: [Noise(0.01)])
+    assert again.name == made[0].name and again.sources(None) == made[0].sources(None)
+    pair = [flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda own=own: [own]) for own in (
+        lambda x: x + 1 * torch.rand_like(x), lambda x: x + 2 * torch.rand_like(x))]  # fmt: skip
+    codes = [flatcl.build(model="er", dataset=benchmark).config.code for benchmark in (made[0], *pair)]
+    assert codes[1] != codes[2] and [name for name in codes[0] if name.endswith("Noise")]
 
 
 def test_arrays_that_the_caller_goes_on_using_are_not_those_of_the_benchmark(quick):
