@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -413,6 +414,35 @@ def test_objects_are_asked_for_where_a_process_does_not_have_them(quick, tmp_pat
         flatcl.load(run.folder)
     again = flatcl.benchmark_from_arrays(arrays(), arrays(), n_epochs=1)
     assert torch.equal(flatcl.load(run.folder, dataset=again).logits(images), expected)
+
+
+class Placed(nn.Module):
+    """A backbone that makes a table in its first forward."""
+
+    def __init__(self, shape, num_classes, args=None):
+        super().__init__()
+        self.layer, self.table = nn.Linear(math.prod(shape), num_classes), None
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[1], device=x.device)
+        return self.layer(x) * (x * self.table).mean(1, keepdim=True)
+
+
+def test_what_an_evaluation_makes_can_be_trained_through(quick):
+    class Probe(flatcl.Callback):
+        grads = []
+
+        def after_task(self, state):
+            test, weights = state.benchmark[0].test, torch.zeros(3, requires_grad=True)
+            loss = nn.functional.nll_loss((test.images.float().mean((2, 3)) * weights), test.labels)
+            loss.backward()
+            self.grads.append(weights.grad)
+
+    run = flatcl.build(**quick, backbone=Placed, stop_after=1).run([Probe()])
+    assert run.model.net.table is not None and Probe.grads[0].abs().sum() > 0
+    assert not any(tensor.is_inference() for tensor in (run.benchmark[0].test.images, run.benchmark[4].test.labels))
 
 
 # callbacks
