@@ -241,7 +241,9 @@ class Flag:
         if self.many and [word.lower() for word in words] == ["none"]:
             return ()
         if self.many:
-            return tuple(self._one(part) for word in words for part in word.replace(",", " ").split())
+            text = ",".join(words)  # an item that is a text may have spaces inside
+            parts = map(str.strip, text.split(",")) if self.kind is str else text.replace(",", " ").split()
+            return tuple(self._one(part) for part in parts if part)
         if self.kind is bool and not words:
             return True
         if len(words) != 1:
