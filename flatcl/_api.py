@@ -236,11 +236,12 @@ class Run:
 
     def predict(self, images: Any, task: int | None = None) -> Tensor:
         """Images (N, C, H, W) uint8 -> the predicted classes (N,) int64, numbered as in the data set.
-        With `task`, counted from 0, only the classes of that task are predicted (task-il)."""
+        With `task`, counted from 0, only the classes of that task are predicted (task-il); without it all, or with
+        --class_il_argmax seen those of the tasks that are finished (class-il)."""
         logits = self.logits(images, task)
         order = torch.tensor(self.benchmark.class_order())
         if task is None:
-            return order[logits.argmax(1)]
+            return order[logits[:, : self._competing].argmax(1)]
         outputs = self.benchmark[task].classes
         return order[outputs.start : outputs.stop][logits[:, outputs.start : outputs.stop].argmax(1)]
 
@@ -255,9 +256,9 @@ class Run:
 
     def confusion_matrix(self) -> np.ndarray:
         """(K, K) int64: the number of test images of the class of the row that were predicted as the class of the
-        column, both numbered as in the data set; over all tasks and all classes (for `pnn`: by the network of the
-        task)."""
-        return predictions.confusion_matrix(self._predictions, self._class_order)
+        column, both numbered as in the data set; over all tasks, and the classes that `predict` has without a task (for
+        `pnn`: by the network of the task)."""
+        return predictions.confusion_matrix(self._predictions, self._decided["class_order"], self._competing)
 
     def class_accuracy(self) -> np.ndarray:
         """(K,) float64, fractions: the accuracy on each class of the data set; NaN for a class without test images."""
@@ -309,12 +310,21 @@ class Run:
             return {name: column.numpy() for name, column in self._built.evaluate.predictions(self.model).items()}
 
     @cached_property
-    def _class_order(self) -> list[int]:
+    def _decided(self) -> dict[str, Any]:
         """From the run folder, so that a confusion matrix that is there needs no data; else from the benchmark."""
         if self.folder is not None:
             with suppress(TypeError, OSError, ValueError, KeyError):
-                return read_json(self.folder / "benchmark.json")["class_order"]
-        return self.benchmark.class_order()
+                found = read_json(self.folder / "benchmark.json")
+                return {name: found[name] for name in ("class_order", "tasks")}
+        return self.benchmark.decided()
+
+    @cached_property
+    def _competing(self) -> int:
+        """Outputs, from the first on, that class-il predicts over."""
+        rows: list[Any] = []
+        with suppress(UsageError):  # of a run that was stopped in its first task
+            rows = next(iter(self.summary["accuracy"].values()), [])
+        return predictions.num_competing(self.config, self._decided, len(rows))
 
     def _images(self, images: Any) -> Tensor:
         """Checked, as a tensor (N, C, H, W) uint8."""

@@ -102,6 +102,18 @@ def test_the_confusion_matrix_counts_every_test_image_once(quick):
     assert run.class_accuracy()[order[:2]].mean() == pytest.approx(last[0])
 
 
+@pytest.mark.parametrize("flag", ["save_predictions", "disable_log", "start_from", "joint"])
+def test_predictions_over_the_classes_seen_are_those_of_the_reported_accuracy(quick, flag):
+    flags = {flag: 1} | ({} if flag == "joint" else {"stop_after": 2})
+    run = flatcl.train(**quick, permute_classes=True, seed=5, class_il_argmax="seen", lr=1e-6, **flags)
+    order, last = run.benchmark.class_order(), run.accuracy["class-il"][-1]
+    assert run.class_accuracy()[order].reshape(5, 2).mean(1) == pytest.approx(last) and last.max() > 0
+    for own in [run] if run.folder is None else [run, flatcl.load(run.folder)]:
+        predicted = torch.cat([own.predict(task.test.images) for task in run.benchmark])
+        assert {*predicted.tolist()} <= {*(order if flag == "joint" else order[:4])}
+        assert own.confusion_matrix()[:, order[4:]].any() == (flag == "joint")
+
+
 def test_a_run_without_a_folder_has_its_summary(quick):
     run = flatcl.train(**quick, disable_log=True, stop_after=1)
     assert run.folder is None and run.status == "finished" and run.accuracy["task-il"].shape == (1, 5)
