@@ -1,7 +1,7 @@
 """The Python API: runs with the same flags as on the command line, and their results as objects.
 
 Wrong arguments raise `flatcl.utils.errors.UsageError` (a `ValueError`); training that cannot continue raises
-`RunFailed`. Both say in one line what is wrong, what was got, and what to do.
+`flatcl.utils.errors.RunFailed`. Both say in one line what is wrong, what was got, and what to do.
 """
 
 import copy

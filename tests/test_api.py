@@ -1,9 +1,12 @@
 """The Python API: the same runs as on the command line, objects of the user's own, and what runs have left."""
 
+import builtins
 import copy
 import hashlib
+import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -608,3 +611,11 @@ def test_a_script_names_the_call_that_goes_on_and_its_classes_count_by_their_own
 
 def test_a_data_error_is_a_usage_error_and_a_value_error():
     assert issubclass(DataError, UsageError) and issubclass(UsageError, ValueError)
+
+
+def test_the_page_says_where_each_error_is_and_what_it_is():
+    page = " ".join((HOME / "docs/python.md").read_text(encoding="utf-8").split())
+    named = re.findall(r"raises `(?:([\w.]+)\.)?(\w*(?:Error|Failed))`, a `(\w+)`", page)
+    assert [name for _, name, _ in named] == ["UsageError", "RunFailed"] and page.count("`RunFailed`") == 0
+    for module, name, base in named:
+        assert issubclass(getattr(importlib.import_module(module), name), getattr(builtins, base))
