@@ -10,14 +10,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from enum import Enum
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flatcl.utils.identity import DIGITS, digest_of_class
+from flatcl.utils.identity import DIGITS, digest_of_code
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "kornia", "numpy"}  # whose code does not count
 BASE = vars(nn.Module()).keys()  # attributes of every module: described otherwise, or of no effect on a run
@@ -97,14 +97,14 @@ class Description:
         """Its code, and that of its bases, is noted."""
         for base in cls.__mro__:
             if not _is_of_library(base):
-                self._note(f"class {base.__qualname__}", digest_of_class(base))
+                self._note(f"class {base.__qualname__}", digest_of_code(base))
         return _name(cls)
 
     def _function(self, function: FunctionType) -> str:
         """With what it has from where it was made."""
         if _is_of_library(function):
             return _name(function)
-        self._note(f"function {function.__qualname__}", _digest_of_function(function))
+        self._note(f"function {function.__qualname__}", digest_of_code(function))
         cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
         return f"{_name(function)} {self._all((function.__defaults__, function.__kwdefaults__, cells))}"
 
@@ -152,22 +152,6 @@ def _numbers(array: Tensor | np.ndarray) -> str:
     elif array.dtype.hasobject:
         return text
     return f"{text} {hashlib.sha256(array.tobytes()).hexdigest()}"
-
-
-def _digest_of_function(function: FunctionType) -> str:
-    """Of its text; of what it was compiled to where the text cannot be had alone, as that of a lambda."""
-    digest = "unknown" if function.__name__ == "<lambda>" else digest_of_class(function)
-    return _digest(_compiled(function.__code__)) if digest == "unknown" else digest
-
-
-def _compiled(code: CodeType) -> str:
-    constants = [
-        _compiled(item) if isinstance(item, CodeType)
-        else str(sorted(map(repr, item))) if isinstance(item, frozenset)
-        else repr(item)
-        for item in code.co_consts
-    ]  # fmt: skip
-    return f"{code.co_code.hex()} {constants} {code.co_names} {code.co_varnames} {code.co_freevars}"
 
 
 def _is_empty(cell: Any) -> bool:
