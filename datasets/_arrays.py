@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatcl.datasets._benchmark import Arrays, Benchmark
 from flatcl.datasets._checks import checked_arrays
 from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.objects import Description
 from flatcl.utils.registry import DATASETS
 
 Pair = tuple[Any, Any]  # images and labels, arrays or tensors
@@ -25,6 +26,7 @@ class FromArrays(Benchmark):
     order: tuple[int, ...]  # of the classes, as the tasks name them
     transforms: Callable[[], list[nn.Module]] | None = None
     digest: str
+    code: dict[str, str]  # of the augmentations
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
         return self.arrays
@@ -38,7 +40,7 @@ class FromArrays(Benchmark):
 
     @classmethod
     def sources(cls, config: Any) -> dict[str, str]:
-        return {f"arrays of {cls.name}": cls.digest}
+        return {f"arrays of {cls.name}": cls.digest} | cls.code
 
 
 def benchmark_from_arrays(
@@ -82,9 +84,9 @@ def benchmark_from_arrays(
     checked = checked_arrays(type("Checked", (FromArrays,), content), parts)
     content["arrays"] = tuple((x.clone(), y.clone()) for x, y in checked)  # the caller may go on using the others
     content["order"], sizes = _tasks(tasks, classes)
-    transforms = [] if augmentations is None else [_described(part) for part in augmentations()]
-    settings = f"{sizes} {content['order']} {content['mean']} {content['std']} {transforms}"
-    content["digest"] = _digest(content["arrays"], settings)
+    transforms = Description([] if augmentations is None else augmentations())
+    settings = f"{sizes} {content['order']} {content['mean']} {content['std']} {transforms.text}"
+    content |= {"digest": _digest(content["arrays"], settings), "code": transforms.code}
     content |= {"task_sizes": sizes, "default_backbone": backbone, "defaults": {"n_tasks": len(sizes), **defaults}}
     content["transforms"] = None if augmentations is None else staticmethod(augmentations)
     name = name or f"arrays-{content['digest'][:8]}"
@@ -134,15 +136,6 @@ def _numbers(name: str, given: Sequence[float] | None) -> tuple[float, ...] | No
         return None if given is None else tuple(map(float, given))
     except TypeError:
         raise UsageError(f"{name} must have one number for each channel, as in ({given},), got {given}.") from None
-
-
-def _described(transform: Any) -> str:
-    """A transform's settings, the same in each process."""
-    text = repr(transform)
-    if " at 0x" not in text:
-        return text
-    plain = {name: value for name, value in vars(transform).items() if isinstance(value, bool | int | float | str)}
-    return f"{type(transform).__qualname__} {sorted(plain.items())}"
 
 
 def _digest(arrays: tuple[Arrays, Arrays], settings: str) -> str:

@@ -1,7 +1,7 @@
 """The Python API: runs with the same flags as on the command line, and their results as objects.
 
 Wrong arguments raise `flatcl.utils.errors.UsageError` (a `ValueError`); training that cannot continue raises
-`RunFailed`. Both say in one line what is wrong, what was got, and what to do.
+`flatcl.utils.errors.RunFailed`. Both say in one line what is wrong, what was got, and what to do.
 """
 
 import copy
@@ -33,7 +33,7 @@ from flatcl.utils.engine.texts import describe
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import Interrupted, UsageError
 from flatcl.utils.files import read_json
-from flatcl.utils.identity import digest_of_class
+from flatcl.utils.objects import Description
 from flatcl.utils.optim._driver import Driver
 from flatcl.utils.registry import Registry
 from flatcl.utils.saved import Saved, check_code, read_saved
@@ -134,7 +134,8 @@ class Experiment:
     """A run that can be started: `config` has every flag's value and origin (`Config`)."""
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config, self._parts = config, _Parts(config)
+        _ = config.code  # by now: later, a part's name may be another object's
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -149,6 +150,7 @@ class Experiment:
         stops the run, it is returned with the status 'interrupted'.
         """
         told = Callbacks(callbacks)
+        self._parts.enter()
         with _ending(told):
             run.train(self.config, told)
         trainer = told.trainer
@@ -166,7 +168,7 @@ class Run:
     """A run and its results. `folder`: its run folder, or None without one; `config`: its flags."""
 
     def __init__(self, config: Config, folder: Path | None, trainer: Trainer | None = None):
-        self.config, self.folder, self._trainer = config, folder, trainer
+        self.config, self.folder, self._trainer, self._parts = config, folder, trainer, _Parts(config)
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -234,11 +236,12 @@ class Run:
 
     def predict(self, images: Any, task: int | None = None) -> Tensor:
         """Images (N, C, H, W) uint8 -> the predicted classes (N,) int64, numbered as in the data set.
-        With `task`, counted from 0, only the classes of that task are predicted (task-il)."""
+        With `task`, counted from 0, only the classes of that task are predicted (task-il); without it all, or with
+        --class_il_argmax seen those of the tasks that are finished (class-il)."""
         logits = self.logits(images, task)
         order = torch.tensor(self.benchmark.class_order())
         if task is None:
-            return order[logits.argmax(1)]
+            return order[logits[:, : self._competing].argmax(1)]
         outputs = self.benchmark[task].classes
         return order[outputs.start : outputs.stop][logits[:, outputs.start : outputs.stop].argmax(1)]
 
@@ -253,9 +256,9 @@ class Run:
 
     def confusion_matrix(self) -> np.ndarray:
         """(K, K) int64: the number of test images of the class of the row that were predicted as the class of the
-        column, both numbered as in the data set; over all tasks and all classes (for `pnn`: by the network of the
-        task)."""
-        return predictions.confusion_matrix(self._predictions, self._class_order)
+        column, both numbered as in the data set; over all tasks, and the classes that `predict` has without a task (for
+        `pnn`: by the network of the task)."""
+        return predictions.confusion_matrix(self._predictions, self._decided["class_order"], self._competing)
 
     def class_accuracy(self) -> np.ndarray:
         """(K,) float64, fractions: the accuracy on each class of the data set; NaN for a class without test images."""
@@ -279,6 +282,7 @@ class Run:
             return self._trainer
         folder = self.folder
         assert folder is not None  # a run without one has its trainer
+        self._parts.enter()
         device, weights = resolve_device(self.config.device), folder / "model.pt"
         with seeding.untouched(), computing(self.config, device):
             if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
@@ -306,12 +310,21 @@ class Run:
             return {name: column.numpy() for name, column in self._built.evaluate.predictions(self.model).items()}
 
     @cached_property
-    def _class_order(self) -> list[int]:
+    def _decided(self) -> dict[str, Any]:
         """From the run folder, so that a confusion matrix that is there needs no data; else from the benchmark."""
         if self.folder is not None:
             with suppress(TypeError, OSError, ValueError, KeyError):
-                return read_json(self.folder / "benchmark.json")["class_order"]
-        return self.benchmark.class_order()
+                found = read_json(self.folder / "benchmark.json")
+                return {name: found[name] for name in ("class_order", "tasks")}
+        return self.benchmark.decided()
+
+    @cached_property
+    def _competing(self) -> int:
+        """Outputs, from the first on, that class-il predicts over."""
+        rows: list[Any] = []
+        with suppress(UsageError):  # of a run that was stopped in its first task
+            rows = next(iter(self.summary["accuracy"].values()), [])
+        return predictions.num_competing(self.config, self._decided, len(rows))
 
     def _images(self, images: Any) -> Tensor:
         """Checked, as a tensor (N, C, H, W) uint8."""
@@ -380,10 +393,25 @@ def _registered(registry: Registry[Any], cls: type[Any]) -> str:
     return cls.name
 
 
+class _Parts:
+    """The classes of a run, which is built of them even if others have got their names since: those of a network with
+    the same digest, of a class that a notebook has defined anew, of other arrays that were given the same name."""
+
+    def __init__(self, config: Config):
+        names = {kind: config.values[kind] for kind in SELECTORS}
+        self.classes = {kind: SELECTORS[kind].load(name) for kind, name in names.items() if ":" not in name}
+
+    def enter(self) -> None:
+        for kind, cls in self.classes.items():
+            if not SELECTORS[kind].has(cls.name, cls):
+                SELECTORS[kind].register(cls.name)(cls)
+
+
 def _copies_of(net: nn.Module) -> type[nn.Module]:
-    """A backbone that is a copy of this network; its name has a digest of its weights."""
-    digest = _digest_of(net)
-    content: dict[str, Any] = {"net": copy.deepcopy(net).cpu(), "digest": digest}
+    """A backbone that is a copy of this network; its name has a digest of its settings and weights."""
+    found = Description(net)
+    digest = hashlib.sha256(found.text.encode()).hexdigest()[:12]
+    content: dict[str, Any] = {"net": copy.deepcopy(net).cpu(), "digest": digest, "code": found.code}
     content |= {name: getattr(type(net), name, None) for name in ("features", "stages") if hasattr(net, name)}
     content["name"] = f"{type(net).__name__.lower()}-{digest[:8]}"
     return type("GivenNetwork", (_Given,), {**content, "__module__": __name__, "__doc__": f"A {type(net).__name__}."})
@@ -395,6 +423,7 @@ class _Given(nn.Module):
     name: str
     net: nn.Module
     digest: str
+    code: dict[str, str]
 
     def __new__(cls, shape: tuple[int, int, int], num_classes: int, args: None = None) -> nn.Module:  # type: ignore[misc]
         net = copy.deepcopy(cls.net)
@@ -408,10 +437,8 @@ class _Given(nn.Module):
 
     @classmethod
     def sources(cls, config: Any) -> dict[str, str]:
-        """The weights, and the code of each class of the network that is not torch's."""
-        kinds = {type(part) for part in cls.net.modules()}
-        own = {kind.__qualname__: digest_of_class(kind) for kind in kinds if kind.__module__.split(".")[0] != "torch"}
-        return {f"network {cls.name}": cls.digest} | {f"class {name}": digest for name, digest in own.items()}
+        """Settings and weights, and the code of the classes and functions of the network that are not a library's."""
+        return {f"network {cls.name}": cls.digest} | cls.code
 
 
 def _misfit(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> str | None:
@@ -424,16 +451,6 @@ def _misfit(net: nn.Module, shape: tuple[int, int, int], num_classes: int) -> st
     if isinstance(out, Tensor) and tuple(out.shape) == (2, num_classes):
         return None
     return f"it gives {tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
-
-
-def _digest_of(net: nn.Module) -> str:
-    found = hashlib.sha256(repr(net).encode())
-    found.update(" ".join(name for name, p in net.named_parameters() if not p.requires_grad).encode())
-    for name, tensor in net.state_dict().items():
-        if isinstance(tensor, Tensor):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:12]
 
 
 def _word(name: str, value: Any) -> str:

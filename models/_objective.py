@@ -159,7 +159,7 @@ class Objective:
             if self.added is not None:
                 self.tally.forward_rows += sum(len(block) for i, block in enumerate(self.whole) if i not in seen)
                 loss = self.added.add_to(loss, self.blocks, seen)
-        return loss if self.method.amp is None else loss.mapped(Tensor.float)
+        return loss if self.method.amp is None else loss.mapped(_in_float)
 
     def gradient(self) -> Grads:
         """The gradient of the whole loss at the present weights."""
@@ -532,6 +532,11 @@ class Objective:
         self.guides |= guides
         if not self.method.references_first:
             self._refer()
+
+
+def _in_float(tensor: Tensor) -> Tensor:
+    """In float32, unless it holds something else, such as indices or flags of rows."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _sum(so_far: Grads | None, grads: Grads) -> Grads:

@@ -1,15 +1,22 @@
 """The Python API: the same runs as on the command line, objects of the user's own, and what runs have left."""
 
+import builtins
+import copy
 import hashlib
+import importlib
 import json
+import math
+import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import gelu
 
 import flatcl
 from flatcl.datasets import Benchmark
@@ -96,6 +103,18 @@ def test_the_confusion_matrix_counts_every_test_image_once(quick):
     assert run.class_accuracy().tolist() == (counts.diagonal() / 16).tolist()
     order, last = run.benchmark.class_order(), run.accuracy["class-il"][-1]
     assert run.class_accuracy()[order[:2]].mean() == pytest.approx(last[0])
+
+
+@pytest.mark.parametrize("flag", ["save_predictions", "disable_log", "start_from", "joint"])
+def test_predictions_over_the_classes_seen_are_those_of_the_reported_accuracy(quick, flag):
+    flags = {flag: 1} | ({} if flag == "joint" else {"stop_after": 2})
+    run = flatcl.train(**quick, permute_classes=True, seed=5, class_il_argmax="seen", lr=1e-6, **flags)
+    order, last = run.benchmark.class_order(), run.accuracy["class-il"][-1]
+    assert run.class_accuracy()[order].reshape(5, 2).mean(1) == pytest.approx(last) and last.max() > 0
+    for own in [run] if run.folder is None else [run, flatcl.load(run.folder)]:
+        predicted = torch.cat([own.predict(task.test.images) for task in run.benchmark])
+        assert {*predicted.tolist()} <= {*(order if flag == "joint" else order[:4])}
+        assert own.confusion_matrix()[:, order[4:]].any() == (flag == "joint")
 
 
 def test_a_run_without_a_folder_has_its_summary(quick):
@@ -231,6 +250,86 @@ def test_frozen_parts_augmentations_and_code_are_parts_of_the_identity():
     assert typed[0] == typed[1]
 
 
+class Scaled(nn.Module):
+    """One set of weights, several functions: what it computes is in attributes that its repr does not show."""
+
+    def __init__(self, scale=1, act=torch.relu, more=None):
+        super().__init__()
+        torch.manual_seed(7)
+        self.scale, self.act, self.more, self.layer = scale, act, more, nn.Linear(36, 5)
+
+    def forward(self, x):
+        return self.scale * self.act(self.layer(x.flatten(1)))
+
+
+def test_networks_that_differ_in_attributes_only_are_other_runs(quick):
+    given = {**quick, "dataset": flatcl.benchmark_from_arrays(arrays(), arrays()), "stop_after": 1}
+    more = [
+        {"a": (1, [None])},
+        {"a": (1, [2])},
+        torch.zeros(2),
+        torch.ones(2),
+        nn.Dropout(0.1),
+        nn.Dropout(0.2).forward,
+    ]
+    nets = [Scaled(), Scaled(10), Scaled(act=gelu), *(Scaled(more=value) for value in more)]
+    built = [flatcl.build(**given, backbone=net) for net in nets]
+    assert len({experiment.config.backbone for experiment in built}) == len(nets)
+    again = flatcl.build(**given, backbone=copy.deepcopy(nets[4])).config
+    assert again.hash == built[4].config.hash and again.code == built[4].config.code
+    assert [experiment.run().model.net.scale for experiment in built[:2]] == [1, 10]
+
+
+def test_an_experiment_keeps_the_objects_that_it_was_given(quick):
+    def build(number):
+        class Net(Scaled):
+            made = number
+
+        class Twin(ER):
+            made = number
+
+        data = flatcl.benchmark_from_arrays(arrays(seed=number), arrays(), name="of-one-name")
+        return flatcl.build(**{**quick, "dataset": data, "model": Twin}, backbone=Net(), stop_after=1), data
+
+    (one, first), (two, second) = build(1), build(2)
+    assert one.config.backbone == two.config.backbone and one.config.code != two.config.code
+    for experiment, data, number in ((one, first, 1), (two, second, 2), (one, first, 1)):
+        run = experiment.run()
+        assert run.model.made == run.model.net.made == number and run.benchmark.arrays is data.arrays
+        assert json.loads((run.folder / "config.json").read_text())["code"] == experiment.config.code
+    old = flatcl.load(run.folder, model=type(run.model), dataset=first, backbone=run.model.net.__class__())
+    build(2)
+    assert old.model.made == old.model.net.made == 1
+
+
+def test_settings_and_code_of_augmentations_are_parts_of_the_identity():
+    class Noise(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
+        def forward(self, x):
+            return x + self.size * torch.randn_like(x)
+
+    def noisy(x, size):
+        return x + size * torch.randn_like(x)
+
+    def closure(size):
+        return lambda x: noisy(x, size)
+
+    transforms = [
+        make(size) for make in (Noise, lambda size: partial(noisy, size=size), closure) for size in (0.01, 0.9)
+    ]
+    made = [flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda own=own: [own]) for own in transforms]
+    assert len({benchmark.name for benchmark in made}) == len(made)
+    again = flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda: [Noise(0.01)])
+    assert again.name == made[0].name and again.sources(None) == made[0].sources(None)
+    pair = [flatcl.benchmark_from_arrays(arrays(), arrays(), augmentations=lambda own=own: [own]) for own in (
+        lambda x: x + 1 * torch.rand_like(x), lambda x: x + 2 * torch.rand_like(x))]  # fmt: skip
+    codes = [flatcl.build(model="er", dataset=benchmark).config.code for benchmark in (made[0], *pair)]
+    assert codes[1] != codes[2] and [name for name in codes[0] if name.endswith("Noise")]
+
+
 def test_arrays_that_the_caller_goes_on_using_are_not_those_of_the_benchmark(quick):
     images, labels = arrays()
     made = flatcl.benchmark_from_arrays((images, labels), (images, labels), tasks=np.int64(5))
@@ -330,6 +429,35 @@ def test_objects_are_asked_for_where_a_process_does_not_have_them(quick, tmp_pat
         flatcl.load(run.folder)
     again = flatcl.benchmark_from_arrays(arrays(), arrays(), n_epochs=1)
     assert torch.equal(flatcl.load(run.folder, dataset=again).logits(images), expected)
+
+
+class Placed(nn.Module):
+    """A backbone that makes a table in its first forward."""
+
+    def __init__(self, shape, num_classes, args=None):
+        super().__init__()
+        self.layer, self.table = nn.Linear(math.prod(shape), num_classes), None
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.table is None:
+            self.table = torch.linspace(0, 1, x.shape[1], device=x.device)
+        return self.layer(x) * (x * self.table).mean(1, keepdim=True)
+
+
+def test_what_an_evaluation_makes_can_be_trained_through(quick):
+    class Probe(flatcl.Callback):
+        grads = []
+
+        def after_task(self, state):
+            test, weights = state.benchmark[0].test, torch.zeros(3, requires_grad=True)
+            loss = nn.functional.nll_loss((test.images.float().mean((2, 3)) * weights), test.labels)
+            loss.backward()
+            self.grads.append(weights.grad)
+
+    run = flatcl.build(**quick, backbone=Placed, stop_after=1).run([Probe()])
+    assert run.model.net.table is not None and Probe.grads[0].abs().sum() > 0
+    assert not any(tensor.is_inference() for tensor in (run.benchmark[0].test.images, run.benchmark[4].test.labels))
 
 
 # callbacks
@@ -483,3 +611,11 @@ def test_a_script_names_the_call_that_goes_on_and_its_classes_count_by_their_own
 
 def test_a_data_error_is_a_usage_error_and_a_value_error():
     assert issubclass(DataError, UsageError) and issubclass(UsageError, ValueError)
+
+
+def test_the_page_says_where_each_error_is_and_what_it_is():
+    page = " ".join((HOME / "docs/python.md").read_text(encoding="utf-8").split())
+    named = re.findall(r"raises `(?:([\w.]+)\.)?(\w*(?:Error|Failed))`, a `(\w+)`", page)
+    assert [name for _, name, _ in named] == ["UsageError", "RunFailed"] and page.count("`RunFailed`") == 0
+    for module, name, base in named:
+        assert issubclass(getattr(importlib.import_module(module), name), getattr(builtins, base))

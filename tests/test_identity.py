@@ -17,7 +17,7 @@ from flatcl.utils.commands import sweep
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
-from flatcl.utils.identity import code_of, differences, meaning
+from flatcl.utils.identity import code_of, differences, digest_of_code, meaning
 from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
 from flatcl.utils.studies.engines import BUSY, FAILED, local
 
@@ -197,6 +197,41 @@ def test_the_identity_does_not_depend_on_the_path_of_the_clone(tmp_path):
         for folder in (ROOT, tmp_path / "link")
     ]  # fmt: skip
     assert found[0] == found[1] and "models/er.py" in found[0]
+
+
+CELL = """
+class Mine:
+    factor = 2
+
+    class Inner:
+        names = (1, None)
+
+    @staticmethod
+    def loss(x, scale=0.5):
+        return x * scale if x in {1, 2, 3} else len
+
+    @property
+    def double(self):
+        return lambda: 2 * self.factor
+"""
+
+
+def test_a_class_without_a_file_counts_by_what_it_was_compiled_to():
+    """As in a notebook, where the text of a class cannot be found."""
+
+    def digest(old="", new=""):
+        names = {"__name__": "__main__"}
+        exec(compile(CELL.replace(old, new) if old else CELL, "<cell>", "exec"), names)
+        return digest_of_code(names["Mine"])
+
+    changes = (("factor = 2", "factor = 3"), ("(1, None)", "(2, None)"), ("0.5", "0.4"), ("2, 3}", "2, 4}"),
+               ("len", "sum"), ("2 * self", "3 * self"), ("Inner", "Other"))  # fmt: skip
+    assert len({digest(), *(digest(*change) for change in changes)}) == 1 + len(changes) and digest() == digest()
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatcl.utils.identity import digest_of_code\n"
+    code += f"exec(compile({CELL!r}, '<cell>', 'exec')); print(digest_of_code(Mine))"
+    for seed in ("1", "2"):
+        env = {"PATH": "", "PYTHONHASHSEED": seed}
+        assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == digest()
 
 
 def test_the_help_of_a_flag_does_not_count_but_its_default_does():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from flatcl.models._blocks import tensor_of
 from flatcl.models._method import Block, Loss, Method, Objective
 from flatcl.utils.contracts._steps import CLASSES, batches, conv_bn_linear
 from flatcl.utils.registry import OPTIMIZERS
@@ -242,6 +243,22 @@ def test_under_autocast_the_network_is_in_bfloat16_and_what_is_kept_in_float32()
     assert inside == [torch.bfloat16]
     assert one.loss.logits.dtype == one.loss.total.dtype == torch.float32
     assert {costs.dtype for costs in one.loss.costs.values()} == {torch.float32}
+
+
+def test_under_autocast_whole_numbers_and_flags_stay_what_they_are():
+    class Noting(Replay):
+        def loss(self, block):
+            logits = self.net(block.x)
+            rows, large = torch.arange(len(block)) + 2**24 + 1, logits > 0
+            outputs = {"rows": rows, "large": (block, large), "logits": logits}
+            return Loss({"current": cross_entropy(logits, block.y, reduction="none")}, logits, outputs=outputs)
+
+    method = Noting(plain().float(), None, None)
+    method.amp = torch.bfloat16
+    (b,) = LAYOUTS["stream"]()
+    found = Objective(method, (Block(b.x.float(), y=b.y),), list(method.parameters()))().outputs
+    assert [tensor_of(found[name]).dtype for name in found] == [torch.int64, torch.bool, torch.float32]
+    assert found["rows"].tolist() == [2**24 + 1 + i for i in range(len(b))]
 
 
 class Featured(Method):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatcl.models._method import Batch, Block, Context, Loss, Objective
 from flatcl.utils.contracts import optimizers
@@ -641,6 +642,34 @@ def test_where_the_host_does_not_wait_the_device_takes_the_same_decisions(name, 
         step(method, optimizer, x, y)
     assert optimizer.skips.tolist() == [2 if name == "sampa" else 1, 0]  # which meets the bad batch once more
     assert not torch.equal(before["method"]["net.4.weight"], method.net[4].weight)
+
+
+class Lists(TorchDispatchMode):
+    """Counts the operations on lists of tensors, and notes those on several types of numbers, which a GPU cannot do in
+    one kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.mixed = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("aten::_foreach"):
+            self.number += 1
+            if len({tensor.dtype for tensor in args[0]}) > 1:
+                self.mixed.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_an_operation_on_a_list_is_on_one_type_of_numbers(name):
+    for device in ("cpu", "elsewhere"):
+        method, optimizer = make(name, conv_bn_linear())
+        optimizer.device = SimpleNamespace(type=device)
+        (x, y), *good = list(batches(sizes=(12,) * 3))
+        with Lists() as lists:
+            for batch in (*good, (x * float("inf"), y)):
+                step(method, optimizer, *batch)
+        assert lists.number > 6 and not lists.mixed
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import flatcl
 from flatcl.datasets import _images
 from flatcl.utils.arguments import SELECTORS, args_of, flags_of, resolve
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.registry import DATASETS
+from flatcl.utils.studies.study import read
 
 SIZES = {"ant": 7, "bee": 5, "cat": 9, "dog": 4, "eel": 6}  # images of each class
 KINDS = (("RGB", "png"), ("L", "png"), ("P", "gif"), ("RGBA", "webp"), ("CMYK", "jpg"), ("1", "bmp"), ("LA", "png"))
@@ -298,6 +300,24 @@ def test_each_domain_is_a_task_with_all_classes(many):
     assert torch.equal(turned[0].train.images, benchmark[2].train.images)
     photo, _, _ = _images.read_folder(many / "photo" / "val", ["ant", "bee"], (16, 16), many)
     assert torch.equal(benchmark[1].test.images, torch.from_numpy(photo))
+
+
+def test_names_of_domains_may_have_spaces(many, tmp_path):
+    (many / "photo").rename(many / "Real World")
+    order, given = (
+        ("sketch", "Real World", "art"),
+        ["--model", "sgd", "--dataset", "domains", "--data_folder", str(many)],
+    )
+    forms = [order, (" sketch,Real World, art",), ("sketch,", "Real World", ",", "art")]
+    configs = [resolve([*given, "--domain_order", *form]) for form in forms]
+    study = {"models": ["sgd"], "datasets": ["domains"], "flags": {"domain_order": list(order)}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    configs.append(resolve([*given, *read(tmp_path / "study.json").words()]))
+    configs.append(flatcl.build(model="sgd", dataset="domains", data_folder=many, domain_order=list(order)).config)
+    (tmp_path / "config.json").write_text(json.dumps(configs[0].to_json()))
+    configs.append(resolve(["--from", str(tmp_path / "config.json")]))
+    assert [config.domain_order for config in configs] == [order] * len(configs)
+    assert configs[0].benchmark.domains == order and len({config.hash for config in configs}) == 1
 
 
 def test_validation_holds_out_images_of_their_own_domains(many):

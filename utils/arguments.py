@@ -45,6 +45,7 @@ from flatcl.utils.registry import (
 from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
+TOO_LARGE = "is a number that is too large"
 MANY_TASKS = 50  # beyond them a run evaluates the tasks seen only, and logs no curve of its own for each task
 SELECTORS: dict[str, Registry[Any]] = {
     "model": METHODS,
@@ -240,7 +241,9 @@ class Flag:
         if self.many and [word.lower() for word in words] == ["none"]:
             return ()
         if self.many:
-            return tuple(self._one(part) for word in words for part in word.replace(",", " ").split())
+            text = ",".join(words)  # an item that is a text may have spaces inside
+            parts = map(str.strip, text.split(",")) if self.kind is str else text.replace(",", " ").split()
+            return tuple(self._one(part) for part in parts if part)
         if self.kind is bool and not words:
             return True
         if len(words) != 1:
@@ -259,9 +262,11 @@ class Flag:
         try:
             value = self.kind(word)
         except ValueError:
+            if word.lstrip("+-").isdecimal():  # of more digits than Python reads
+                raise ValueError(TOO_LARGE) from None
             noun = "a whole number" if self.kind is int else "a number"
             raise ValueError(f"expects {noun}, got '{word}'") from None
-        if not math.isfinite(value):
+        if self.kind is float and not math.isfinite(value):
             raise ValueError(f"expects a finite number, got '{word}'")
         return value
 
@@ -300,7 +305,7 @@ class Flag:
             return None if self.optional or self.default is None else "needs a value"
         for item in value if self.many else (value,):
             if _is_beyond_float(item):
-                return "is a number that is too large"
+                return TOO_LARGE
             if self.kind is str and not is_writable(item):
                 return f"has characters that cannot be written to files or to the console, got {ascii(item)}"
             if self.choices and item not in self.choices:

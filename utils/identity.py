@@ -16,6 +16,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from flatcl.utils.errors import UsageError
@@ -37,19 +38,49 @@ def code_of(classes: Iterable[type], plugins: Iterable[Plugin] = ()) -> dict[str
     """
     classes = list(classes)
     found = {f"plugin {name}": plugin.sha256 for name, plugin in named(plugins).items()}
-    found |= {f"class {base.__name__}": digest_of_class(base) for cls in classes for base in cls.__mro__
+    found |= {f"class {base.__name__}": digest_of_code(base) for cls in classes for base in cls.__mro__
               if base.__module__ == "__main__"}  # fmt: skip
     found |= {name: _read(module, file)[0] for name, module, file in _files(classes, plugins)}
     return dict(sorted(found.items()))
 
 
-def digest_of_class(cls: type) -> str:
-    """Of a class that a script or a notebook defines: of the rest of it, nothing counts."""
+def digest_of_code(thing: type | FunctionType) -> str:
+    """Of a class or function that a script or a notebook defines: its text, and nothing of the rest. Where its text
+    cannot be had alone, as of a notebook's class or a lambda, what Python has made of it, which may be something else
+    in another version of Python."""
     try:
-        text = _dump(meaning(textwrap.dedent(inspect.getsource(cls))))
-    except (OSError, TypeError, SyntaxError):  # typed into a console that keeps no lines
-        return "unknown"
+        is_alone = thing.__name__ != "<lambda>"
+        text = _dump(meaning(textwrap.dedent(inspect.getsource(thing)))) if is_alone else _compiled(thing)
+    except (OSError, TypeError, SyntaxError):
+        text = _compiled(thing)
     return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def _compiled(thing: Any) -> str:
+    """Functions and constants that a class or a function is made of, the same in each process."""
+    if isinstance(thing, type):
+        own = [(name, value) for name, value in sorted(vars(thing).items())
+               if isinstance(value, FunctionType) or not name.startswith("__")]  # fmt: skip
+        return " ".join(f"{name}={_compiled(value) if _is_inside(value, thing) else value}" for name, value in own)
+    if isinstance(thing, FunctionType):
+        return _compiled((thing.__code__, thing.__defaults__, *sorted((thing.__kwdefaults__ or {}).items())))
+    if isinstance(thing, staticmethod | classmethod):
+        return _compiled(thing.__func__)
+    if isinstance(thing, property):
+        return f"{_compiled(thing.fget)} {_compiled(thing.fset)}"
+    if isinstance(thing, CodeType):
+        names = (thing.co_names, thing.co_varnames, thing.co_freevars)
+        return f"{thing.co_code.hex()} {names} {_compiled(thing.co_consts)}"
+    if isinstance(thing, tuple):
+        return f"({', '.join(map(_compiled, thing))})"
+    if isinstance(thing, frozenset):
+        return f"set({sorted(map(_compiled, thing))})"
+    return repr(thing) if isinstance(thing, bool | int | float | complex | str | bytes | None) else type(thing).__name__
+
+
+def _is_inside(value: Any, cls: type) -> bool:
+    """Whether a value in a class is its own, not another class that it names."""
+    return not isinstance(value, type) or value.__qualname__.startswith(f"{cls.__qualname__}.")
 
 
 def beside_plugins(plugins: Iterable[Plugin]) -> dict[str, Path]:

@@ -42,7 +42,7 @@ class Evaluator:
                 "--validation."
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self, method: nn.Module, classes_seen: int, num_tasks: int | None = None
     ) -> dict[str, list[float | None]]:
@@ -72,7 +72,7 @@ class Evaluator:
             images += self.sizes[index]
         yield range(first, num_tasks)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def held_out(self, method: nn.Module, task: Task, split: Split, classes_seen: int) -> float:
         """Accuracy, a fraction, on other images of one task, in the first of the settings."""
         owners = torch.zeros(len(split), dtype=torch.int64, device=self.augment.device)

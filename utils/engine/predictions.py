@@ -41,12 +41,24 @@ def load(folder: Path) -> dict[str, np.ndarray] | None:
     return found if fits else None
 
 
-def confusion_matrix(predictions: Mapping[str, np.ndarray], class_order: Sequence[int]) -> np.ndarray:
+def num_competing(config: Any, decided: Mapping[str, Any], num_tasks: int) -> int:
+    """How many outputs, from the first on, class-il predicts over after so many tasks of a run (--class_il_argmax).
+    `config` (`Config`): its flags; `decided`: its benchmark.json. Before the end of a first task, its classes count."""
+    if config.class_il_argmax == "all" or config.joint or config.learner.trains_jointly:
+        return len(decided["class_order"])
+    tasks = decided["tasks"][: config.start_from + max(1, num_tasks)]
+    return len({label for task in tasks for label in task["classes"]})
+
+
+def confusion_matrix(
+    predictions: Mapping[str, np.ndarray], class_order: Sequence[int], competing: int | None = None
+) -> np.ndarray:
     """(K, K) int64: how many test images of the class of a row were taken for the class of a column. Rows and columns
-    are the classes of the data set, in its own order; `class_order`: the class behind each output."""
+    are the classes of the data set, in its own order; `class_order`: the class behind each output; `competing`: the
+    number of outputs that are predicted over, default: all."""
     order = np.asarray(class_order)
     size = len(order)
-    places = order[predictions["labels"]] * size + order[predictions["logits"].argmax(1)]
+    places = order[predictions["labels"]] * size + order[predictions["logits"][:, :competing].argmax(1)]
     return np.bincount(places, minlength=size * size).reshape(size, size)
 
 

@@ -276,7 +276,9 @@ def _save_predictions(trainer: Trainer, path: Path) -> None:
         predictions.save(path, found)
     except OSError as error:
         complain(f"warning: {predictions.FILE} cannot be written ({reason(error)})")
-    counts = predictions.confusion_matrix(found, trainer.benchmark.class_order())
+    decided = trainer.benchmark.decided()
+    competing = predictions.num_competing(trainer.config, decided, len(trainer.progress.tasks))
+    counts = predictions.confusion_matrix(found, decided["class_order"], competing)
     _draw(lambda: trainer.logs.confusion(counts))
 
 

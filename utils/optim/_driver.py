@@ -220,7 +220,7 @@ class Driver:
         """(update, whether the step is finite (), BatchNorm's statistics before it)."""
         self.pending = {}
         statistics = self._statistics()
-        before: Grads = torch._foreach_mul(statistics, 1) if statistics else []
+        before = [copy for (part,) in _by_dtype(statistics) for copy in torch._foreach_mul(part, 1)]
         try:
             if self._to_watch:
                 objective.watch()
@@ -361,11 +361,13 @@ class Driver:
                 self.state[name] = torch._foreach_mul(value, 1)  # it may share memory with a gradient
 
     def _statistics(self) -> list[Tensor]:
-        return [buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False)]
+        """One type of number after the other: averages, then counters."""
+        buffers = (buffer for layer in self._batchnorms for buffer in layer.buffers(recurse=False))
+        return sorted(buffers, key=lambda buffer: str(buffer.dtype))
 
     def _restore_statistics(self, before: Grads) -> None:
-        if before:
-            torch._foreach_copy_(self._statistics(), before)
+        for into, values in _by_dtype(self._statistics(), before):
+            torch._foreach_copy_(into, values)
 
     def _step_where(self, finite: Tensor, update: Grads, objective: Any, statistics: Grads, numbers: Any) -> None:
         """The step, then everything that it changed put back where `finite` is false, without a wait for the device."""
@@ -411,13 +413,18 @@ def keep_corner(old: Tensor | None, new: Tensor) -> Tensor:
     return new
 
 
+def _by_dtype(*lists: Grads) -> Iterator[tuple[Grads, ...]]:
+    """Lists of tensors, cut into those of each type of number (of the first list): on a GPU, an operation on a list of
+    several types takes one kernel for each tensor."""
+    dtypes = [tensor.dtype for tensor in lists[0]]
+    for wanted in dict.fromkeys(dtypes):
+        yield tuple([t for t, dtype in zip(tensors, dtypes, strict=True) if dtype == wanted] for tensors in lists)
+
+
 def _write_where(condition: Tensor, into: Grads, values: Grads) -> None:
     """Writes `values` into `into` if `condition` () is true; one call for each type of number."""
-    for dtype in {tensor.dtype for tensor in into}:
-        pairs = [(a, b) for a, b in zip(into, values, strict=True) if a.dtype == dtype]
-        old = torch.cat([a.reshape(-1) for a, _ in pairs])
-        new = torch.cat([b.reshape(-1) for _, b in pairs])
-        parts = torch.where(condition, new, old).split([a.numel() for a, _ in pairs])
-        torch._foreach_copy_(
-            [a for a, _ in pairs], [part.view_as(a) for part, (a, _) in zip(parts, pairs, strict=True)]
-        )
+    for targets, sources in _by_dtype(into, values):
+        old = torch.cat([a.reshape(-1) for a in targets])
+        new = torch.cat([b.reshape(-1) for b in sources])
+        parts = torch.where(condition, new, old).split([a.numel() for a in targets])
+        torch._foreach_copy_(targets, [part.view_as(a) for part, a in zip(parts, targets, strict=True)])
