@@ -279,10 +279,11 @@ class Run:
             return self._trainer
         folder = self.folder
         assert folder is not None  # a run without one has its trainer
-        device, weights = resolve_device(self.config.device), folder / "model.pt"
+        device, weights = resolve_device(self.config.device), folder / run.WEIGHTS
         with seeding.untouched(), computing(self.config, device):
             if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
                 state = checkpoint.load(folder / "checkpoint", self.config.hash)
+                run.check_end(folder, state)
                 trainer = build_parts(self.config, device, None, is_new=False)
                 with run.fitting(folder):
                     trainer.load_checkpoint(state)

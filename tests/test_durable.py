@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -12,15 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_runs import assert_same_run, lines_of, read, refused, start, timeless
 
+import flatcl
 from flatcl.utils.commands import report
 from flatcl.utils.commands.train import main
 from flatcl.utils.console import again
-from flatcl.utils.engine import checkpoint, memory
+from flatcl.utils.engine import checkpoint, memory, predictions, run
 from flatcl.utils.engine.logs import Logs
+from flatcl.utils.engine.trainer import Trainer
+from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import METHODS, ROOT, load_plugin
 
 HOOKED = '''"""ER that calls a function after a step, and waits for a file to go before its first forward pass."""
@@ -476,6 +481,85 @@ def test_a_disk_that_is_full_at_the_start_is_said_before_any_work(full_disk, hoo
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2 and "cannot write there (File too large)" in line
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.fixture
+def full_for_checkpoints():
+    """From this call on checkpoints cannot be written, smaller files can; the next call ends that."""
+    with lifted_at_the_end() as limits:
+        yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]) if full else limits)
+
+
+def test_a_last_checkpoint_that_could_not_be_written_is_tried_again(
+    full_for_checkpoints, hooked, whole, tmp_path, monkeypatch
+):
+    argv, hooks = hooked
+
+    def finish(*given, finish=run._finish):
+        full_for_checkpoints(False)
+        finish(*given)
+
+    monkeypatch.setattr(run, "_finish", finish)
+    hooks[20] = lambda: full_for_checkpoints(True)
+    folder = start(tmp_path / "out", *argv)
+    assert_same_run(whole, folder)
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == ["state.pt"]
+
+
+def test_weights_of_the_end_that_are_lost_are_said_and_older_ones_are_not_taken_for_them(
+    full_for_checkpoints, hooked, tmp_path, capsys
+):
+    argv, hooks = hooked
+    hooks[20] = lambda: full_for_checkpoints(True)
+    folder = start(tmp_path / "out", *argv)
+    full_for_checkpoints(False)
+    hooks.clear()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: the weights of the end of the run are lost") and "File too large" in last
+    assert read(folder)["status"] == "finished" and len(read(folder)["accuracy"]["class-il"]) == 3
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 16 and nothing_half_written(folder)
+    says = f"{folder}: this run is finished, with 3 task(s), but its checkpoint is of after 2: "
+    with pytest.raises(UsageError, match=re.escape(says)):
+        flatcl.load(folder).confusion_matrix()
+    line = refused(capsys, "--from", str(folder), "--continue", "1", "--stop_after", "4")
+    assert says in line and "repeat it with --from" in line and "--resume" not in line
+
+
+def test_weights_that_cannot_be_written_leave_the_checkpoint_in_their_place(hooked, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_weights", fail)
+    folder = start(tmp_path / "out", *hooked[0], "--keep_checkpoint", "0")
+    assert "warning: model.pt cannot be written (No space left on device)" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 24
+    assert flatcl.load(folder).confusion_matrix().sum() == 160
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_is_killed_when_it_says_that_it_is_finished_is_made_whole(moment, hooked, whole, tmp_path):
+    child = os.fork()
+    if child == 0:
+
+        def write(trainer, status, write=Trainer.write_results):
+            if status != "finished" or moment == "after":
+                write(trainer, status)
+            if status == "finished":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer.write_results = write
+        main([*hooked[0], "--keep_checkpoint=0", "--save_predictions=1", "--results_path", str(tmp_path / "out")])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (folder,) = (file.parent for file in (tmp_path / "out").rglob("config.json"))
+    assert (read(folder)["status"] == "finished") == (moment == "after")
+    assert main(["--resume", str(folder)]) == 0
+    assert read(folder)["status"] == "finished" and not (folder / "checkpoint").exists()
+    assert (folder / "confusion_matrix.png").is_file() and nothing_half_written(folder)
+    weights, of_whole = torch.load(folder / "model.pt"), checkpoint.load(whole / "checkpoint")["method"]
+    assert weights and all(of_whole[name].equal(value) for name, value in weights.items())
+    counts = predictions.confusion_matrix(predictions.load(folder), list(range(10)))
+    assert np.array_equal(counts, flatcl.load(whole).confusion_matrix())
 
 
 def test_a_run_whose_folder_is_gone_stops_with_one_sentence(hooked, tmp_path, capsys):

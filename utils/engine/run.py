@@ -1,9 +1,11 @@
 """A whole run, new or gone on with: open its folder, build, train, write how it ended. Knows no command line."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+
+import numpy as np
 
 from flatcl.utils import launch
 from flatcl.utils.arguments import Config
@@ -23,6 +25,8 @@ from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
+
+WEIGHTS = "model.pt"  # in the run folder: the weights alone, of --keep_checkpoint 0
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
@@ -59,7 +63,7 @@ def resume(
     holding = nullcontext() if folder is None else folder.held()
     with computing(config, device), ranks.joined(device, config) as group, holding:
         if is_finished and folder is not None:
-            checkpoint.keep_last(path / "checkpoint")
+            _settle_checkpoint(path, config.keep_checkpoint)
             _complete(config, folder)
         if is_finished:
             return None
@@ -137,11 +141,29 @@ def _state_of(parent: Parent | None) -> dict | None:
             f"--continue: {parent.run} has no checkpoint to continue from. Run it with --keep_checkpoint 1."
         )
     state = checkpoint.load(folder, parent.config_hash)
+    check_end(Path(parent.run), state)
     if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
         raise UsageError(
             f"--continue: {parent.run} was stopped inside a task, or was continued since then. Finish it by --resume."
         )
     return state
+
+
+def check_end(path: Path, state: dict) -> None:
+    """Raises `UsageError` where the run in this folder is finished, but `state`, its checkpoint, is of before its
+    end, which could not be written."""
+    if not is_done(path):
+        return
+    try:
+        rows = len(read_json(path / "accuracy.json")["tasks"])
+    except (OSError, ValueError, KeyError, TypeError):  # without a matrix, there is nothing to compare with
+        return
+    done = len(state["progress"]["tasks"])
+    if done < rows:
+        raise UsageError(
+            f"{path}: this run is finished, with {rows} task(s), but its checkpoint is of after {done}: the weights of "
+            "the end could not be written. Its results are complete; repeat it with --from to get the weights."
+        )
 
 
 @contextmanager
@@ -246,18 +268,23 @@ def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
 
 
 def _finish(trainer: Trainer, summary: dict) -> None:
-    """The result first, then everything that could go wrong."""
+    """What is made of the last network, then the result, which says that the run is finished: a run that is killed
+    before goes on from its checkpoint, and makes all of it. Then everything that could go wrong."""
     folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
     unwritten = None
     if folder is not None:
+        unsaved = _keep_network(trainer, folder.path)
+        counts = _save_predictions(trainer, folder.path) if trainer.config.save_predictions else None
         try:
             trainer.write_results("finished")
         except OSError as error:
             unwritten = error
         else:
-            _settle_checkpoint(trainer, folder.path)
-            if trainer.config.save_predictions:
-                _save_predictions(trainer, folder.path)
+            if unsaved is not None:
+                complain(unsaved)
+            _settle_checkpoint(folder.path, trainer.config.keep_checkpoint)
+            if counts is not None:
+                _draw(lambda: logs.confusion(counts))
             _draw(lambda: logs.finish(summary, tasks, trainer.joint))
     say(closing_table(summary, tasks, folder))
     if trainer.optimizer.programs is not None:
@@ -269,15 +296,44 @@ def _finish(trainer: Trainer, summary: dict) -> None:
         )
 
 
-def _save_predictions(trainer: Trainer, path: Path) -> None:
-    """predictions.npz, and the confusion matrix as a picture."""
-    found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
+def _keep_network(trainer: Trainer, path: Path) -> str | None:
+    """The weights alone, as --keep_checkpoint 0 asks for; else, or where they cannot be written, the last checkpoint,
+    once more if it could not be written. Returns what is lost."""
+    if not trainer.config.keep_checkpoint:
+        state = trainer.method.state_dict()
+        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
+        try:
+            checkpoint.save_weights(path / WEIGHTS, weights)
+            return None
+        except OSError as error:
+            complain(f"warning: {WEIGHTS} cannot be written ({reason(error)}): the checkpoint is kept in its place")
+    if trainer.is_saved:
+        return None
+    try:
+        checkpoint.keep_last(path / "checkpoint")  # room on a full disk
+        trainer.save_checkpoint()
+        return None
+    except OSError as error:
+        return (
+            f"warning: the weights of the end of the run are lost, since they cannot be written ({reason(error)}): the "
+            "checkpoint that is kept is of before its end. The results are complete; to get the weights, repeat the "
+            "run with --from"
+        )
+
+
+def _save_predictions(trainer: Trainer, path: Path) -> np.ndarray | None:
+    """predictions.npz; returns the confusion matrix, None where the predictions cannot be made."""
+    try:
+        found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
+        counts = predictions.confusion_matrix(found, trainer.benchmark.class_order())
+    except Exception as error:  # such as a lack of memory: not worth a result
+        complain(f"warning: {predictions.FILE} cannot be made ({type(error).__name__}: {reason(error)})")
+        return None
     try:
         predictions.save(path, found)
     except OSError as error:
         complain(f"warning: {predictions.FILE} cannot be written ({reason(error)})")
-    counts = predictions.confusion_matrix(found, trainer.benchmark.class_order())
-    _draw(lambda: trainer.logs.confusion(counts))
+    return counts
 
 
 def _draw(draw: Callable[[], object]) -> None:
@@ -291,16 +347,13 @@ def _draw(draw: Callable[[], object]) -> None:
         )
 
 
-def _settle_checkpoint(trainer: Trainer, path: Path) -> None:
+def _settle_checkpoint(path: Path, keep: bool) -> None:
     """What stays of the checkpoints of a run that is finished: the last one, or the weights alone."""
     try:
-        if trainer.config.keep_checkpoint:
+        if keep or not (path / WEIGHTS).is_file():
             checkpoint.keep_last(path / "checkpoint")
-            return
-        state = trainer.method.state_dict()
-        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
-        checkpoint.save_weights(path / "model.pt", weights)
-        checkpoint.remove(path / "checkpoint")
+        else:
+            checkpoint.remove(path / "checkpoint")
     except OSError as error:
         complain(f"warning: the checkpoint is left as it is ({reason(error)})")
 
@@ -310,8 +363,9 @@ def _complete(config: Config, folder: RunFolder) -> None:
     try:
         summary, progress = (read_json(folder.path / name) for name in ("summary.json", "accuracy.json"))
         logs = Logs(config, folder, None)
-        joint = config.joint or config.learner.trains_jointly
-        done = logs.finish(summary, progress["tasks"], joint, there=entries(folder.path))
+        joint, there = config.joint or config.learner.trains_jointly, entries(folder.path)
+        done = logs.finish(summary, progress["tasks"], joint, there)
+        done += _complete_confusion(config, folder.path, logs, there)
         logs.close()
     except Exception as error:
         raise UsageError(
@@ -320,6 +374,15 @@ def _complete(config: Config, folder: RunFolder) -> None:
         ) from error
     what = f"what was missing is written: {', '.join(done)}" if done else "no file is missing"
     say(f"{folder.path}: this run is finished; {what}. Use --from to repeat it, or to change its flags.")
+
+
+def _complete_confusion(config: Config, path: Path, logs: Logs, there: Set[str]) -> list[str]:
+    """The picture of the confusion matrix, where it is missing and the predictions are there."""
+    found = predictions.load(path) if config.save_predictions else None
+    if found is None or {"confusion_matrix", "confusion_matrix.png"} <= there:
+        return []
+    logs.confusion(predictions.confusion_matrix(found, read_json(path / "benchmark.json")["class_order"]))
+    return ["confusion_matrix.png"]
 
 
 def is_done(path: Path) -> bool:

@@ -186,6 +186,7 @@ class Trainer:
         self.logs, self.callbacks, self.status = Logs(config, folder, self.device), Callbacks(), "running"
         self._stop_signal: int | None = None
         self._mid_epoch = False
+        self.is_saved = True  # whether the last checkpoint that was due is on the disk
         self._started = self._saved = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -233,7 +234,9 @@ class Trainer:
         if self.folder is None:
             return
         self.folder.lock.check()
+        self.is_saved = False
         checkpoint.save(self.folder.path / "checkpoint", self.state_dict())
+        self.is_saved = True
         self._saved = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
