@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -280,15 +281,16 @@ class Run:
         folder = self.folder
         assert folder is not None  # a run without one has its trainer
         device, weights = resolve_device(self.config.device), folder / run.WEIGHTS
-        with seeding.untouched(), computing(self.config, device):
+        config = replace(self.config, values={**self.config.values, "cuda_graph": "0"})  # no step is taken
+        with seeding.untouched(), computing(config, device):
             if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
                 state = checkpoint.load(folder / "checkpoint", self.config.hash)
                 run.check_end(folder, state)
-                trainer = build_parts(self.config, device, None, is_new=False)
+                trainer = build_parts(config, device, None, is_new=False)
                 with run.fitting(folder):
                     trainer.load_checkpoint(state)
             else:
-                trainer = build_parts(self.config, device, None, is_new=False)
+                trainer = build_parts(config, device, None, is_new=False)
                 with run.fitting(folder):
                     _load_weights(trainer.method, weights)
         return trainer

@@ -87,6 +87,7 @@ def resume(
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
         say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
+        _say_fewer_threads(config.threads)
         return _train(trainer, callbacks or Callbacks())
 
 
@@ -120,6 +121,16 @@ def _hint_at_threads(trainer: Trainer) -> None:
         say(
             f"note: this run uses {config.threads} of {cores} CPU threads for its convolutions; --threads {cores} is "
             "faster, but it is a different run: sums differ in the last digits"
+        )
+
+
+def _say_fewer_threads(threads: int) -> None:
+    """A run that was begun on a larger machine."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        say(
+            f"note: this run has {threads} CPU threads, and this machine {cores} core(s): it goes on with {cores}; sums "
+            "differ in the last digits"
         )
 
 
