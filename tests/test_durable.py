@@ -22,7 +22,7 @@ import flatcl
 from flatcl.utils.commands import report
 from flatcl.utils.commands.train import main
 from flatcl.utils.console import again
-from flatcl.utils.engine import checkpoint, memory, predictions, run
+from flatcl.utils.engine import checkpoint, memory, predictions, results, run
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import UsageError
@@ -606,6 +606,35 @@ def test_a_system_that_does_not_tell_the_memory_costs_no_run(hooked, tmp_path, m
     folder = start(tmp_path / "out", *hooked[0])
     assert read(folder)["cost"]["peak_memory_mib"] is None and "peak memory not known" in capsys.readouterr().out
     assert report.main([str(folder), "--metrics", "peak_memory_mib"]) == 0
+
+
+def test_the_environments_of_a_run_that_goes_on_somewhere_else_are_all_kept(hooked, tmp_path, monkeypatch):
+    argv, hooks = hooked
+    hooks |= {step: lambda: signal.raise_signal(signal.SIGTERM) for step in (5, 11, 20)}
+    folder = start(tmp_path / "part", *argv, code=143)
+    here, resume = read(folder, "environment.json"), ["--resume", str(folder)]
+    assert main(resume) == 143 and read(folder, "environment.json") == here
+    there = {**here, "commit": "0" * 40, "device_name": "other"}
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "environment", lambda device: there)
+        assert main(resume) == 143
+    assert main(resume) == 0
+    assert read(folder, "environment.json") == {
+        **here, "resumed": [{"after_step": 11, **there}, {"after_step": 20, **here}]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("backbone", "says"), [("tiny-bn", True), ("mnistmlp", False)])
+def test_batchnorm_under_another_number_of_processes_is_said(backbone, says, hooked, tiny_bn, tmp_path, capsys):
+    argv, hooks = hooked
+    hooks[5] = lambda: signal.raise_signal(signal.SIGTERM)
+    folder = start(tmp_path, *argv, "--plugin", tiny_bn, "--backbone", backbone, code=143)
+    hooks.clear()
+    file = folder / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "processes": 2}))
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 0
+    assert ("had 2 process(es) and now has 1: BatchNorm normalises" in capsys.readouterr().out) == says
 
 
 PICTURES = ["accuracy_matrix.png", "accuracy_matrix_task-il.png", "curves.png", "curves_task-il.png"]

@@ -23,6 +23,7 @@ from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
 from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
+from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
 
@@ -129,8 +130,8 @@ def _say_fewer_threads(threads: int) -> None:
     cores = os.cpu_count() or 1
     if threads > cores:
         say(
-            f"note: this run has {threads} CPU threads, and this machine {cores} core(s): it goes on with {cores}; sums "
-            "differ in the last digits"
+            f"note: this run has {threads} CPU threads, and this machine {cores} core(s): it goes on with {cores}; "
+            "sums differ in the last digits"
         )
 
 
@@ -205,16 +206,22 @@ def _new_folder(config: Config, group: Ranks | None) -> Iterator[RunFolder | Non
 def _begin(trainer: Trainer, is_new: bool = True) -> None:
     """The first files of a run, its first checkpoint among them, so that it can be resumed whenever it is stopped.
     Refuses to train where they cannot be written: the results could not be either."""
-    folder = trainer.folder
+    folder, steps = trainer.folder, trainer.cost.steps
     if folder is None:
         return
     try:
-        folder.write("environment.json", results.environment(str(trainer.device)))
+        before = folder.note_environment(results.environment(str(trainer.device)), None if is_new else steps)
         _write_decided(trainer.benchmark, folder)
         if is_new:
             trainer.save_checkpoint()
     except OSError as error:
         raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
+    then, now = before.get("processes"), launch.size()
+    if then not in (None, now) and batchnorms(trainer.method) and not trainer.config.sync_bn:
+        say(
+            f"note: this run had {then} process(es) and now has {now}: BatchNorm normalises over the rows of one "
+            "process, which are others now"
+        )
 
 
 def _write_decided(benchmark: Benchmark, folder: RunFolder) -> None:
