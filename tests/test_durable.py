@@ -188,6 +188,35 @@ def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_one(tmp_path):
         assert found["steps"] >= int(said.split()[-1]) and found["weights"].eq(found["steps"]).all()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_state_keeps_its_name_until_the_next_one_takes_it(links, state, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    def replace(source, target, replace=os.replace):
+        if Path(target).name == "state.pt":
+            refuse()
+        replace(source, target)
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for steps in (1, 2):
+        checkpoint.save(tmp_path, {**state, "steps": steps})
+    for _ in range(2):  # the second time, both names are those of one file already
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(OSError, match="not permitted"):
+                checkpoint.save(tmp_path, {**state, "steps": 3})
+        assert (tmp_path / "state.pt").exists() == links and checkpoint.load(tmp_path)["steps"] == 2
+        assert nothing_half_written(tmp_path)
+    checkpoint.keep_last(tmp_path)
+    assert checkpoint.load(tmp_path)["steps"] == 2, "the only one that is left stays"
+    checkpoint.save(tmp_path, {**state, "steps": 4})
+    assert checkpoint.load(tmp_path)["steps"] == 4 and nothing_half_written(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    assert checkpoint.load(tmp_path)["steps"] == 2
+
+
 def test_a_finished_run_keeps_its_last_checkpoint_alone(whole):
     assert [path.name for path in (whole / "checkpoint").iterdir()] == ["state.pt"]
     assert checkpoint.load(whole / "checkpoint")["cost"]["steps"] == 24 and nothing_half_written(whole)
