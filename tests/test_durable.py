@@ -628,6 +628,21 @@ def test_metrics_that_lost_lines_are_not_padded(hooked, whole, tmp_path, capsys)
     assert lines[-4:] == whole_lines[-4:] and read(folder)["accuracy"] == read(whole)["accuracy"]
 
 
+def test_what_was_logged_before_a_checkpoint_is_in_tensorboards_file_after_a_kill(hooked, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv, hooks = hooked
+    child = os.fork()
+    if child == 0:
+        hooks[7] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        main([*argv, "--checkpoint_minutes", "1e-9", "--results_path", str(tmp_path)])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (file,) = tmp_path.rglob("*tfevents*")
+    points = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_system_that_does_not_tell_the_memory_costs_no_run(hooked, tmp_path, monkeypatch, capsys):
     """As Windows, which has no `resource`."""
     monkeypatch.setattr(memory, "STATUS", tmp_path / "nowhere")

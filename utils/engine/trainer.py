@@ -235,6 +235,7 @@ class Trainer:
             return
         self.folder.lock.check()
         self.is_saved = False
+        self.logs.flush()  # a resume writes again only what was logged after the checkpoint
         checkpoint.save(self.folder.path / "checkpoint", self.state_dict())
         self.is_saved = True
         self._saved = time.monotonic()
