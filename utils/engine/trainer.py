@@ -607,7 +607,7 @@ class SignalWatch:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         try:
             for number in numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's, nor to be put back
                     self.previous[number] = signal.signal(number, self._handle)
         except ValueError:  # not in the main thread: signals are somebody else's business
             pass
