@@ -25,7 +25,7 @@ from flatcl.utils.console import again
 from flatcl.utils.engine import checkpoint, memory, predictions, results, run
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.trainer import Trainer
-from flatcl.utils.errors import UsageError
+from flatcl.utils.errors import Diverged, UsageError
 from flatcl.utils.registry import METHODS, ROOT, load_plugin
 
 HOOKED = '''"""ER that calls a function after a step, and waits for a file to go before its first forward pass."""
@@ -280,6 +280,21 @@ def test_a_run_that_another_process_took_over_stops_and_leaves_the_folder_alone(
     assert (folder / "summary.json").read_text() == "theirs" and (folder / "lock").exists()
 
 
+def test_the_error_of_a_run_is_not_hidden_by_a_folder_that_another_process_took_over(hooked, tmp_path, capsys):
+    argv, hooks = hooked
+
+    def fail():
+        (lock,) = (tmp_path / "out").rglob("lock")
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "host": "far", "place": "far", "pid": 7}))
+        raise Diverged("the weights are not finite")
+
+    hooks[10] = fail
+    start(tmp_path / "out", *argv, code=1)
+    *_, warning, error = capsys.readouterr().err.splitlines()
+    assert error == "failed: the weights are not finite"
+    assert warning.startswith("warning: the status of the run (diverged)") and "taken over by process 7" in warning
+
+
 # signals
 
 
@@ -307,6 +322,20 @@ def test_what_nohup_ignores_stays_ignored(hooked, tmp_path):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_handler_that_is_not_pythons_is_left_alone(hooked, tmp_path, monkeypatch):
+    """Python says None of one that a program around it has put in."""
+    get, put = signal.getsignal, signal.signal
+    before = get(signal.SIGHUP)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else get(number))
+    monkeypatch.setattr(
+        signal,
+        "signal",
+        lambda number, new: (put(number, new), None)[1] if number == signal.SIGHUP else put(number, new),
+    )
+    assert read(start(tmp_path / "out", *hooked[0], "--stop_after", "1"))["status"] == "finished"
+    assert get(signal.SIGHUP) == before
 
 
 def test_signals_that_come_in_numbers_wait_for_the_checkpoint(hooked, tmp_path, capsys):

@@ -275,13 +275,13 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
 
 
 def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
-    """How a run ended that did not finish."""
+    """How a run ended that did not finish; what stops that is said, and does not stand in the way of its error."""
     try:
         if trainer.progress.tasks:
             trainer.write_results(status)
         else:
             folder.write("summary.json", trainer.summary(status), durable=True)
-    except OSError as error:
+    except (OSError, Busy) as error:
         complain(f"warning: the status of the run ({status}) cannot be written into its folder ({reason(error)})")
 
 
