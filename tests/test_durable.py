@@ -22,7 +22,7 @@ import flatcl
 from flatcl.utils.commands import report
 from flatcl.utils.commands.train import main
 from flatcl.utils.console import again
-from flatcl.utils.engine import checkpoint, memory, predictions, results, run
+from flatcl.utils.engine import checkpoint, memory, predictions, results, run, trainer
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.trainer import Trainer
 from flatcl.utils.errors import Diverged, UsageError
@@ -309,6 +309,36 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_resume_command(name, hook
     assert read(folder)["status"] == "interrupted" and checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 11
     assert signal.getsignal(number) == handler and nothing_half_written(folder)
     hooks.clear()
+    assert main(["--resume", str(folder)]) == 0
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("forward", 0), ("end_task", 0), ("begin_task", 8)])
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_signal_while_there_is_no_step_waits_a_while_then_the_last_checkpoint_serves(
+    name, kept, is_slow, hooked, whole, tmp_path, monkeypatch, capsys
+):
+    """In the evaluation or the work of a method at the end of the first task, or before the second one."""
+    argv, _ = hooked
+    cls, sent = METHODS.load("hooked"), []
+    method = getattr(cls, name)
+
+    def slow(self, *given):
+        if self.buffer.num_seen == 128 and not (name == "forward" and self.training) and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+            for _ in range(300 if is_slow else 0):
+                time.sleep(0.01)
+        return method(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "PATIENCE_S", 0.1 if is_slow else 60)
+        patch.setattr(cls, name, slow)
+        folder = start(tmp_path / "out", *argv, code=143)
+    since = ", with the checkpoint of step 0: what came after it is done again" if is_slow and kept == 0 else ""
+    reached = 8 if is_slow or name != "begin_task" else 9  # the step after it
+    assert capsys.readouterr().err == f"interrupted at step {reached}{since}. Continue with: {again(folder)}\n"
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == (kept if is_slow else reached)
+    assert read(folder)["status"] == "interrupted" and nothing_half_written(folder)
     assert main(["--resume", str(folder)]) == 0
     assert_same_run(whole, folder)
 

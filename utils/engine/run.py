@@ -252,7 +252,7 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             status = "interrupted"
             where = f" Continue with: {again(folder.path)}" if folder else ""
             if launch.number() == 0:
-                complain(f"interrupted at step {trainer.cost.steps}.{where}")
+                complain(f"interrupted at step {trainer.cost.steps}{_since(trainer)}.{where}")
             raise
         except Busy as error:
             status = None  # the folder is another process's
@@ -272,6 +272,13 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             if folder is not None and status is not None and status != "finished" and folder.path.is_dir():
                 _write_status(trainer, folder, status)
             trainer.logs.close(trainer.status)
+
+
+def _since(trainer: Trainer) -> str:
+    """What the steps of a run that has ended outside a step have come to."""
+    if trainer.folder is None or trainer.cost.steps == trainer.saved[0]:
+        return ""
+    return f", with the checkpoint of step {trainer.saved[0]}: what came after it is done again"
 
 
 def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
@@ -325,7 +332,7 @@ def _keep_network(trainer: Trainer, path: Path) -> str | None:
             return None
         except OSError as error:
             complain(f"warning: {WEIGHTS} cannot be written ({reason(error)}): the checkpoint is kept in its place")
-    if trainer.is_saved:
+    if trainer.saved == trainer.reached:
         return None
     try:
         checkpoint.keep_last(path / "checkpoint")  # room on a full disk
