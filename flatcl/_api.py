@@ -120,14 +120,14 @@ def resume(
 ) -> "Run":
     """Continues a run that was stopped, to its end. A finished run is returned as by `load`.
 
-    objects: as for `load`. keep_changed: continue although the code of the run has changed since.
+    objects: as for `load`. keep_changed: continue although the code of the run, or your images, have changed since.
     """
     saved = read_saved(os.fspath(folder))
     config = resolve_request(_of_saved(saved, _selected(objects), keep_changed))
     changed = [] if run.is_done(saved.folder) else check_code(saved, config, keep_changed)
     told = Callbacks(callbacks)
     with _ending(told):
-        run.resume(config, saved.folder, changed, told)
+        run.resume(config, saved.folder, changed, told, keep_changed)
     return Run(config, saved.folder, told.trainer)
 
 

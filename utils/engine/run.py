@@ -51,10 +51,12 @@ def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
 
 
 def resume(
-    config: Config, path: Path, changed_files: Sequence[str] = (), callbacks: Callbacks | None = None
-) -> Trainer | None:
+    config: Config, path: Path, changed_files: Sequence[str] = (), callbacks: Callbacks | None = None,
+    keep_changed: bool = False,
+) -> Trainer | None:  # fmt: skip
     """Goes on with the run of this configuration in the folder `path`. Of a finished one, draws and logs what is
-    missing, and returns None. `changed_files`: those whose code is no longer what the run was made with."""
+    missing, and returns None. `changed_files`: those whose code is no longer what the run was made with.
+    `keep_changed`: its images may have changed, too."""
     device = resolve_device(config.device)
     ranks.check(config, is_new=False)
     is_finished, is_first = is_done(path), launch.number() == 0
@@ -79,6 +81,7 @@ def resume(
             trainer.begin_anew()
             _take_over(trainer, parents)
         else:
+            _check_images(trainer.benchmark, path, keep_changed)
             with fitting(path):
                 trainer.load_checkpoint(state)
         if group is not None:
@@ -222,6 +225,24 @@ def _begin(trainer: Trainer, is_new: bool = True) -> None:
             f"note: this run had {then} process(es) and now has {now}: BatchNorm normalises over the rows of one "
             "process, which are others now"
         )
+
+
+def _check_images(benchmark: Benchmark, path: Path, keep_changed: bool) -> None:
+    """Raises `UsageError` where the images are no longer those that the run was begun with, unless `keep_changed`."""
+    try:
+        then = read_json(path / "benchmark.json")["pixels"]
+    except (OSError, ValueError, KeyError, TypeError):  # a benchmark, or a version, that does not write it down
+        return
+    now = benchmark.decided().get("pixels", then)
+    if now == then:
+        return
+    problem = f"{path} was begun with other images of {benchmark.name} ({then}) than there are now ({now})"
+    if not keep_changed:
+        raise UsageError(
+            f"{problem}: files were changed, or are decoded by another version of Pillow. Put the images of that time "
+            "back, or give --keep_changed 1 to go on with the present ones, or start a new run with --from."
+        )
+    complain(f"note: {problem}: it goes on with the present ones")
 
 
 def _write_decided(benchmark: Benchmark, folder: RunFolder) -> None:
