@@ -319,6 +319,7 @@ def _finish(trainer: Trainer, summary: dict) -> None:
     folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
     unwritten = None
     if folder is not None:
+        folder.lock.check()
         unsaved = _keep_network(trainer, folder.path)
         counts = _save_predictions(trainer, folder.path) if trainer.config.save_predictions else None
         try:
