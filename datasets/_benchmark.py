@@ -280,7 +280,8 @@ class Benchmark(Sequence[Task]):
         class_order: the class of the data set behind each output. held_out: with --validation, the rows of the
         training images of `load` that are used for testing. monitored: with --early_stop, the rows that decide when to
         stop. tasks: the classes, as numbered in the data set, and the rows of each task. A benchmark that
-        decides more adds to it: `super().decided() | {"angles": [...]}`.
+        decides more adds to it: `super().decided() | {"angles": [...]}`. `pixels`, where a benchmark adds it, is a
+        digest of the images: with others, a run is not resumed.
         """
         order, tasks = self.class_order(), []
         for index in range(self.num_tasks):

@@ -1,5 +1,6 @@
 """What the benchmarks made of a user's folders of images share: flags, reading, normalisation, identity."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class FolderData(Benchmark):
     """Images of any kind and size, normalised by mean and std of the training images; random crop and flip."""
 
     class_names: tuple[str, ...]
+    pixels = 0  # CRC-32 of the images that were read: `sources` sees names and sizes alone
     default_backbone = "resnet18"
     defaults = dict(n_epochs=10, batch_size=32, minibatch_size=32, lr=0.03)
 
@@ -64,9 +66,9 @@ class FolderData(Benchmark):
     def read(self, folder: Path, root: Path) -> tuple[Rows, Rows]:
         """Training and test images of a folder with train/ and val/, or of one that is split."""
         own, tests = _images.parts_of(folder)
-        images, labels, names = _images.read_folder(own, self.class_names, self.shape[1:], root)
+        images, labels, names = self._decoded(own, root)
         if tests is not None:
-            return (images, labels), _images.read_folder(tests, self.class_names, self.shape[1:], root)[:2]
+            return (images, labels), self._decoded(tests, root)[:2]
         single = np.flatnonzero(np.bincount(labels) == 1)
         if len(single):
             raise DataError(
@@ -77,9 +79,17 @@ class FolderData(Benchmark):
         held = _images.held_out(names, labels, self.config.val_fraction)
         return (images[~held], labels[~held]), (images[held], labels[held])
 
+    def _decoded(self, folder: Path, root: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Images, labels and names of a folder; the images count in `pixels`."""
+        images, labels, names = _images.read_folder(folder, self.class_names, self.shape[1:], root)
+        self.pixels = zlib.crc32(images, self.pixels)
+        return images, labels, names
+
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=self.shape[1] // 8)]
 
     def decided(self) -> dict[str, Any]:
-        """With the names of the classes, in the order of the data set's numbers, and mean and std."""
-        return super().decided() | {"class_names": list(self.class_names), "mean": self.mean, "std": self.std}
+        """With the names of the classes, in the order of the data set's numbers, mean and std, and a digest of the
+        images."""
+        names, pixels = list(self.class_names), f"crc32 {self.pixels:08x}"
+        return super().decided() | {"class_names": names, "mean": self.mean, "std": self.std, "pixels": pixels}

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -119,14 +120,14 @@ def resume(
 ) -> "Run":
     """Continues a run that was stopped, to its end. A finished run is returned as by `load`.
 
-    objects: as for `load`. keep_changed: continue although the code of the run has changed since.
+    objects: as for `load`. keep_changed: continue although the code of the run, or your images, have changed since.
     """
     saved = read_saved(os.fspath(folder))
     config = resolve_request(_of_saved(saved, _selected(objects), keep_changed))
     changed = [] if run.is_done(saved.folder) else check_code(saved, config, keep_changed)
     told = Callbacks(callbacks)
     with _ending(told):
-        run.resume(config, saved.folder, changed, told)
+        run.resume(config, saved.folder, changed, told, keep_changed)
     return Run(config, saved.folder, told.trainer)
 
 
@@ -283,15 +284,17 @@ class Run:
         folder = self.folder
         assert folder is not None  # a run without one has its trainer
         self._parts.enter()
-        device, weights = resolve_device(self.config.device), folder / "model.pt"
-        with seeding.untouched(), computing(self.config, device):
+        device, weights = resolve_device(self.config.device), folder / run.WEIGHTS
+        config = replace(self.config, values={**self.config.values, "cuda_graph": "0"})  # no step is taken
+        with seeding.untouched(), computing(config, device):
             if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
                 state = checkpoint.load(folder / "checkpoint", self.config.hash)
-                trainer = build_parts(self.config, device, None, is_new=False)
+                run.check_end(folder, state)
+                trainer = build_parts(config, device, None, is_new=False)
                 with run.fitting(folder):
                     trainer.load_checkpoint(state)
             else:
-                trainer = build_parts(self.config, device, None, is_new=False)
+                trainer = build_parts(config, device, None, is_new=False)
                 with run.fitting(folder):
                     _load_weights(trainer.method, weights)
         return trainer

@@ -23,6 +23,8 @@ from flatcl.datasets import Benchmark
 from flatcl.models import Loss
 from flatcl.models.er import ER
 from flatcl.utils.commands.train import main
+from flatcl.utils.contracts._tape import Tape
+from flatcl.utils.engine import program
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.optim._driver import Driver
 from flatcl.utils.registry import DATASETS, HOME
@@ -82,6 +84,34 @@ def test_a_loaded_run_has_all_and_nothing_is_written(quick):
     assert old.buffer.all()["x"].shape == (30, 3, 8, 8) and repr(old.buffer).startswith("Buffer(30 of 30 rows: x")
     assert old.flags["buffer_size"] == 30 and old.flags["permute_classes"] is True
     assert digests(run.folder) == before
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_of_a_larger_machine_with_a_gpu_is_read_here(quick, keep, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "recorder", lambda device: Tape())
+        patch.setattr("os.cpu_count", lambda: 4)
+        run = flatcl.train(**quick, threads=2, cuda_graph="1", stop_after=1, keep_checkpoint=keep)
+    counts = run.confusion_matrix()
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    loaded = flatcl.load(run.folder)
+    assert np.array_equal(loaded.confusion_matrix(), counts)
+    assert loaded.flags["threads"] == 2 and loaded.flags["cuda_graph"] == "1"
+
+
+def test_a_run_of_a_larger_machine_goes_on_with_the_cores_that_are_there(quick, monkeypatch, capsys):
+    class Stops(flatcl.Callback):
+        def after_task(self, state):
+            state.stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 4)
+        folder = flatcl.train(**quick, threads=2, stop_after=2, callbacks=[Stops()]).folder
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert flatcl.resume(folder).status == "finished"
+    assert "note: this run has 2 CPU threads, and this machine 1 core(s): it goes on with 1" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"--threads must be at most .* cores 1, got 2. Give less"):
+        flatcl.build(from_run=folder)  # another run
 
 
 def test_predictions_are_classes_of_the_data_set(quick):

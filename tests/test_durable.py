@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -12,15 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_runs import assert_same_run, lines_of, read, refused, start, timeless
 
+import flatcl
 from flatcl.utils.commands import report
 from flatcl.utils.commands.train import main
 from flatcl.utils.console import again
-from flatcl.utils.engine import checkpoint, memory
+from flatcl.utils.engine import checkpoint, memory, predictions, results, run, trainer
 from flatcl.utils.engine.logs import Logs
+from flatcl.utils.engine.trainer import Trainer
+from flatcl.utils.errors import Diverged, UsageError
 from flatcl.utils.registry import METHODS, ROOT, load_plugin
 
 HOOKED = '''"""ER that calls a function after a step, and waits for a file to go before its first forward pass."""
@@ -183,6 +188,35 @@ def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_one(tmp_path):
         assert found["steps"] >= int(said.split()[-1]) and found["weights"].eq(found["steps"]).all()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_state_keeps_its_name_until_the_next_one_takes_it(links, state, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    def replace(source, target, replace=os.replace):
+        if Path(target).name == "state.pt":
+            refuse()
+        replace(source, target)
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for steps in (1, 2):
+        checkpoint.save(tmp_path, {**state, "steps": steps})
+    for _ in range(2):  # the second time, both names are those of one file already
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(OSError, match="not permitted"):
+                checkpoint.save(tmp_path, {**state, "steps": 3})
+        assert (tmp_path / "state.pt").exists() == links and checkpoint.load(tmp_path)["steps"] == 2
+        assert nothing_half_written(tmp_path)
+    checkpoint.keep_last(tmp_path)
+    assert checkpoint.load(tmp_path)["steps"] == 2, "the only one that is left stays"
+    checkpoint.save(tmp_path, {**state, "steps": 4})
+    assert checkpoint.load(tmp_path)["steps"] == 4 and nothing_half_written(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    assert checkpoint.load(tmp_path)["steps"] == 2
+
+
 def test_a_finished_run_keeps_its_last_checkpoint_alone(whole):
     assert [path.name for path in (whole / "checkpoint").iterdir()] == ["state.pt"]
     assert checkpoint.load(whole / "checkpoint")["cost"]["steps"] == 24 and nothing_half_written(whole)
@@ -246,6 +280,21 @@ def test_a_run_that_another_process_took_over_stops_and_leaves_the_folder_alone(
     assert (folder / "summary.json").read_text() == "theirs" and (folder / "lock").exists()
 
 
+def test_the_error_of_a_run_is_not_hidden_by_a_folder_that_another_process_took_over(hooked, tmp_path, capsys):
+    argv, hooks = hooked
+
+    def fail():
+        (lock,) = (tmp_path / "out").rglob("lock")
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "host": "far", "place": "far", "pid": 7}))
+        raise Diverged("the weights are not finite")
+
+    hooks[10] = fail
+    start(tmp_path / "out", *argv, code=1)
+    *_, warning, error = capsys.readouterr().err.splitlines()
+    assert error == "failed: the weights are not finite"
+    assert warning.startswith("warning: the status of the run (diverged)") and "taken over by process 7" in warning
+
+
 # signals
 
 
@@ -264,6 +313,36 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_resume_command(name, hook
     assert_same_run(whole, folder)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("forward", 0), ("end_task", 0), ("begin_task", 8)])
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_signal_while_there_is_no_step_waits_a_while_then_the_last_checkpoint_serves(
+    name, kept, is_slow, hooked, whole, tmp_path, monkeypatch, capsys
+):
+    """In the evaluation or the work of a method at the end of the first task, or before the second one."""
+    argv, _ = hooked
+    cls, sent = METHODS.load("hooked"), []
+    method = getattr(cls, name)
+
+    def slow(self, *given):
+        if self.buffer.num_seen == 128 and not (name == "forward" and self.training) and not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+            for _ in range(300 if is_slow else 0):
+                time.sleep(0.01)
+        return method(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "PATIENCE_S", 0.1 if is_slow else 60)
+        patch.setattr(cls, name, slow)
+        folder = start(tmp_path / "out", *argv, code=143)
+    since = ", with the checkpoint of step 0: what came after it is done again" if is_slow and kept == 0 else ""
+    reached = 8 if is_slow or name != "begin_task" else 9  # the step after it
+    assert capsys.readouterr().err == f"interrupted at step {reached}{since}. Continue with: {again(folder)}\n"
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == (kept if is_slow else reached)
+    assert read(folder)["status"] == "interrupted" and nothing_half_written(folder)
+    assert main(["--resume", str(folder)]) == 0
+    assert_same_run(whole, folder)
+
+
 def test_what_nohup_ignores_stays_ignored(hooked, tmp_path):
     argv, hooks = hooked
     hooks[11] = lambda: signal.raise_signal(signal.SIGHUP)
@@ -273,6 +352,20 @@ def test_what_nohup_ignores_stays_ignored(hooked, tmp_path):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_handler_that_is_not_pythons_is_left_alone(hooked, tmp_path, monkeypatch):
+    """Python says None of one that a program around it has put in."""
+    get, put = signal.getsignal, signal.signal
+    before = get(signal.SIGHUP)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else get(number))
+    monkeypatch.setattr(
+        signal,
+        "signal",
+        lambda number, new: (put(number, new), None)[1] if number == signal.SIGHUP else put(number, new),
+    )
+    assert read(start(tmp_path / "out", *hooked[0], "--stop_after", "1"))["status"] == "finished"
+    assert get(signal.SIGHUP) == before
 
 
 def test_signals_that_come_in_numbers_wait_for_the_checkpoint(hooked, tmp_path, capsys):
@@ -478,6 +571,85 @@ def test_a_disk_that_is_full_at_the_start_is_said_before_any_work(full_disk, hoo
     assert not list((tmp_path / "out").rglob("*.json"))
 
 
+@pytest.fixture
+def full_for_checkpoints():
+    """From this call on checkpoints cannot be written, smaller files can; the next call ends that."""
+    with lifted_at_the_end() as limits:
+        yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]) if full else limits)
+
+
+def test_a_last_checkpoint_that_could_not_be_written_is_tried_again(
+    full_for_checkpoints, hooked, whole, tmp_path, monkeypatch
+):
+    argv, hooks = hooked
+
+    def finish(*given, finish=run._finish):
+        full_for_checkpoints(False)
+        finish(*given)
+
+    monkeypatch.setattr(run, "_finish", finish)
+    hooks[20] = lambda: full_for_checkpoints(True)
+    folder = start(tmp_path / "out", *argv)
+    assert_same_run(whole, folder)
+    assert [path.name for path in (folder / "checkpoint").iterdir()] == ["state.pt"]
+
+
+def test_weights_of_the_end_that_are_lost_are_said_and_older_ones_are_not_taken_for_them(
+    full_for_checkpoints, hooked, tmp_path, capsys
+):
+    argv, hooks = hooked
+    hooks[20] = lambda: full_for_checkpoints(True)
+    folder = start(tmp_path / "out", *argv)
+    full_for_checkpoints(False)
+    hooks.clear()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: the weights of the end of the run are lost") and "File too large" in last
+    assert read(folder)["status"] == "finished" and len(read(folder)["accuracy"]["class-il"]) == 3
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 16 and nothing_half_written(folder)
+    says = f"{folder}: this run is finished, with 3 task(s), but its checkpoint is of after 2: "
+    with pytest.raises(UsageError, match=re.escape(says)):
+        flatcl.load(folder).confusion_matrix()
+    line = refused(capsys, "--from", str(folder), "--continue", "1", "--stop_after", "4")
+    assert says in line and "repeat it with --from" in line and "--resume" not in line
+
+
+def test_weights_that_cannot_be_written_leave_the_checkpoint_in_their_place(hooked, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_weights", fail)
+    folder = start(tmp_path / "out", *hooked[0], "--keep_checkpoint", "0")
+    assert "warning: model.pt cannot be written (No space left on device)" in capsys.readouterr().err
+    assert checkpoint.load(folder / "checkpoint")["cost"]["steps"] == 24
+    assert flatcl.load(folder).confusion_matrix().sum() == 160
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_is_killed_when_it_says_that_it_is_finished_is_made_whole(moment, hooked, whole, tmp_path):
+    child = os.fork()
+    if child == 0:
+
+        def write(trainer, status, write=Trainer.write_results):
+            if status != "finished" or moment == "after":
+                write(trainer, status)
+            if status == "finished":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer.write_results = write
+        main([*hooked[0], "--keep_checkpoint=0", "--save_predictions=1", "--results_path", str(tmp_path / "out")])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (folder,) = (file.parent for file in (tmp_path / "out").rglob("config.json"))
+    assert (read(folder)["status"] == "finished") == (moment == "after")
+    assert main(["--resume", str(folder)]) == 0
+    assert read(folder)["status"] == "finished" and not (folder / "checkpoint").exists()
+    assert (folder / "confusion_matrix.png").is_file() and nothing_half_written(folder)
+    weights, of_whole = torch.load(folder / "model.pt"), checkpoint.load(whole / "checkpoint")["method"]
+    assert weights and all(of_whole[name].equal(value) for name, value in weights.items())
+    counts = predictions.confusion_matrix(predictions.load(folder), list(range(10)))
+    assert np.array_equal(counts, flatcl.load(whole).confusion_matrix())
+
+
 def test_a_run_whose_folder_is_gone_stops_with_one_sentence(hooked, tmp_path, capsys):
     argv, hooks = hooked
     kept = []
@@ -515,6 +687,21 @@ def test_metrics_that_lost_lines_are_not_padded(hooked, whole, tmp_path, capsys)
     assert lines[-4:] == whole_lines[-4:] and read(folder)["accuracy"] == read(whole)["accuracy"]
 
 
+def test_what_was_logged_before_a_checkpoint_is_in_tensorboards_file_after_a_kill(hooked, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv, hooks = hooked
+    child = os.fork()
+    if child == 0:
+        hooks[7] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        main([*argv, "--checkpoint_minutes", "1e-9", "--results_path", str(tmp_path)])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (file,) = tmp_path.rglob("*tfevents*")
+    points = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload().Scalars("train/loss")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_system_that_does_not_tell_the_memory_costs_no_run(hooked, tmp_path, monkeypatch, capsys):
     """As Windows, which has no `resource`."""
     monkeypatch.setattr(memory, "STATUS", tmp_path / "nowhere")
@@ -522,6 +709,35 @@ def test_a_system_that_does_not_tell_the_memory_costs_no_run(hooked, tmp_path, m
     folder = start(tmp_path / "out", *hooked[0])
     assert read(folder)["cost"]["peak_memory_mib"] is None and "peak memory not known" in capsys.readouterr().out
     assert report.main([str(folder), "--metrics", "peak_memory_mib"]) == 0
+
+
+def test_the_environments_of_a_run_that_goes_on_somewhere_else_are_all_kept(hooked, tmp_path, monkeypatch):
+    argv, hooks = hooked
+    hooks |= {step: lambda: signal.raise_signal(signal.SIGTERM) for step in (5, 11, 20)}
+    folder = start(tmp_path / "part", *argv, code=143)
+    here, resume = read(folder, "environment.json"), ["--resume", str(folder)]
+    assert main(resume) == 143 and read(folder, "environment.json") == here
+    there = {**here, "commit": "0" * 40, "device_name": "other"}
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "environment", lambda device: there)
+        assert main(resume) == 143
+    assert main(resume) == 0
+    assert read(folder, "environment.json") == {
+        **here, "resumed": [{"after_step": 11, **there}, {"after_step": 20, **here}]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("backbone", "says"), [("tiny-bn", True), ("mnistmlp", False)])
+def test_batchnorm_under_another_number_of_processes_is_said(backbone, says, hooked, tiny_bn, tmp_path, capsys):
+    argv, hooks = hooked
+    hooks[5] = lambda: signal.raise_signal(signal.SIGTERM)
+    folder = start(tmp_path, *argv, "--plugin", tiny_bn, "--backbone", backbone, code=143)
+    hooks.clear()
+    file = folder / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "processes": 2}))
+    capsys.readouterr()
+    assert main(["--resume", str(folder)]) == 0
+    assert ("had 2 process(es) and now has 1: BatchNorm normalises" in capsys.readouterr().out) == says
 
 
 PICTURES = ["accuracy_matrix.png", "accuracy_matrix_task-il.png", "curves.png", "curves_task-il.png"]

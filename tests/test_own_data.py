@@ -359,6 +359,35 @@ def test_methods_train_on_a_folder(own, model, tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dataset", ["folder", "domains"])
+def test_a_run_is_not_resumed_with_other_pixels_in_files_of_the_same_size(dataset, own, many, tmp_path, capsys):
+    data = {"folder": own, "domains": many}[dataset]
+    argv = ["--model", "sgd", *words(dataset, data), *(["--n_tasks", "5"] if dataset == "folder" else []), *QUICK]
+    assert main([*argv, "--stop_after", "1", "--results_path", str(tmp_path / "results")]) == 0
+    (folder,) = [file.parent for file in tmp_path.rglob("accuracy.json")]
+
+    def resumed(*more):
+        file = folder / "summary.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "status": "interrupted"}))
+        capsys.readouterr()
+        code = main(["--resume", str(folder), *more])
+        *_, last = ["", *capsys.readouterr().err.splitlines()]  # after what is said of the cache
+        return code, last
+
+    assert resumed() == (0, "")
+    picture = next(data.rglob("5.bmp"))
+    content = picture.read_bytes()
+    picture.write_bytes(content[:62] + bytes(255 - byte for byte in content[62:]))  # after header and palette
+    before = (folder / "benchmark.json").read_text()
+    code, line = resumed()
+    assert code == 2 and "--keep_changed 1" in line and "--from" in line
+    assert f"error: {folder} was begun with other images of {dataset} (crc32 " in line
+    assert (folder / "benchmark.json").read_text() == before
+    code, line = resumed("--keep_changed", "1")
+    assert code == 0 and line.startswith("note: ") and "it goes on with the present ones" in line
+    assert resumed() == (0, "")
+
+
 def test_mgser_sam_trains_on_domains_and_on_arrays(many, npz):
     flags = [*QUICK, "--disable_log", "--buffer_size", "10", "--debug_mode"]
     argv = ["--model", "mgser_sam", *words("domains", many), *flags]

@@ -15,6 +15,7 @@ from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import predictions, seeding
 from flatcl.utils.engine.board import entries
 from flatcl.utils.engine.early_stop import EarlyStop
+from flatcl.utils.engine.evaluator import Evaluator
 from flatcl.utils.engine.program import Programs
 from flatcl.utils.errors import Interrupted, UsageError
 from flatcl.utils.optim._driver import norm
@@ -252,6 +253,16 @@ def test_predictions_that_cannot_be_written_do_not_harm_a_result(train, monkeypa
     monkeypatch.setattr(predictions, "save", full)
     assert train(save_predictions=True).status == "finished"
     assert "predictions.npz cannot be written (No space left" in capsys.readouterr().err
+
+
+def test_predictions_that_cannot_be_made_do_not_harm_a_result(train, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Evaluator, "predictions", fail)
+    run = train(save_predictions=True)
+    assert run.status == "finished" and not (run.folder / predictions.FILE).exists()
+    assert "predictions.npz cannot be made (OutOfMemoryError: out of memory)" in capsys.readouterr().err
 
 
 def test_predictions_of_methods_that_are_told_the_task(train):

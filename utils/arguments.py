@@ -579,7 +579,7 @@ def resolve_request(request: Request) -> Config:
     config = Config(layers.values, layers.origins, plugins, parent, flags, begun_by)
     problems += _check_each(config, reported={line.split()[0] for line in problems})
     config = config if problems else _with_number_of_tasks(config)
-    problems = problems or _check_together(config)
+    problems = problems or _check_together(config, goes_on=request.resume is not None)
     if parent is not None:
         problems = problems or _check_continued(config, parent, saved if request.continues else None)
     problems = problems or _check_parts(config, chosen)
@@ -988,8 +988,9 @@ def _row(
     return row if name.partition(":")[0] == dataset.name else _as_ours(row, name), problems
 
 
-def _check_together(config: Config) -> list[str]:
-    """Flags that are right one by one but not together."""
+def _check_together(config: Config, goes_on: bool) -> list[str]:
+    """Flags that are right one by one but not together. `goes_on`: they are those of a run that is there already, which
+    may have been made on another machine."""
     problems = []
 
     def argv(name: str) -> bool:
@@ -1033,8 +1034,10 @@ def _check_together(config: Config) -> list[str]:
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
             problems.append(f"--{name} has no effect with --lr_scheduler {config.lr_scheduler}. Use multistep.")
-    if config.threads > (cores := os.cpu_count() or 1):
-        problems.append(f"--threads must be at most the number of this machine's cores {cores}, got {config.threads}.")
+    if config.threads > (cores := os.cpu_count() or 1) and not goes_on:
+        problems.append(
+            f"--threads must be at most the number of this machine's cores {cores}, got {config.threads}. Give less."
+        )
     if config.values.get("optim_nesterov") and not config.values["optim_mom"]:
         problems.append("--optim_nesterov 1 needs --optim_mom greater than 0, got 0. Give both.")
     if config.classes_per_task and config.n_tasks != len(config.classes_per_task):

@@ -28,7 +28,8 @@ class Diverged(RunFailed):
 
 
 class Interrupted(Exception):
-    """A signal asked a run to stop, and it has done so, with a checkpoint. Its argument is the signal's number."""
+    """A signal asked a run to stop, and it has done so; it can go on from its last checkpoint. Its argument is the
+    signal's number."""
 
 
 def mistake(part: Any, problem: str) -> UsageError:

@@ -93,7 +93,7 @@ def _resume(request: Request) -> int:
     changed_files = [] if run.is_done(saved.folder) else check_code(saved, config, request.keep_changed)
     if config.dry_run:
         return shown(lambda: _describe(config))
-    return _run(lambda: run.resume(config, saved.folder, changed_files))
+    return _run(lambda: run.resume(config, saved.folder, changed_files, keep_changed=request.keep_changed))
 
 
 def _resume_auto(request: Request) -> int:
@@ -155,7 +155,7 @@ def _help(request: Request) -> None:
     print("  --resume RUN                                    continue a run that was stopped")
     print("  --resume auto                                   the newest unfinished run of these flags, or a new one")
     print("  --from RUN --continue 1 --stop_after N          go on from the end of a run: more tasks, other flags")
-    print("  --keep_changed 1                                although the code of the run has changed since")
+    print("  --keep_changed 1                                although code or images of the run have changed since")
     owner = None
     for flag in schema(chosen).values():
         if flag.owner != owner:

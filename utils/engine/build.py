@@ -1,5 +1,6 @@
 """A run's parts, built from its configuration: each once, in a fixed order, so that a seed gives one run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -114,7 +115,7 @@ def computing(config: Config, device: torch.device) -> Iterator[None]:
     GPU, with convolutions whose kernels are chosen by measurement. Other runs of the process are not touched."""
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     is_chosen = cudnn.benchmark
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(min(config.threads, os.cpu_count() or 1))  # of a run that was made on a larger machine
     cudnn.benchmark = is_chosen or (device.type == "cuda" and config.cuda_graph != "0")
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -59,13 +59,26 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     try:
         _write(fresh, {"format": FORMAT, **state})
         if (folder / FILE).exists():
-            os.replace(folder / FILE, folder / BEFORE)
+            _keep_before(folder)
         os.replace(fresh, folder / FILE)
     except BaseException:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise
     sync_folder(folder)
+
+
+def _keep_before(folder: Path) -> None:
+    """The present state is the generation before, too: by a second name, so that it has its own until the new one takes
+    that; where the file system has no hard links, by a new one alone."""
+    second = folder / f"{BEFORE}.{os.getpid()}.tmp"
+    try:
+        os.link(folder / FILE, second)
+    except OSError:
+        os.replace(folder / FILE, folder / BEFORE)
+        return
+    os.replace(second, folder / BEFORE)
+    second.unlink(missing_ok=True)  # where both were names of the same file, `replace` has done nothing
 
 
 def save_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -124,8 +137,9 @@ def load(folder: Path, config_hash: str | None = None, repair: bool = False) -> 
 
 
 def keep_last(folder: Path) -> None:
-    """A run that is finished needs no second generation."""
-    (folder / BEFORE).unlink(missing_ok=True)
+    """A run that is finished needs no second generation, unless it is the only one."""
+    if (folder / FILE).exists():
+        (folder / BEFORE).unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:

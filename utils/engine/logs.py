@@ -107,7 +107,7 @@ class Logs:
             for index, value in enumerate(values):
                 if value is not None:
                     self._scalar(f"accuracy/{setting}/task_{index + 1:02d}", value, count, "task")
-        self._flush()
+        self.flush()
 
     def epoch(self, epochs: int, task: int, cost: Any, row: dict, averages: dict) -> None:
         """An evaluation inside a task, after so many of its epochs."""
@@ -208,7 +208,9 @@ class Logs:
         if self.tracker is not None:
             self.tracker.image(tag, image)
 
-    def _flush(self) -> None:
-        self.board.flush()
+    def flush(self) -> None:
+        """What was logged so far is out of this process, whatever becomes of it."""
+        if self.board is not None:
+            self.board.flush()
         if self.tracker is not None:
             self.tracker.flush()

@@ -112,6 +112,23 @@ class RunFolder:
         content.setdefault("changed_code", []).append({"after_step": steps, "code": code})
         self.write("config.json", content, durable=True)
 
+    def note_environment(self, now: dict[str, Any], steps: int | None) -> dict[str, Any]:
+        """environment.json: where the run began, and under `resumed` where else it went on, after so many `steps`
+        (None: it begins). Returns the environment before."""
+        content = None
+        with contextlib.suppress(OSError, ValueError):
+            content = read_json(self.path / "environment.json") if steps is not None else None
+        if not isinstance(content, dict):  # it begins, or the file is damaged
+            self.write("environment.json", now)
+            return {}
+        others = content.pop("resumed", [])
+        others = [entry for entry in others if isinstance(entry, dict)] if isinstance(others, list) else []
+        *_, last = [content, *others]
+        before = {name: value for name, value in last.items() if name != "after_step"}
+        if before != now:
+            self.write("environment.json", {**content, "resumed": [*others, {"after_step": steps, **now}]})
+        return before
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """The lock of a folder that is there already, for as long as the block lasts; what a killed run has left half

@@ -1,9 +1,12 @@
 """A whole run, new or gone on with: open its folder, build, train, write how it ended. Knows no command line."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flatcl.utils import launch
 from flatcl.utils.arguments import Config
@@ -21,8 +24,11 @@ from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
 from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
+from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
+
+WEIGHTS = "model.pt"  # in the run folder: the weights alone, of --keep_checkpoint 0
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
@@ -46,10 +52,12 @@ def train(config: Config, callbacks: Callbacks | None = None) -> Trainer:
 
 
 def resume(
-    config: Config, path: Path, changed_files: Sequence[str] = (), callbacks: Callbacks | None = None
-) -> Trainer | None:
+    config: Config, path: Path, changed_files: Sequence[str] = (), callbacks: Callbacks | None = None,
+    keep_changed: bool = False,
+) -> Trainer | None:  # fmt: skip
     """Goes on with the run of this configuration in the folder `path`. Of a finished one, draws and logs what is
-    missing, and returns None. `changed_files`: those whose code is no longer what the run was made with."""
+    missing, and returns None. `changed_files`: those whose code is no longer what the run was made with.
+    `keep_changed`: its images may have changed, too."""
     device = resolve_device(config.device)
     ranks.check(config, is_new=False)
     is_finished, is_first = is_done(path), launch.number() == 0
@@ -59,7 +67,7 @@ def resume(
     holding = nullcontext() if folder is None else folder.held()
     with computing(config, device), ranks.joined(device, config) as group, holding:
         if is_finished and folder is not None:
-            checkpoint.keep_last(path / "checkpoint")
+            _settle_checkpoint(path, config.keep_checkpoint)
             _complete(config, folder)
         if is_finished:
             return None
@@ -74,6 +82,7 @@ def resume(
             trainer.begin_anew()
             _take_over(trainer, parents)
         else:
+            _check_images(trainer.benchmark, path, keep_changed)
             with fitting(path):
                 trainer.load_checkpoint(state)
         if group is not None:
@@ -83,6 +92,7 @@ def resume(
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
         say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
+        _say_fewer_threads(config.threads)
         return _train(trainer, callbacks or Callbacks())
 
 
@@ -119,6 +129,16 @@ def _hint_at_threads(trainer: Trainer) -> None:
         )
 
 
+def _say_fewer_threads(threads: int) -> None:
+    """A run that was begun on a larger machine."""
+    cores = os.cpu_count() or 1
+    if threads > cores:
+        say(
+            f"note: this run has {threads} CPU threads, and this machine {cores} core(s): it goes on with {cores}; "
+            "sums differ in the last digits"
+        )
+
+
 def _take_over(trainer: Trainer, state: dict | None) -> None:
     """What the run that this one continues has left, if it continues one."""
     if state is not None:
@@ -137,11 +157,29 @@ def _state_of(parent: Parent | None) -> dict | None:
             f"--continue: {parent.run} has no checkpoint to continue from. Run it with --keep_checkpoint 1."
         )
     state = checkpoint.load(folder, parent.config_hash)
+    check_end(Path(parent.run), state)
     if state["stream"] is not None or len(state["progress"]["tasks"]) != parent.tasks:
         raise UsageError(
             f"--continue: {parent.run} was stopped inside a task, or was continued since then. Finish it by --resume."
         )
     return state
+
+
+def check_end(path: Path, state: dict) -> None:
+    """Raises `UsageError` where the run in this folder is finished, but `state`, its checkpoint, is of before its
+    end, which could not be written."""
+    if not is_done(path):
+        return
+    try:
+        rows = len(read_json(path / "accuracy.json")["tasks"])
+    except (OSError, ValueError, KeyError, TypeError):  # without a matrix, there is nothing to compare with
+        return
+    done = len(state["progress"]["tasks"])
+    if done < rows:
+        raise UsageError(
+            f"{path}: this run is finished, with {rows} task(s), but its checkpoint is of after {done}: the weights of "
+            "the end could not be written. Its results are complete; repeat it with --from to get the weights."
+        )
 
 
 @contextmanager
@@ -172,16 +210,40 @@ def _new_folder(config: Config, group: Ranks | None) -> Iterator[RunFolder | Non
 def _begin(trainer: Trainer, is_new: bool = True) -> None:
     """The first files of a run, its first checkpoint among them, so that it can be resumed whenever it is stopped.
     Refuses to train where they cannot be written: the results could not be either."""
-    folder = trainer.folder
+    folder, steps = trainer.folder, trainer.cost.steps
     if folder is None:
         return
     try:
-        folder.write("environment.json", results.environment(str(trainer.device)))
+        before = folder.note_environment(results.environment(str(trainer.device)), None if is_new else steps)
         _write_decided(trainer.benchmark, folder)
         if is_new:
             trainer.save_checkpoint()
     except OSError as error:
         raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
+    then, now = before.get("processes"), launch.size()
+    if then not in (None, now) and batchnorms(trainer.method) and not trainer.config.sync_bn:
+        say(
+            f"note: this run had {then} process(es) and now has {now}: BatchNorm normalises over the rows of one "
+            "process, which are others now"
+        )
+
+
+def _check_images(benchmark: Benchmark, path: Path, keep_changed: bool) -> None:
+    """Raises `UsageError` where the images are no longer those that the run was begun with, unless `keep_changed`."""
+    try:
+        then = read_json(path / "benchmark.json")["pixels"]
+    except (OSError, ValueError, KeyError, TypeError):  # a benchmark, or a version, that does not write it down
+        return
+    now = benchmark.decided().get("pixels", then)
+    if now == then:
+        return
+    problem = f"{path} was begun with other images of {benchmark.name} ({then}) than there are now ({now})"
+    if not keep_changed:
+        raise UsageError(
+            f"{problem}: files were changed, or are decoded by another version of Pillow. Put the images of that time "
+            "back, or give --keep_changed 1 to go on with the present ones, or start a new run with --from."
+        )
+    complain(f"note: {problem}: it goes on with the present ones")
 
 
 def _write_decided(benchmark: Benchmark, folder: RunFolder) -> None:
@@ -212,7 +274,7 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             status = "interrupted"
             where = f" Continue with: {again(folder.path)}" if folder else ""
             if launch.number() == 0:
-                complain(f"interrupted at step {trainer.cost.steps}.{where}")
+                complain(f"interrupted at step {trainer.cost.steps}{_since(trainer)}.{where}")
             raise
         except Busy as error:
             status = None  # the folder is another process's
@@ -234,30 +296,43 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             trainer.logs.close(trainer.status)
 
 
+def _since(trainer: Trainer) -> str:
+    """What the steps of a run that has ended outside a step have come to."""
+    if trainer.folder is None or trainer.cost.steps == trainer.saved[0]:
+        return ""
+    return f", with the checkpoint of step {trainer.saved[0]}: what came after it is done again"
+
+
 def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
-    """How a run ended that did not finish."""
+    """How a run ended that did not finish; what stops that is said, and does not stand in the way of its error."""
     try:
         if trainer.progress.tasks:
             trainer.write_results(status)
         else:
             folder.write("summary.json", trainer.summary(status), durable=True)
-    except OSError as error:
+    except (OSError, Busy) as error:
         complain(f"warning: the status of the run ({status}) cannot be written into its folder ({reason(error)})")
 
 
 def _finish(trainer: Trainer, summary: dict) -> None:
-    """The result first, then everything that could go wrong."""
+    """What is made of the last network, then the result, which says that the run is finished: a run that is killed
+    before goes on from its checkpoint, and makes all of it. Then everything that could go wrong."""
     folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
     unwritten = None
     if folder is not None:
+        folder.lock.check()
+        unsaved = _keep_network(trainer, folder.path)
+        counts = _save_predictions(trainer, folder.path) if trainer.config.save_predictions else None
         try:
             trainer.write_results("finished")
         except OSError as error:
             unwritten = error
         else:
-            _settle_checkpoint(trainer, folder.path)
-            if trainer.config.save_predictions:
-                _save_predictions(trainer, folder.path)
+            if unsaved is not None:
+                complain(unsaved)
+            _settle_checkpoint(folder.path, trainer.config.keep_checkpoint)
+            if counts is not None:
+                _draw(lambda: logs.confusion(counts))
             _draw(lambda: logs.finish(summary, tasks, trainer.joint))
     say(closing_table(summary, tasks, folder))
     if trainer.optimizer.programs is not None:
@@ -269,17 +344,49 @@ def _finish(trainer: Trainer, summary: dict) -> None:
         )
 
 
-def _save_predictions(trainer: Trainer, path: Path) -> None:
-    """predictions.npz, and the confusion matrix as a picture."""
-    found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
+def _keep_network(trainer: Trainer, path: Path) -> str | None:
+    """The weights alone, as --keep_checkpoint 0 asks for; else, or where they cannot be written, the last checkpoint,
+    once more if it could not be written. Returns what is lost."""
+    if not trainer.config.keep_checkpoint:
+        state = trainer.method.state_dict()
+        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
+        try:
+            checkpoint.save_weights(path / WEIGHTS, weights)
+            return None
+        except OSError as error:
+            complain(f"warning: {WEIGHTS} cannot be written ({reason(error)}): the checkpoint is kept in its place")
+    if trainer.saved == trainer.reached:
+        return None
+    try:
+        checkpoint.keep_last(path / "checkpoint")  # room on a full disk
+        trainer.save_checkpoint()
+        return None
+    except OSError as error:
+        return (
+            f"warning: the weights of the end of the run are lost, since they cannot be written ({reason(error)}): the "
+            "checkpoint that is kept is of before its end. The results are complete; to get the weights, repeat the "
+            "run with --from"
+        )
+
+
+def _save_predictions(trainer: Trainer, path: Path) -> np.ndarray | None:
+    """predictions.npz; returns the confusion matrix, None where the predictions cannot be made."""
+    try:
+        found = {name: column.numpy() for name, column in trainer.evaluate.predictions(trainer.method).items()}
+        counts = _confusion(found, trainer.config, trainer.benchmark.decided(), len(trainer.progress.tasks))
+    except Exception as error:  # such as a lack of memory: not worth a result
+        complain(f"warning: {predictions.FILE} cannot be made ({type(error).__name__}: {reason(error)})")
+        return None
     try:
         predictions.save(path, found)
     except OSError as error:
         complain(f"warning: {predictions.FILE} cannot be written ({reason(error)})")
-    decided = trainer.benchmark.decided()
-    competing = predictions.num_competing(trainer.config, decided, len(trainer.progress.tasks))
-    counts = predictions.confusion_matrix(found, decided["class_order"], competing)
-    _draw(lambda: trainer.logs.confusion(counts))
+    return counts
+
+
+def _confusion(found: dict[str, np.ndarray], config: Config, decided: dict[str, Any], num_tasks: int) -> np.ndarray:
+    competing = predictions.num_competing(config, decided, num_tasks)
+    return predictions.confusion_matrix(found, decided["class_order"], competing)
 
 
 def _draw(draw: Callable[[], object]) -> None:
@@ -293,16 +400,13 @@ def _draw(draw: Callable[[], object]) -> None:
         )
 
 
-def _settle_checkpoint(trainer: Trainer, path: Path) -> None:
+def _settle_checkpoint(path: Path, keep: bool) -> None:
     """What stays of the checkpoints of a run that is finished: the last one, or the weights alone."""
     try:
-        if trainer.config.keep_checkpoint:
+        if keep or not (path / WEIGHTS).is_file():
             checkpoint.keep_last(path / "checkpoint")
-            return
-        state = trainer.method.state_dict()
-        weights = {name: value.cpu() for name, value in state.items() if not name.endswith("_extra_state")}
-        checkpoint.save_weights(path / "model.pt", weights)
-        checkpoint.remove(path / "checkpoint")
+        else:
+            checkpoint.remove(path / "checkpoint")
     except OSError as error:
         complain(f"warning: the checkpoint is left as it is ({reason(error)})")
 
@@ -312,8 +416,9 @@ def _complete(config: Config, folder: RunFolder) -> None:
     try:
         summary, progress = (read_json(folder.path / name) for name in ("summary.json", "accuracy.json"))
         logs = Logs(config, folder, None)
-        joint = config.joint or config.learner.trains_jointly
-        done = logs.finish(summary, progress["tasks"], joint, there=entries(folder.path))
+        joint, there = config.joint or config.learner.trains_jointly, entries(folder.path)
+        done = logs.finish(summary, progress["tasks"], joint, there)
+        done += _complete_confusion(config, folder.path, logs, there, len(progress["tasks"]))
         logs.close()
     except Exception as error:
         raise UsageError(
@@ -322,6 +427,15 @@ def _complete(config: Config, folder: RunFolder) -> None:
         ) from error
     what = f"what was missing is written: {', '.join(done)}" if done else "no file is missing"
     say(f"{folder.path}: this run is finished; {what}. Use --from to repeat it, or to change its flags.")
+
+
+def _complete_confusion(config: Config, path: Path, logs: Logs, there: Set[str], num_tasks: int) -> list[str]:
+    """The picture of the confusion matrix, where it is missing and the predictions are there."""
+    found = predictions.load(path) if config.save_predictions else None
+    if found is None or {"confusion_matrix", "confusion_matrix.png"} <= there:
+        return []
+    logs.confusion(_confusion(found, config, read_json(path / "benchmark.json"), num_tasks))
+    return ["confusion_matrix.png"]
 
 
 def is_done(path: Path) -> bool:

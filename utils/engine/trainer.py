@@ -1,9 +1,11 @@
 """The task loop: for each task begin, epochs of observe, end, evaluate one row of the matrix, write it down."""
 
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from math import cos, pi
@@ -31,6 +33,7 @@ from flatcl.utils.protocols import Benchmark, Config, Split, Task
 
 SKIPS_IN_A_ROW = 20  # steps that may fail one after the other before the run stops
 AGREED_EVERY = 20  # steps, after which several processes on GPUs agree whether they go on
+PATIENCE_S = 15.0  # of a signal with an evaluation; Slurm and Kubernetes kill after 30
 WRITING_SHARE = 0.05  # of the time, that a run of many tasks may spend on writing its matrix anew
 
 Steps = Sequence[tuple[Objective, Grads]]  # on one batch
@@ -186,6 +189,8 @@ class Trainer:
         self.logs, self.callbacks, self.status = Logs(config, folder, self.device), Callbacks(), "running"
         self._stop_signal: int | None = None
         self._mid_epoch = False
+        self.has_no_step = False  # inside an evaluation, or what a method does before or after a task
+        self.saved = self.reached  # by the last checkpoint
         self._started = self._saved = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -203,6 +208,20 @@ class Trainer:
             self.cost.wall_s = time.monotonic() - self._started
             self.logs.close_bar()
         return self.summary("finished")
+
+    @contextmanager
+    def _without_step(self) -> Iterator[None]:
+        """Inside, no step ends, and nothing is written: a signal that has waited long enough ends the run as it is."""
+        self.has_no_step = self.ranks is None  # several processes would have to end at the same place
+        try:
+            yield
+        finally:
+            self.has_no_step = False
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Steps, and tasks that are finished."""
+        return self.cost.steps, len(self.progress.tasks)
 
     def stop(self, number: int) -> None:
         """Ends the run after the step under way, as the signal with this number does."""
@@ -233,7 +252,9 @@ class Trainer:
         if self.folder is None:
             return
         self.folder.lock.check()
+        self.logs.flush()  # a resume writes again only what was logged after the checkpoint
         checkpoint.save(self.folder.path / "checkpoint", self.state_dict())
+        self.saved = self.reached
         self._saved = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +309,7 @@ class Trainer:
         seeding.set_generator_state(self.stream.rng, state["order"])
         seeding.set_global_state(state["random"])
         self._started = time.monotonic() - self.cost.wall_s
+        self.saved = self.reached
 
     def begin_anew(self) -> None:
         """In a folder whose run was stopped before its first checkpoint."""
@@ -305,8 +327,9 @@ class Trainer:
         self.method.train()
         if not self._mid_epoch:
             start = time.monotonic()
-            self.method.begin_task(task)
-            self.optimizer.begin_task(task)
+            with self._without_step():
+                self.method.begin_task(task)
+                self.optimizer.begin_task(task)
             self.cost.train_s += time.monotonic() - start
             if self.early is not None:
                 self.early.begin()
@@ -336,8 +359,9 @@ class Trainer:
         self.logs.close_bar()
         if self.has_boundaries:
             start = time.monotonic()
-            self.method.end_task(task)
-            self.optimizer.follow()
+            with self._without_step():
+                self.method.end_task(task)
+                self.optimizer.follow()
             self.cost.train_s += time.monotonic() - start
             self._count_rows()
         self._finish_task(task)
@@ -348,7 +372,8 @@ class Trainer:
         if len(split) == 0:  # of a small task, none was drawn
             return False
         start = time.monotonic()
-        accuracy = self.evaluate.held_out(self.method, task, split, task.classes.stop)
+        with self._without_step():
+            accuracy = self.evaluate.held_out(self.method, task, split, task.classes.stop)
         self.cost.eval_s += time.monotonic() - start
         self.logs.custom("accuracy/held_out", accuracy, self.cost.steps)
         return early.note(accuracy, self.method)
@@ -560,7 +585,8 @@ class Trainer:
 
     def _evaluation(self, classes_seen: int, num_tasks: int | None = None) -> dict[str, list[float | None]]:
         start = time.monotonic()
-        accuracy = self.evaluate(self.method, classes_seen, num_tasks)
+        with self._without_step():
+            accuracy = self.evaluate(self.method, classes_seen, num_tasks)
         self.cost.eval_s += time.monotonic() - start
         return accuracy
 
@@ -591,24 +617,30 @@ class Trainer:
 
 class SignalWatch:
     """Signals that ask a run to end (Ctrl-C, a scheduler's, a dropped connection's, a limit's) end it after the step
-    under way, with a checkpoint. Inside `with` it looks out for them; `nohup` and the like stay in force."""
+    under way, with a checkpoint; where none is under way for `PATIENCE_S`, as the last checkpoint has it. Inside `with`
+    it looks out for them; `nohup` and the like stay in force."""
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU", "SIGBREAK")  # those that the system has
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.since = trainer, 0.0
         self.previous: dict[int, Any] = {}  # {signal: its handler}
+        self._timer: threading.Timer | None = None
+        self._is_overdue = False
 
     def __enter__(self) -> None:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
         try:
             for number in numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not Python's, nor to be put back
                     self.previous[number] = signal.signal(number, self._handle)
         except ValueError:  # not in the main thread: signals are somebody else's business
             pass
 
     def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()  # what it may send now still finds our handler
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -617,8 +649,19 @@ class SignalWatch:
         themselves."""
         if self.trainer._stop_signal is None:
             self.trainer._stop_signal, self.since = number, time.monotonic()
+            self._timer = threading.Timer(PATIENCE_S, self._remind, (number,))
+            self._timer.start()
+        elif self._is_overdue:
+            self._is_overdue = False
+            if self.trainer.has_no_step:
+                raise Interrupted(number)
         elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
+
+    def _remind(self, number: int) -> None:
+        """In a thread: the signal comes again, since only the main thread can end what it is at."""
+        self._is_overdue = True
+        signal.raise_signal(number)
 
 
 def _measured(row: list[float | None], columns: Sequence[int]) -> list[float]:
