@@ -384,7 +384,7 @@ def _save_predictions(trainer: Trainer, path: Path) -> np.ndarray | None:
     return counts
 
 
-def _confusion(found: dict[str, np.ndarray], config: Config, decided: dict[str, Any], num_tasks: int) -> np.ndarray:
+def _confusion(found: dict[str, np.ndarray], config: Any, decided: dict[str, Any], num_tasks: int) -> np.ndarray:
     competing = predictions.num_competing(config, decided, num_tasks)
     return predictions.confusion_matrix(found, decided["class_order"], competing)
 
