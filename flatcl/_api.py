@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +151,7 @@ class Experiment:
         stops the run, it is returned with the status 'interrupted'.
         """
         told = Callbacks(callbacks)
-        self._parts.enter()
-        with _ending(told):
+        with self._parts.entered(), _ending(told):
             run.train(self.config, told)
         trainer = told.trainer
         return Run(self.config, None if trainer.folder is None else trainer.folder.path, trainer)
@@ -283,10 +282,9 @@ class Run:
             return self._trainer
         folder = self.folder
         assert folder is not None  # a run without one has its trainer
-        self._parts.enter()
         device, weights = resolve_device(self.config.device), folder / run.WEIGHTS
         config = replace(self.config, values={**self.config.values, "cuda_graph": "0"})  # no step is taken
-        with seeding.untouched(), computing(config, device):
+        with self._parts.entered(), seeding.untouched(), computing(config, device):
             if checkpoint.exists(folder / "checkpoint") or not weights.is_file():
                 state = checkpoint.load(folder / "checkpoint", self.config.hash)
                 run.check_end(folder, state)
@@ -404,10 +402,13 @@ class _Parts:
         names = {kind: config.values[kind] for kind in SELECTORS}
         self.classes = {kind: SELECTORS[kind].load(name) for kind, name in names.items() if ":" not in name}
 
-    def enter(self) -> None:
-        for kind, cls in self.classes.items():
-            if not SELECTORS[kind].has(cls.name, cls):
-                SELECTORS[kind].register(cls.name)(cls)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, their names stand for them."""
+        with ExitStack() as stack:
+            for kind, cls in self.classes.items():
+                stack.enter_context(SELECTORS[kind].standing_for(cls.name, cls))
+            yield
 
 
 def _copies_of(net: nn.Module) -> type[nn.Module]:

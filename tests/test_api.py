@@ -10,11 +10,12 @@ import re
 import subprocess
 import sys
 import textwrap
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 import torch
+from kornia.augmentation import AugmentationSequential, RandomHorizontalFlip
 from torch import nn
 from torch.nn.functional import gelu
 
@@ -27,7 +28,7 @@ from flatcl.utils.contracts._tape import Tape
 from flatcl.utils.engine import program
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.optim._driver import Driver
-from flatcl.utils.registry import DATASETS, HOME
+from flatcl.utils.registry import DATASETS, HOME, METHODS
 
 QUICK = dict(model="er", dataset="seq-synth", debug_mode=True, device="cpu", non_verbose=True)
 
@@ -278,6 +279,20 @@ def test_frozen_parts_augmentations_and_code_are_parts_of_the_identity():
     assert len({*names}) == 4 and names[:4] == names[4:]
     typed = [flatcl.benchmark_from_arrays(*data, mean=mean, std=(1,)).name for mean in ([0.5], (np.float64(0.5),))]
     assert typed[0] == typed[1]
+    used = AugmentationSequential(RandomHorizontalFlip(p=0.5))
+    before = flatcl.benchmark_from_arrays(*data, augmentations=lambda: [used]).name
+    used(torch.rand(2, 1, 6, 6))
+    assert flatcl.benchmark_from_arrays(*data, augmentations=lambda: [used]).name == before
+
+
+class Slotted:
+    __slots__ = "by"
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return self.by * x
 
 
 class Scaled(nn.Module):
@@ -301,6 +316,10 @@ def test_networks_that_differ_in_attributes_only_are_other_runs(quick):
         torch.ones(2),
         nn.Dropout(0.1),
         nn.Dropout(0.2).forward,
+        Slotted(1),
+        Slotted(2),
+        lru_cache(Slotted(3)),
+        lru_cache(Slotted(4)),
     ]
     nets = [Scaled(), Scaled(10), Scaled(act=gelu), *(Scaled(more=value) for value in more)]
     built = [flatcl.build(**given, backbone=net) for net in nets]
@@ -327,6 +346,7 @@ def test_an_experiment_keeps_the_objects_that_it_was_given(quick):
         run = experiment.run()
         assert run.model.made == run.model.net.made == number and run.benchmark.arrays is data.arrays
         assert json.loads((run.folder / "config.json").read_text())["code"] == experiment.config.code
+        assert METHODS.load("twin").made == 2 and DATASETS.load("of-one-name") is second, "names are the newest's"
     old = flatcl.load(run.folder, model=type(run.model), dataset=first, backbone=run.model.net.__class__())
     build(2)
     assert old.model.made == old.model.net.made == 1

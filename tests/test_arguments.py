@@ -357,6 +357,7 @@ def test_none_is_a_value_where_a_flag_is_optional():
         (["--seed", "4294967296"], "--seed must be at most", "got 4.29497e+09"),
         (["--seed", "9" * 310], "--seed is a number that is too large", "It is: seed of"),
         (["--seed", "9" * 5000], "--seed is a number that is too large", "It is: seed of"),
+        (["--seed=+-5"], "--seed expects a whole number, got '+-5'", "It is: seed of"),
         (["--lr_milestones", "5", "-" + "9" * 400], "--lr_milestones is a number that is too large", "It is: epochs"),
         (["--batch_size", "0"], "--batch_size must be at least 1", "got 0"),
         (["--n_epochs", "0"], "--n_epochs must be at least 1", "got 0"),
@@ -1138,6 +1139,19 @@ def check_base_path(tmp_path, capsys, monkeypatch):
         _, trainer = build("--model", "er", "--dataset", "seq-mnist", "--base_path", str(tmp_path / str(seed)))
         images.append(trainer.benchmark[0].train.images)
     assert images[0].shape != images[1].shape or not torch.equal(*images)
+
+
+def test_a_flag_that_is_younger_than_a_file_has_its_default(tmp_path):
+    """It is what the program did then, whatever has been published for the flag since."""
+    words = ["--model", "gdumb", "--dataset", "seq-cifar100", "--buffer_size", "500"]
+    of_then = resolve([*words, "--cutmix_prob", "0.5"])
+    content = of_then.to_json()
+    del content["flags"]["cutmix_prob"], content["flags"]["clip_grad"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    again = resolve(["--from", str(tmp_path)])
+    assert (again.cutmix_prob, again.origins["cutmix_prob"], again.clip_grad) == (0.5, "default", None)
+    assert again.hash == of_then.hash and resolve(words).cutmix_prob == 1.0
+    assert resolve(["--from", str(tmp_path), "--dataset", "seq-cifar10"]).cutmix_prob == 0.5
 
 
 def finished_run(tmp_path, *words):

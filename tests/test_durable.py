@@ -10,8 +10,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from flatcl.utils.console import again
 from flatcl.utils.engine import checkpoint, memory, predictions, results, run, trainer
 from flatcl.utils.engine.logs import Logs
 from flatcl.utils.engine.trainer import Trainer
-from flatcl.utils.errors import Diverged, UsageError
+from flatcl.utils.errors import Diverged, Interrupted, UsageError
 from flatcl.utils.registry import METHODS, ROOT, load_plugin
 
 HOOKED = '''"""ER that calls a function after a step, and waits for a file to go before its first forward pass."""
@@ -343,6 +345,20 @@ def test_a_signal_while_there_is_no_step_waits_a_while_then_the_last_checkpoint_
     assert_same_run(whole, folder)
 
 
+def test_a_signal_that_came_outside_is_remembered_in_the_next_evaluation(monkeypatch):
+    """After the first reminder, for which there was a step under way."""
+    monkeypatch.setattr(trainer, "PATIENCE_S", 0.1)
+    watched, threads = SimpleNamespace(_stop_signal=None, has_no_step=False), threading.active_count()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted), trainer.SignalWatch(watched):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.25)
+        assert watched._stop_signal == signal.SIGTERM
+        watched.has_no_step = True
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == before and threading.active_count() == threads
+
+
 def test_what_nohup_ignores_stays_ignored(hooked, tmp_path):
     argv, hooks = hooked
     hooks[11] = lambda: signal.raise_signal(signal.SIGHUP)
@@ -583,11 +599,11 @@ def test_a_last_checkpoint_that_could_not_be_written_is_tried_again(
 ):
     argv, hooks = hooked
 
-    def finish(*given, finish=run._finish):
+    def make(*given, make=run._make_last):
         full_for_checkpoints(False)
-        finish(*given)
+        return make(*given)
 
-    monkeypatch.setattr(run, "_finish", finish)
+    monkeypatch.setattr(run, "_make_last", make)
     hooks[20] = lambda: full_for_checkpoints(True)
     folder = start(tmp_path / "out", *argv)
     assert_same_run(whole, folder)
@@ -648,6 +664,18 @@ def test_a_run_that_is_killed_when_it_says_that_it_is_finished_is_made_whole(mom
     assert weights and all(of_whole[name].equal(value) for name, value in weights.items())
     counts = predictions.confusion_matrix(predictions.load(folder), list(range(10)))
     assert np.array_equal(counts, flatcl.load(whole).confusion_matrix())
+
+
+def test_a_run_that_is_interrupted_while_it_makes_its_predictions_says_so(hooked, tmp_path, monkeypatch, capsys):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "save", interrupted)
+        folder = start(tmp_path / "out", *hooked[0], "--save_predictions", "1", code=130)
+    assert read(folder)["status"] == "interrupted"
+    assert main(["--resume", str(folder)]) == 0
+    assert read(folder)["status"] == "finished" and predictions.load(folder) is not None
 
 
 def test_a_run_whose_folder_is_gone_stops_with_one_sentence(hooked, tmp_path, capsys):

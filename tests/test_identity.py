@@ -205,6 +205,7 @@ class Mine:
 
     class Inner:
         names = (1, None)
+        widths = [8, {"deep": 16}]
 
     @staticmethod
     def loss(x, scale=0.5):
@@ -225,7 +226,7 @@ def test_a_class_without_a_file_counts_by_what_it_was_compiled_to():
         return digest_of_code(names["Mine"])
 
     changes = (("factor = 2", "factor = 3"), ("(1, None)", "(2, None)"), ("0.5", "0.4"), ("2, 3}", "2, 4}"),
-               ("len", "sum"), ("2 * self", "3 * self"), ("Inner", "Other"))  # fmt: skip
+               ("len", "sum"), ("2 * self", "3 * self"), ("Inner", "Other"), ("16", "32"), ("[8", "[9"))  # fmt: skip
     assert len({digest(), *(digest(*change) for change in changes)}) == 1 + len(changes) and digest() == digest()
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flatcl.utils.identity import digest_of_code\n"
     code += f"exec(compile({CELL!r}, '<cell>', 'exec')); print(digest_of_code(Mine))"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -262,7 +263,7 @@ class Flag:
         try:
             value = self.kind(word)
         except ValueError:
-            if word.lstrip("+-").isdecimal():  # of more digits than Python reads
+            if self.kind is int and re.fullmatch(r"[+-]?\d+", word):  # of more digits than Python reads
                 raise ValueError(TOO_LARGE) from None
             noun = "a whole number" if self.kind is int else "a number"
             raise ValueError(f"expects {noun}, got '{word}'") from None
@@ -727,7 +728,8 @@ def _check_layer(owner: type[Any], what: str, layer: Mapping[str, Any], flags: d
 
 
 def _put_file(layers: _Layers, chosen: dict[str, type[Any]], values: Mapping[str, Any], file: str) -> list[str]:
-    """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped."""
+    """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped; those that are younger
+    than the file have their defaults, which is what the program did then."""
     problems: list[str] = []
     good: dict[str, Any] = {}
     fits = {name: canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items()}
@@ -748,6 +750,10 @@ def _put_file(layers: _Layers, chosen: dict[str, type[Any]], values: Mapping[str
         except ValueError as error:
             problems.append(f"{file}: '{name}' {error}. {_remedy(layers.flags[name])}")
     layers.put(good, f"from {file}")
+    for name, flag_ in layers.flags.items() if values else ():
+        part = flag_.owner.partition(" ")[0]
+        if name not in values and name not in SELECTORS and fits.get(part, same):
+            layers.values[name], layers.origins[name] = flag_.default, "default"
     return problems
 
 

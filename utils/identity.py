@@ -71,9 +71,11 @@ def _compiled(thing: Any) -> str:
     if isinstance(thing, CodeType):
         names = (thing.co_names, thing.co_varnames, thing.co_freevars)
         return f"{thing.co_code.hex()} {names} {_compiled(thing.co_consts)}"
-    if isinstance(thing, tuple):
+    if isinstance(thing, tuple | list):
         return f"({', '.join(map(_compiled, thing))})"
-    if isinstance(thing, frozenset):
+    if isinstance(thing, dict):
+        return _compiled(tuple(thing.items()))
+    if isinstance(thing, set | frozenset):
         return f"set({sorted(map(_compiled, thing))})"
     return repr(thing) if isinstance(thing, bool | int | float | complex | str | bytes | None) else type(thing).__name__
 

@@ -74,9 +74,12 @@ class Description:
             return value.__name__
         if isinstance(value, nn.Module):
             return self._module(value)
-        if _is_of_library(type(value)) or not hasattr(value, "__dict__"):
+        if hasattr(value, "__wrapped__"):
+            return f"{type(value).__name__}({self._of(value.__wrapped__)})"
+        attributes = _attributes_of(value)
+        if _is_of_library(type(value)) or attributes is None:
             return _shown(value)
-        return f"{self._class(type(value))} {self._attributes(vars(value))}"
+        return f"{self._class(type(value))} {self._attributes(attributes)}"
 
     def _all(self, values: Iterable[Any]) -> str:
         return ", ".join(map(self._of, values))
@@ -114,10 +117,18 @@ class Description:
             known.append(digest)
 
 
+def _attributes_of(value: Any) -> dict[str, Any] | None:
+    """Also those that its class names in `__slots__`; None for what keeps its state elsewhere."""
+    slots = [vars(base).get("__slots__", ()) for base in type(value).__mro__]
+    names = [name for own in slots for name in ([own] if isinstance(own, str) else own)]
+    found = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {**found, **vars(value)} if hasattr(value, "__dict__") else found if names else None
+
+
 def _settings(part: nn.Module) -> dict[str, Any]:
     """Attributes of a module, without what it holds as a module. Names with _ are those under which torch and kornia
-    keep what a call has drawn or computed."""
-    own = {name: value for name, value in vars(part).items() if name not in BASE}
+    keep what a call has drawn or computed; kornia's containers keep the type of what they were called with."""
+    own = {name: value for name, value in vars(part).items() if name not in BASE and name != "input_dtype"}
     if not _is_of_library(type(part)) and not any(_root(base) == "kornia" for base in type(part).__mro__):
         return own
     kept = () if _is_of_library(type(part)) else PLAIN

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -79,6 +80,20 @@ class Registry(Generic[T]):
     def has(self, name: str, obj: object) -> bool:
         """Whether `name` stands for this object."""
         return self._objects.get(canonical(name)) is obj
+
+    @contextmanager
+    def standing_for(self, name: str, obj: Any) -> Iterator[None]:
+        """Inside, `name` stands for this object, whatever it stands for outside."""
+        key = canonical(name)
+        before = self._objects.get(key)
+        self._objects[key] = obj
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._objects[key]
+            else:
+                self._objects[key] = before
 
     def __iter__(self) -> Iterator[str]:
         """The names, so that a registry can be the `choices` of a flag."""

@@ -267,8 +267,9 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
         try:
             trainer.logs.begin()
             summary = trainer.run()
+            made = _make_last(trainer)
             status = "finished"
-            _finish(trainer, summary)
+            _finish(trainer, summary, made)
             return trainer
         except Interrupted:
             status = "interrupted"
@@ -314,15 +315,25 @@ def _write_status(trainer: Trainer, folder: RunFolder, status: str) -> None:
         complain(f"warning: the status of the run ({status}) cannot be written into its folder ({reason(error)})")
 
 
-def _finish(trainer: Trainer, summary: dict) -> None:
-    """What is made of the last network, then the result, which says that the run is finished: a run that is killed
-    before goes on from its checkpoint, and makes all of it. Then everything that could go wrong."""
+Made = tuple[str | None, np.ndarray | None]  # what is lost of the weights, the confusion matrix
+
+
+def _make_last(trainer: Trainer) -> Made:
+    """What is made of the last network, before the run is called finished: one that is killed meanwhile goes on from
+    its checkpoint, and makes all of it."""
+    folder = trainer.folder
+    if folder is None:
+        return None, None
+    folder.lock.check()
+    unsaved = _keep_network(trainer, folder.path)
+    return unsaved, _save_predictions(trainer, folder.path) if trainer.config.save_predictions else None
+
+
+def _finish(trainer: Trainer, summary: dict, made: Made) -> None:
+    """The result, which says that the run is finished, then everything that could go wrong."""
     folder, logs, tasks = trainer.folder, trainer.logs, trainer.progress.tasks
-    unwritten = None
+    (unsaved, counts), unwritten = made, None
     if folder is not None:
-        folder.lock.check()
-        unsaved = _keep_network(trainer, folder.path)
-        counts = _save_predictions(trainer, folder.path) if trainer.config.save_predictions else None
         try:
             trainer.write_results("finished")
         except OSError as error:

@@ -625,8 +625,8 @@ class SignalWatch:
     def __init__(self, trainer: Trainer):
         self.trainer, self.since = trainer, 0.0
         self.previous: dict[int, Any] = {}  # {signal: its handler}
-        self._timer: threading.Timer | None = None
-        self._is_overdue = False
+        self._is_over, self._is_reminder = threading.Event(), False
+        self._reminder: threading.Thread | None = None
 
     def __enter__(self) -> None:
         numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
@@ -638,9 +638,9 @@ class SignalWatch:
             pass
 
     def __exit__(self, *error: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()  # what it may send now still finds our handler
+        self._is_over.set()
+        if self._reminder is not None:
+            self._reminder.join()  # what it may send now still finds our handler
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -649,19 +649,21 @@ class SignalWatch:
         themselves."""
         if self.trainer._stop_signal is None:
             self.trainer._stop_signal, self.since = number, time.monotonic()
-            self._timer = threading.Timer(PATIENCE_S, self._remind, (number,))
-            self._timer.start()
-        elif self._is_overdue:
-            self._is_overdue = False
+            if not self._is_over.is_set():
+                self._reminder = threading.Thread(target=self._remind, args=(number,), daemon=True)
+                self._reminder.start()
+        elif self._is_reminder:
+            self._is_reminder = False
             if self.trainer.has_no_step:
                 raise Interrupted(number)
         elif number in (signal.SIGINT, signal.SIGTERM) and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
 
     def _remind(self, number: int) -> None:
-        """In a thread: the signal comes again, since only the main thread can end what it is at."""
-        self._is_overdue = True
-        signal.raise_signal(number)
+        """In a thread: the signal comes again and again, since only the main thread can end what it is at."""
+        while not self._is_over.wait(PATIENCE_S):
+            self._is_reminder = True
+            signal.raise_signal(number)
 
 
 def _measured(row: list[float | None], columns: Sequence[int]) -> list[float]:
