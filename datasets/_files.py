@@ -12,6 +12,7 @@ import functools
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import math
 import os
@@ -31,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatcl.datasets import _pickled
-from flatcl.datasets._cache import cache_folders, cached, write_cache
+from flatcl.datasets._cache import cache_folders, cached, rows_kept, write_cache
 from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
@@ -89,6 +90,27 @@ def one_line(load):
             ) from error
 
     return guarded
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """One of 16 hexadecimal digits for the digests of several files."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def md5_once(path: Path) -> str:
+    """Of a file that has not changed, computed once in a process."""
+    status = path.stat()
+    return _md5_once(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _md5_once(path: Path, size: int, mtime_ns: int) -> str:
+    return md5_of(path)
+
+
+def described(got: Sequence[int], official: Sequence[int]) -> str | None:
+    """Numbers of images, unless they are the official ones."""
+    return None if tuple(got) == tuple(official) else f"{' + '.join(map(str, got))} images"
 
 
 def warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
@@ -159,16 +181,24 @@ def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     files = MNIST_MD5[name]
     _fetch_mnist(raw, name, [file for file in files if _mnist_source(raw, name, file) is None])
     sources = {file: _mnist_source(raw, name, file) for file in files}
-    contents = {
-        file: _gunzip(path) if path.suffix == ".gz" else read_file(path, MAX_FILE_BYTES)
-        for file, path in sources.items()
-    }
+    contents = {file: _unpacked(path) for file, path in sources.items()}
     train, test = (_mnist_split(part, files, sources, contents) for part in MNIST_ROWS)
     for file, path in sources.items():
         if path == raw / f"{file}.gz":
             _keep(raw / file, contents[file])  # only now, when it is known to be sound
     warn_made(raw, (len(train[1]), len(test[1])), tuple(MNIST_ROWS.values()))
     return train, test
+
+
+def unofficial_mnist(root: Path, name: str) -> str | None:
+    """A digest of the files that `load_mnist` would read; None where they are official, or not all there."""
+    sources = {file: _mnist_source(root / name / "raw", name, file) for file in MNIST_MD5[name]}
+    if None in sources.values() or all(
+        _first_number(sources[f"{part}-images-idx3-ubyte"]) == rows for part, rows in MNIST_ROWS.items()
+    ):
+        return None  # of the official number of rows, `load_mnist` takes the official files alone
+    return digest_of({file: hashlib.md5(_unpacked(path), usedforsecurity=False).hexdigest()
+                      for file, path in sources.items()})  # fmt: skip
 
 
 def missing_mnist(root: Path, name: str) -> str | None:
@@ -183,6 +213,19 @@ def _mnist_source(raw: Path, name: str, file: str) -> Path | None:
     if name == "FashionMNIST":
         candidates.append(DEBIAN_FASHION_MNIST / f"{file}.gz")
     return next((path for path in candidates if path.is_file()), None)
+
+
+def _unpacked(path: Path) -> bytes:
+    return _gunzip(path) if path.suffix == ".gz" else read_file(path, MAX_FILE_BYTES)
+
+
+def _first_number(path: Path) -> int:
+    """The number of rows that the header of an idx file states."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            return int.from_bytes(file.read(8)[4:], "big")
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _fetch_mnist(raw: Path, name: str, missing: Sequence[str]) -> None:
@@ -262,6 +305,19 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
             _keep(folder / file, data)  # only now, when it is known to be sound
     warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
     return train, test
+
+
+def unofficial_cifar(root: Path, name: str) -> str | None:
+    """A digest of the files that `load_cifar` would read; None where they are official, or not all there."""
+    official, folder, archive, needed = _cifar_places(root, name)
+    if all((folder / file).is_file() for file in needed):
+        md5s = {file: md5_once(folder / file) for file in needed}
+    elif archive.is_file() and md5_once(archive) != official.tgz_md5:
+        contents = _untar(archive, official.base_folder, needed, official.meta["filename"])
+        md5s = {file: hashlib.md5(contents[file], usedforsecurity=False).hexdigest() for file in needed}
+    else:
+        return None
+    return None if md5s == dict((*official.train_list, *official.test_list)) else digest_of(md5s)
 
 
 def missing_cifar(root: Path, name: str) -> str | None:
@@ -469,6 +525,17 @@ def _decode_source(path: Path) -> dict[str, np.ndarray]:
         return arrays
     finally:
         source.close()
+
+
+def unofficial_tinyimagenet(root: Path) -> str | None:
+    """How many images `load_tinyimagenet` would read; None where it is the official number, or none are there."""
+    source = _tiny_source(root)
+    rows = rows_kept(_tiny_caches(root), ("train_y", "test_y"), fingerprint_of(source))
+    if rows is None and source is not None:
+        with contextlib.closing(open_source(source, f"{TINY}/")) as opened:
+            classes = {wnid: index for index, wnid in enumerate(_tiny_text(opened, "wnids.txt").split())}
+            rows = [len(_tiny_train(opened, classes)), len(_tiny_val(opened, classes))]
+    return None if rows is None else described(rows, TINY_ROWS)
 
 
 def missing_tinyimagenet(root: Path) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flatcl.datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
-from flatcl.datasets._files import load_mnist, missing_mnist
+from flatcl.datasets._files import load_mnist, missing_mnist, unofficial_mnist
 from flatcl.datasets._rotation import rotation_maps
 from flatcl.utils.engine import seeding
 from flatcl.utils.registry import DATASETS
@@ -39,6 +39,10 @@ class Mnist360(Benchmark):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_mnist(root, "MNIST")
+
+    @classmethod
+    def unofficial(cls, root: Path) -> str | None:
+        return unofficial_mnist(root, "MNIST")
 
     @classmethod
     def check_classes(cls, config: Any) -> list[str]:

@@ -10,18 +10,21 @@ import io
 import re
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._cache import cache_folders, kept
+from flatcl.datasets._cache import cache_folders, kept, rows_kept
 from flatcl.datasets._files import (
     MAX_TEXT_BYTES,
+    FolderSource,
     ZipSource,
     check_archive,
     decode_source,
+    described,
     fingerprint_of,
     obtained,
     one_line,
@@ -65,8 +68,37 @@ class SeqGtsrb(Benchmark):
         zips = [file for path, file, _ in PARTS.values() if not any((folder / name).exists() for name in (path, file))]
         return f"put {', '.join(zips)} into {folder}" if zips else None
 
+    @classmethod
+    def unofficial(cls, root: Path) -> str | None:
+        return _unofficial(root)
+
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4, flip=0.0)]
+
+
+def _unofficial(root: Path) -> str | None:
+    folder = root / "gtsrb"
+    paths = {
+        part: folder / path if (folder / path).exists() else folder / archive
+        for part, (path, archive, _) in PARTS.items()
+    }
+    if not all(path.exists() for path in paths.values()):
+        return None
+    rows = rows_kept(_caches(root), ("train_y", "test_y"), _fingerprint(paths))
+    if rows is None:
+        rows = []
+        for part in ROWS:
+            with closing(open_source(paths[part], f"{PARTS[part][0]}/")) as source:
+                rows.append(len(_rows(part, source, paths["truth"])))
+    return described(rows, tuple(ROWS.values()))
+
+
+def _caches(root: Path) -> tuple[Path, Path]:
+    return cache_folders(root / "gtsrb-cache", root / "gtsrb")
+
+
+def _fingerprint(paths: dict[str, Path]) -> dict[str, Any]:
+    return {part: fingerprint_of(path) for part, path in paths.items()}
 
 
 @one_line
@@ -78,9 +110,7 @@ def load_gtsrb(root: Path) -> tuple[Arrays, ...]:
         part: obtained(folder / path, folder / archive, URL + archive, md5, "GTSRB")
         for part, (path, archive, md5) in PARTS.items()
     }
-    caches = cache_folders(root / "gtsrb-cache", folder)
-    fingerprint = {part: fingerprint_of(path) for part, path in paths.items()}
-    arrays = kept(caches, ARRAYS, fingerprint, lambda: _decode(paths))
+    arrays = kept(_caches(root), ARRAYS, _fingerprint(paths), lambda: _decode(paths))
     train, test = (tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in "xy") for part in ROWS)
     warn_made(folder, (len(train[1]), len(test[1])), tuple(ROWS.values()))
     return train, test
@@ -90,7 +120,7 @@ def _decode(paths: dict[str, Path]) -> dict[str, np.ndarray]:
     arrays = {}
     for part, official in ROWS.items():
         with closing(open_source(paths[part], f"{PARTS[part][0]}/")) as source:
-            rows = _labelled(source.names) if part == "train" else _annotated(source, paths["truth"])
+            rows = _rows(part, source, paths["truth"])
             if not rows:
                 raise DataError(f"{source.path}: no {part} images in it; {source.remedy}")
             if len(rows) == official:
@@ -101,13 +131,18 @@ def _decode(paths: dict[str, Path]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _rows(part: str, source: ZipSource | FolderSource, truth: Path) -> dict[str, int]:
+    """{image: class}"""
+    return _labelled(source.names) if part == "train" else _annotated(source, truth)
+
+
 def _labelled(names: set[str]) -> dict[str, int]:
     """{training image: class}, in the order of their names: 00042/00007_00029.ppm is of class 42."""
     found = (re.fullmatch(r"(000[0-4]\d)/[^/]+\.ppm", name) for name in sorted(names))
     return {match[0]: int(match[1]) for match in found if match and int(match[1]) < SeqGtsrb.num_classes}
 
 
-def _annotated(source, truth: Path) -> dict[str, int]:
+def _annotated(source: ZipSource | FolderSource, truth: Path) -> dict[str, int]:
     """{test image: class}, in the order of the file that says it. Each image there must be in the source."""
     rows = {}
     for line in csv.DictReader(io.StringIO(_read_truth(truth)), delimiter=";", skipinitialspace=True):

@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._files import MAX_FILE_BYTES, check_md5, obtained, one_line, read_file, warn_made
+from flatcl.datasets._files import (
+    MAX_FILE_BYTES,
+    check_md5,
+    digest_of,
+    md5_once,
+    obtained,
+    one_line,
+    read_file,
+    warn_made,
+)
 from flatcl.datasets._images import mean_and_std
 from flatcl.utils.engine.augment import CropFlip
 from flatcl.utils.errors import DataError
@@ -39,6 +48,10 @@ class SeqSvhn(Benchmark):
         files = [name for _, name, _ in _official().values() if not (root / name).is_file()]
         return f"put {', '.join(files)} into {root}" if files else None
 
+    @classmethod
+    def unofficial(cls, root: Path) -> str | None:
+        return _unofficial(root)
+
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4, flip=0.0)]
 
@@ -48,6 +61,14 @@ def _official() -> dict[str, tuple[str, str, str]]:
     from torchvision.datasets import SVHN
 
     return {part: tuple(SVHN.split_list[part]) for part in ROWS}
+
+
+def _unofficial(root: Path) -> str | None:
+    md5s = {name: md5 for _, name, md5 in _official().values()}
+    if not all((root / name).is_file() for name in md5s):
+        return None
+    found = {name: md5_once(root / name) for name in md5s}
+    return None if found == md5s else digest_of(found)
 
 
 @one_line

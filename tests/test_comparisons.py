@@ -426,7 +426,7 @@ def test_other_code_and_another_protocol_are_not_averaged(tmp_path, capsys):
     for seed, code in enumerate(codes):
         other(make_run(tmp_path, seed=seed), code=code)
     code, _, err = told(capsys, tmp_path)
-    assert code == 2 and "different code in models/er.py" in err
+    assert code == 2 and "different code or data: models/er.py" in err
     assert "--by dataset,model,optimizer,buffer_size,code_version" in err
     assert told(capsys, tmp_path, "--by", "model,code_version")[0] == 0
     for folder, seed in zip(sorted(tmp_path.rglob("config.json")), (1, 1, 2), strict=True):

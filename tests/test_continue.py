@@ -136,7 +136,7 @@ def test_a_parent_of_other_code_is_said(tmp_path, capsys):
     (first / "config.json").write_text(json.dumps(content))
     words = ["--from", str(first), "--continue", "1", "--stop_after", "2"]
     second = start(tmp_path, *words)
-    assert f"note: {first} was made by other code: models/er.py changed since" in capsys.readouterr().err
+    assert f"note: {first} was made by other code or data: models/er.py changed since" in capsys.readouterr().err
     job = sweep.Job({}, (), resolve([*words, "--results_path", str(tmp_path / "results")]))
     assert sweep.look([job]).done  # as it would be made now: from the same start
     content["code"]["models/er.py"] = "1" * 16

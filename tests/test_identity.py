@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from made import make_mnist
 
 from flatcl.utils.arguments import resolve
-from flatcl.utils.commands import sweep
+from flatcl.utils.commands import report, sweep
 from flatcl.utils.commands.train import main
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
@@ -297,11 +298,33 @@ def test_a_sweep_runs_again_what_other_code_has_made(tmp_path, plugin):
     out = swept(tmp_path, plugin, "--keep_changed", "1")
     assert "1 run(s), 1 of them" in out and len(folders(tmp_path)) == 1
     out = swept(tmp_path, plugin)
-    assert "1 run(s), 0 of them" in out and "made by other code (plugin mine.py changed since)" in out
+    assert "1 run(s), 0 of them" in out and "made by other code or data (plugin mine.py changed since)" in out
     assert len(folders(tmp_path)) == 2
     assert "1 run(s), 1 of them" in swept(tmp_path, plugin)
     copies = [(folder / "plugins" / "mine.py").read_text() for folder in folders(tmp_path)]
     assert copies == [METHOD, METHOD.replace("SCALE = 1.0", "SCALE = 3.0")]
+
+
+def test_a_part_of_the_official_data_is_not_taken_for_all_of_it(tmp_path, capsys):
+    """Nor for another part."""
+    words = ["--models", "er", "--datasets", "seq-mnist", "--buffer_sizes", "50"]
+    own = ["--", "--debug_mode", "--base_path", str(tmp_path), "--results_path", str(tmp_path / "results")]
+
+    def swept(seeds):
+        done = subprocess.run([*SWEEP, *words, "--seeds", seeds, *own], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    make_mnist(tmp_path, n_train=200)
+    swept("0")
+    assert "1 run(s), 1 of them" in swept("0")
+    make_mnist(tmp_path, n_train=300)
+    swept("1")
+    assert report.main([str(tmp_path / "results")]) == 2
+    assert "different code or data: data of seq-mnist" in capsys.readouterr().err
+    out = swept("0,1")
+    assert "2 run(s), 1 of them" in out and "made by other code or data (data of seq-mnist changed since)" in out
+    assert report.main([str(tmp_path / "results")]) == 0  # of each seed, the newest run counts
 
 
 def finished_by(config, tmp_path, **changed):
@@ -392,7 +415,7 @@ def test_resume_with_changed_code_is_refused_and_names_the_files(stopped, capsys
     content["code"]["models/er.py"] = "0" * 16
     file.write_text(json.dumps(content))
     error = said(capsys, "--resume", str(stopped))
-    assert "was made by other code: models/er.py changed since" in error and "--keep_changed 1" in error
+    assert "was made by other code or data: models/er.py changed since" in error and "--keep_changed 1" in error
     assert main(["--resume", str(stopped), "--keep_changed", "1"]) == 0
     (later,) = json.loads(file.read_text())["changed_code"]
     assert later["after_step"] == 5 and later["code"]["models/er.py"] != "0" * 16
@@ -496,7 +519,7 @@ def test_auto_does_not_go_on_with_other_code(tmp_path, capsys):
     content["code"]["models/er.py"] = "0" * 16
     (folder / "config.json").write_text(json.dumps(content))
     assert main(argv) == 0
-    assert f"note: {folder} was made by other code (models/er.py changed since)" in capsys.readouterr().out
+    assert f"note: {folder} was made by other code or data (models/er.py changed since)" in capsys.readouterr().out
     assert len(folders(tmp_path)) == 2
 
 

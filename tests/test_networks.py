@@ -249,7 +249,7 @@ def test_a_run_says_which_version_made_its_network_and_goes_on_with_no_other(tmp
     assert packages["timm"] == version("timm") and packages["safetensors"] == version("safetensors")
     monkeypatch.setattr("flatcl.backbone._packaged.version", lambda name: "0.9.0+cpu")
     assert resolve(["--from", str(folder)]).code["timm"] == "0.9.0", "a build is no other version"
-    assert "made by other code: timm changed since" in refused(capsys, "--resume", folder)
+    assert "made by other code or data: timm changed since" in refused(capsys, "--resume", folder)
 
 
 # pretrained weights

@@ -523,7 +523,7 @@ def test_texts_for_tex_are_escaped_and_come_back(two_by_two):
         ("tasks", "lr = 0.1, 0.3", {"lr": 0.3}, {}),
         ("bars", "split = test, validation", {"validation": True}, {}),
         ("heat", "protocol_version = 1, 2", {}, {"protocol": 2}),
-        ("matrix", "different code in models/er.py", {}, {"code": {"models/er.py": "12ab"}}),
+        ("matrix", "different code or data: models/er.py", {}, {"code": {"models/er.py": "12ab"}}),
     ],
 )
 @pytest.mark.filterwarnings("error")

@@ -502,7 +502,7 @@ def test_tpe_trials_of_other_code_are_made_again_and_said(study, here, tmp_path,
     os.remove(results / "tune/study.json")
     capsys.readouterr()
     assert main([words[0], "--show", *words[1:]]) == 0
-    assert "2 finished run(s) were made by other code (models/er.py changed since)" in capsys.readouterr().err
+    assert "2 finished run(s) were made by other code or data (models/er.py changed since)" in capsys.readouterr().err
     assert main(argv) == 0 and sorted(begun[2:]) == sorted(begun[:2])
     out = capsys.readouterr().out
     assert "2 run(s) of the search, 0 of them already finished" in out and "(models/er.py changed since)" in out

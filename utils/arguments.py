@@ -588,7 +588,7 @@ def resolve_request(request: Request) -> Config:
         raise UsageError(*problems)
     changed = differences(parent.code, config.code) if request.continues and parent and parent.code is not None else []
     if parent is not None and changed:
-        complain(f"note: {parent.run} was made by other code: {', '.join(changed)} changed since")
+        complain(f"note: {parent.run} was made by other code or data: {', '.join(changed)} changed since")
     return config
 
 

@@ -146,8 +146,8 @@ def check_code(saved: Saved, config: Any, keep_changed: bool) -> list[str]:
     changed = saved.differs_from(config)
     if changed and not keep_changed:
         raise UsageError(
-            f"{saved.folder} was made by other code: {', '.join(changed)} changed since. Use the code of that time, "
-            "or give --keep_changed 1 to continue with the present code, or start a new run with --from."
+            f"{saved.folder} was made by other code or data: {', '.join(changed)} changed since. Use what was there "
+            "then, or give --keep_changed 1 to continue with what is there now, or start a new run with --from."
         )
     return changed
 

@@ -194,8 +194,8 @@ class Found:
         if self.changed:
             files = sorted({file for own in self.changed.values() for file in own})
             lines.append(
-                f"note: {len(self.changed)} finished run(s) were made by other code ({', '.join(files)} changed since) "
-                "and do not count; --keep_changed takes them as they are"
+                f"note: {len(self.changed)} finished run(s) were made by other code or data ({', '.join(files)} "
+                "changed since) and do not count; --keep_changed takes them as they are"
             )
         return lines
 

@@ -385,7 +385,7 @@ class Tuning:
     def _why_open(self, state: status.State, found: sweep.Found) -> str:
         job = state.job
         if job.hash in found.changed:
-            return f"made by other code ({', '.join(found.changed[job.hash])} changed since)"
+            return f"made by other code or data ({', '.join(found.changed[job.hash])} changed since)"
         code = self._codes.get(job.hash)
         why = (
             state.why or state.state

@@ -103,7 +103,10 @@ def unfinished(config: Config, keep_changed: bool) -> Path | None:
             saved = read_saved(str(path))
             changed = saved.differs_from(config)
             if changed and not keep_changed:
-                say(f"note: {path} was made by other code ({', '.join(changed)} changed since): it is not continued")
+                say(
+                    f"note: {path} was made by other code or data ({', '.join(changed)} changed since): it is not "
+                    "continued"
+                )
                 continue
             if not is_done(path) and not has_nothing(path):
                 checkpoint.load(path / "checkpoint", config.hash)

@@ -147,7 +147,7 @@ class Mixture:
 
     def __str__(self) -> str:
         parts = [f"{name} = {', '.join(found)}" for name, found in self.keys.items()]
-        return "; ".join([*parts, *([f"different code in {', '.join(self.files)}"] if self.files else [])])
+        return "; ".join([*parts, *([f"different code or data: {', '.join(self.files)}"] if self.files else [])])
 
 
 def result_flags(runs: Sequence[Run]) -> dict[str, set[str]]:
