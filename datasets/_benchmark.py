@@ -5,8 +5,6 @@ which defaults its protocol has. `Benchmark` is class-incremental; in a `DomainB
 transforms the images in its own way.
 """
 
-import functools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,23 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatcl.datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays
+from flatcl.datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays, digest_of
 from flatcl.utils.engine import seeding
 from flatcl.utils.errors import DataError, UsageError
 from flatcl.utils.files import user_path
 from flatcl.utils.protocols import Config
 
-LOOK_AGAIN_S = 10
 KEPT_BYTES = 2**30  # of the tasks' test images, made once; beyond, they are made for each evaluation
-
-
-@functools.lru_cache
-def _unofficial(cls: type["Benchmark"], root: Path, time_slot: int) -> str | None:
-    """A sweep asks for each of its jobs, so the files are looked at once in a time slot."""
-    try:
-        return cls.unofficial(root)
-    except (DataError, OSError):  # loading will say it
-        return None
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,7 @@ class Benchmark(Sequence[Task]):
     defaults: dict[str, Any] = {}  # flags of the protocol: n_tasks, batch_size, n_epochs, lr ...
     protocols: dict[str, dict[str, Any]] = {}  # what --protocol chooses instead: {name: {flag: value}}, backbone too
     task_sizes: tuple[int, ...] | None = None  # classes of each task, where they are not equal
+    unofficial: str | None = None  # a digest of its data, where files that should be official have other rows
     published_as: str | None = None  # benchmark whose published values serve for this one too, marked as ours
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -141,6 +130,8 @@ class Benchmark(Sequence[Task]):
         loaded = self.load(user_path(config.base_path))
         check_declared(self)
         train, test = checked_arrays(self, loaded)
+        if not getattr(loaded, "is_official", True):
+            self.unofficial = digest_of(train, test)
         order = self.class_order()
         self._train = self._base(train, order, device)
         self._test = self._base(test, order, device)
@@ -201,16 +192,8 @@ class Benchmark(Sequence[Task]):
 
     @classmethod
     def sources(cls, config: Config) -> dict[str, str]:
-        """{name: digest} of files that change the numbers of a run: part of its identity, like code. By default, of
-        data that is not the official one."""
-        other = _unofficial(cls, user_path(config.base_path), int(time.monotonic()) // LOOK_AGAIN_S)
-        return {} if other is None else {f"data of {cls.name}": other}
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        """Where the files below `root` are not the official data, but a part of it or others, what tells them from it:
-        a digest, or how many images they have. Else None, also where they are not there. Decodes no images."""
-        return None
+        """{name: digest} of files of the user that change the numbers of a run: part of its identity, like code."""
+        return {}
 
     def augmentations(self) -> list[nn.Module]:
         """kornia augmentations of the training images (N, C, H, W) float32 in 0..1, applied in order, before
@@ -301,7 +284,8 @@ class Benchmark(Sequence[Task]):
         training images of `load` that are used for testing. monitored: with --early_stop, the rows that decide when to
         stop. tasks: the classes, as numbered in the data set, and the rows of each task. A benchmark that
         decides more adds to it: `super().decided() | {"angles": [...]}`. `pixels`, where a benchmark adds it, is a
-        digest of the images: with others, a run is not resumed.
+        digest of the images: with others, a run is not resumed. Of files that should be official and have other rows,
+        the engine adds it.
         """
         order, tasks = self.class_order(), []
         for index in range(self.num_tasks):

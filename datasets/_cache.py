@@ -56,36 +56,19 @@ def cached(caches: Sequence[Path], names: Sequence[str], fingerprint: Mapping[st
     return None
 
 
-def rows_kept(caches: Sequence[Path], names: Sequence[str], fingerprint: Mapping[str, Any] | None) -> list[int] | None:
-    """The numbers of rows of the arrays of these names, as the first cache of this source (None: of any source) states
-    them; None where there is no such cache."""
-    for cache in caches:
-        try:
-            if (cache / "meta.json").is_file():
-                arrays = _meta(cache, fingerprint)["arrays"]
-                return [int(arrays[name]["shape"][0]) for name in names]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue  # reading the arrays says why
-    return None
-
-
 def _read_cache(cache: Path, names: Sequence[str], fingerprint: Mapping[str, Any] | None) -> Arrays:
-    meta, arrays = _meta(cache, fingerprint), {}
+    meta = parse_json(read_text(cache / "meta.json", LONGEST_META))
+    if meta["version"] != VERSION:
+        raise ValueError(f"format {meta['version']}, this program writes {VERSION}")
+    if fingerprint is not None and meta["source"] != fingerprint:
+        raise ValueError("its source has changed")
+    arrays = {}
     for name in names:
         array = np.load(cache / f"{name}.npy", allow_pickle=False)
         if _describe(array) != meta["arrays"][name]:
             raise ValueError(f"{name}.npy is damaged")
         arrays[name] = array
     return arrays
-
-
-def _meta(cache: Path, fingerprint: Mapping[str, Any] | None) -> dict[str, Any]:
-    meta = parse_json(read_text(cache / "meta.json", LONGEST_META))
-    if meta["version"] != VERSION:
-        raise ValueError(f"format {meta['version']}, this program writes {VERSION}")
-    if fingerprint is not None and meta["source"] != fingerprint:
-        raise ValueError("its source has changed")
-    return meta
 
 
 def _describe(array: np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Readers of the data sets' files: idx (MNIST), pickled batches (CIFAR), JPEGs (Tiny-ImageNet).
 
-Every reader returns `((train_x, train_y), (test_x, test_y))`: images uint8 (N, C, H, W) contiguous, labels int64 (N,).
+Every reader returns `((train_x, train_y), (test_x, test_y))`, a `Loaded`: images uint8 (N, C, H, W) contiguous, labels
+int64 (N,).
 Layout, addresses and checksums are torchvision's where it has them, so files that its users already have are found.
 A file with the official number of rows must be the official file, bit for bit, or one that is known to have the same
 rows in another order, which warns; other numbers are a made set and warn.
@@ -12,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import math
 import os
@@ -32,11 +32,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flatcl.datasets import _pickled
-from flatcl.datasets._cache import cache_folders, cached, rows_kept, write_cache
+from flatcl.datasets._cache import cache_folders, cached, write_cache
 from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
 Rows = tuple[Tensor, Tensor]
+
+
+class Loaded(tuple[Rows, Rows]):
+    """(train, test), and whether they are the official data: all of it, row for row."""
+
+    is_official: bool
+
+    def __new__(cls, train: Rows, test: Rows, is_official: bool) -> "Loaded":
+        found = super().__new__(cls, (train, test))
+        found.is_official = is_official
+        return found
+
 
 # Nothing is read beyond these sizes, so that a damaged or hostile file cannot fill the memory.
 MAX_FILE_BYTES = 512 << 20  # of one file, unpacked; the largest of the official ones, CIFAR's archives, have 178 MiB
@@ -92,33 +104,15 @@ def one_line(load):
     return guarded
 
 
-def digest_of(digests: Mapping[str, str]) -> str:
-    """One of 16 hexadecimal digits for the digests of several files."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def md5_once(path: Path) -> str:
-    """Of a file that has not changed, computed once in a process."""
-    status = path.stat()
-    return _md5_once(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache
-def _md5_once(path: Path, size: int, mtime_ns: int) -> str:
-    return md5_of(path)
-
-
-def described(got: Sequence[int], official: Sequence[int]) -> str | None:
-    """Numbers of images, unless they are the official ones."""
-    return None if tuple(got) == tuple(official) else f"{' + '.join(map(str, got))} images"
-
-
-def warn_made(where: Path, got: Sequence[int], official: Sequence[int]) -> None:
-    if tuple(got) != tuple(official):
+def loaded(where: Path, train: Rows, test: Rows, official: Sequence[int]) -> Loaded:
+    """Warns where the numbers of rows are not the official ones."""
+    got = len(train[1]), len(test[1])
+    if got != tuple(official):
         message = (
             f"{where}: {got[0]} train and {got[1]} test images, the official data has {official[0]} and {official[1]}"
         )
         warnings.warn(f"{message}: this is not the official data set", stacklevel=4)
+    return Loaded(train, test, got == tuple(official))
 
 
 def check_archive(path: Path, official: str) -> None:
@@ -172,7 +166,7 @@ def _keep(path: Path, data: bytes) -> None:
 
 
 @one_line
-def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
+def load_mnist(root: Path, name: str) -> Loaded:
     """MNIST or FashionMNIST (`name`) from `root/<name>/raw`, downloaded if absent.
 
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 1, 28, 28), y int64 (N,) in 0..9. Raises DataError.
@@ -181,24 +175,15 @@ def load_mnist(root: Path, name: str) -> tuple[Rows, Rows]:
     files = MNIST_MD5[name]
     _fetch_mnist(raw, name, [file for file in files if _mnist_source(raw, name, file) is None])
     sources = {file: _mnist_source(raw, name, file) for file in files}
-    contents = {file: _unpacked(path) for file, path in sources.items()}
+    contents = {
+        file: _gunzip(path) if path.suffix == ".gz" else read_file(path, MAX_FILE_BYTES)
+        for file, path in sources.items()
+    }
     train, test = (_mnist_split(part, files, sources, contents) for part in MNIST_ROWS)
     for file, path in sources.items():
         if path == raw / f"{file}.gz":
             _keep(raw / file, contents[file])  # only now, when it is known to be sound
-    warn_made(raw, (len(train[1]), len(test[1])), tuple(MNIST_ROWS.values()))
-    return train, test
-
-
-def unofficial_mnist(root: Path, name: str) -> str | None:
-    """A digest of the files that `load_mnist` would read; None where they are official, or not all there."""
-    sources = {file: _mnist_source(root / name / "raw", name, file) for file in MNIST_MD5[name]}
-    if None in sources.values() or all(
-        _first_number(sources[f"{part}-images-idx3-ubyte"]) == rows for part, rows in MNIST_ROWS.items()
-    ):
-        return None  # of the official number of rows, `load_mnist` takes the official files alone
-    return digest_of({file: hashlib.md5(_unpacked(path), usedforsecurity=False).hexdigest()
-                      for file, path in sources.items()})  # fmt: skip
+    return loaded(raw, train, test, tuple(MNIST_ROWS.values()))
 
 
 def missing_mnist(root: Path, name: str) -> str | None:
@@ -213,19 +198,6 @@ def _mnist_source(raw: Path, name: str, file: str) -> Path | None:
     if name == "FashionMNIST":
         candidates.append(DEBIAN_FASHION_MNIST / f"{file}.gz")
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _unpacked(path: Path) -> bytes:
-    return _gunzip(path) if path.suffix == ".gz" else read_file(path, MAX_FILE_BYTES)
-
-
-def _first_number(path: Path) -> int:
-    """The number of rows that the header of an idx file states."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return int.from_bytes(file.read(8)[4:], "big")
-    except (EOFError, zlib.error) as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _fetch_mnist(raw: Path, name: str, missing: Sequence[str]) -> None:
@@ -283,7 +255,7 @@ def _parse_idx(data: bytes, path: Path, n_dims: int) -> np.ndarray:
 
 
 @one_line
-def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
+def load_cifar(root: Path, name: str) -> Loaded:
     """cifar10 or cifar100 (`name`) from torchvision's folder or archive in `root`, downloaded if absent.
 
     Returns ((train_x, train_y), (test_x, test_y)): x uint8 (N, 3, 32, 32), y int64 (N,) in 0..9 or 0..99 (fine labels).
@@ -298,26 +270,14 @@ def load_cifar(root: Path, name: str) -> tuple[Rows, Rows]:
             fetch([official.url], archive, official.tgz_md5, name)
         contents = _untar(archive, official.base_folder, needed, official.meta["filename"])
     where = folder if unpacked else archive
-    train = _cifar_split(where, dict(official.train_list), contents, name, 50000)
-    test = _cifar_split(where, dict(official.test_list), contents, name, 10000)
+    train, is_train_official = _cifar_split(where, dict(official.train_list), contents, name, 50000)
+    test, is_test_official = _cifar_split(where, dict(official.test_list), contents, name, 10000)
     if not unpacked:
         for file, data in contents.items():
             _keep(folder / file, data)  # only now, when it is known to be sound
-    warn_made(where, (len(train[1]), len(test[1])), (50000, 10000))
-    return train, test
-
-
-def unofficial_cifar(root: Path, name: str) -> str | None:
-    """A digest of the files that `load_cifar` would read; None where they are official, or not all there."""
-    official, folder, archive, needed = _cifar_places(root, name)
-    if all((folder / file).is_file() for file in needed):
-        md5s = {file: md5_once(folder / file) for file in needed}
-    elif archive.is_file() and md5_once(archive) != official.tgz_md5:
-        contents = _untar(archive, official.base_folder, needed, official.meta["filename"])
-        md5s = {file: hashlib.md5(contents[file], usedforsecurity=False).hexdigest() for file in needed}
-    else:
-        return None
-    return None if md5s == dict((*official.train_list, *official.test_list)) else digest_of(md5s)
+    found = loaded(where, train, test, (50000, 10000))
+    found.is_official = is_train_official and is_test_official
+    return found
 
 
 def missing_cifar(root: Path, name: str) -> str | None:
@@ -339,30 +299,33 @@ def _cifar_places(root: Path, name: str) -> tuple[Any, Path, Path, list[str]]:
 
 def _cifar_split(
     where: Path, md5s: Mapping[str, str], contents: Mapping[str, bytes], name: str, official_rows: int
-) -> Rows:
+) -> tuple[Rows, bool]:
+    """Images and labels, and whether they are the official ones in the official order."""
     key, n_classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
-    batches = []
+    batches, is_official = [], True
     for file, md5 in md5s.items():
         record, labels = _cifar_batch(contents[file], where / file, key, n_classes)
-        if len(labels) == official_rows // len(md5s):
-            _check_rows(contents[file], md5, where / file)
+        has_all = len(labels) == official_rows // len(md5s)
+        is_official &= has_all and _is_in_order(contents[file], md5, where / file)
         images = np.frombuffer(record.data, np.uint8).reshape(record.shape, order=record.order)
         batches.append((images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)))
     images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*batches, strict=True))
-    return images.contiguous(), labels
+    return (images.contiguous(), labels), is_official
 
 
-def _check_rows(data: bytes, official: str, path: Path) -> None:
-    """The official file, or one that is known to have the same rows in another order; that is said."""
+def _is_in_order(data: bytes, official: str, path: Path) -> bool:
+    """Whether this is the official file; else it must be one that is known to have the same rows in another order, and
+    that is said."""
     reordered = REORDERED.get(hashlib.md5(data, usedforsecurity=False).hexdigest())
     if reordered is None:
         check_md5(data, official, path)
-    else:
-        warnings.warn(
-            f"{path}: has all images and labels of the official file, but {reordered} (of beaver, shrew and skunk) are "
-            "in another order: numbers differ a little from those on the official file",
-            stacklevel=5,
-        )
+        return True
+    warnings.warn(
+        f"{path}: has all images and labels of the official file, but {reordered} (of beaver, shrew and skunk) are "
+        "in another order: numbers differ a little from those on the official file",
+        stacklevel=5,
+    )
+    return False
 
 
 def _cifar_batch(data: bytes, path: Path, key: str, n_classes: int) -> tuple[_pickled.Array, list[int]]:
@@ -419,7 +382,7 @@ def _octal(field: bytes) -> int | None:
 
 
 @one_line
-def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
+def load_tinyimagenet(root: Path) -> Loaded:
     """Tiny-ImageNet from `root/tiny-imagenet-200.zip` or `root/tiny-imagenet-200/`, downloaded if neither is there.
 
     The decoded images are kept in `root/tiny-imagenet-200-cache/` (or under ~/.cache/flatcl) for the next start.
@@ -436,8 +399,8 @@ def load_tinyimagenet(root: Path) -> tuple[Rows, Rows]:
         arrays = _decode_source(source)
         write_cache(caches, arrays, fingerprint)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    warn_made(source or caches[0], (len(tensors["train_y"]), len(tensors["test_y"])), TINY_ROWS)
-    return (tensors["train_x"], tensors["train_y"]), (tensors["test_x"], tensors["test_y"])
+    train, test = ((tensors[f"{part}_x"], tensors[f"{part}_y"]) for part in ("train", "test"))
+    return loaded(source or caches[0], train, test, TINY_ROWS)
 
 
 class ZipSource:
@@ -447,7 +410,7 @@ class ZipSource:
         self.path, self.folder, self.remedy = path, folder, "delete the zip and fetch it again"
         try:
             self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
             raise DataError(f"{path}: truncated or not a zip ({error}); {self.remedy}") from error
         self.names = set()
         for name in self._zip.namelist():
@@ -525,17 +488,6 @@ def _decode_source(path: Path) -> dict[str, np.ndarray]:
         return arrays
     finally:
         source.close()
-
-
-def unofficial_tinyimagenet(root: Path) -> str | None:
-    """How many images `load_tinyimagenet` would read; None where it is the official number, or none are there."""
-    source = _tiny_source(root)
-    rows = rows_kept(_tiny_caches(root), ("train_y", "test_y"), fingerprint_of(source))
-    if rows is None and source is not None:
-        with contextlib.closing(open_source(source, f"{TINY}/")) as opened:
-            classes = {wnid: index for index, wnid in enumerate(_tiny_text(opened, "wnids.txt").split())}
-            rows = [len(_tiny_train(opened, classes)), len(_tiny_val(opened, classes))]
-    return None if rows is None else described(rows, TINY_ROWS)
 
 
 def missing_tinyimagenet(root: Path) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flatcl.datasets._benchmark import Arrays, Benchmark, Split, gather_pixels
-from flatcl.datasets._files import load_mnist, missing_mnist, unofficial_mnist
+from flatcl.datasets._files import Loaded, load_mnist, missing_mnist
 from flatcl.datasets._rotation import rotation_maps
 from flatcl.utils.engine import seeding
 from flatcl.utils.registry import DATASETS
@@ -34,15 +34,13 @@ class Mnist360(Benchmark):
     defaults = dict(n_tasks=1, n_epochs=1, batch_size=16, minibatch_size=16, lr=0.1)
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        return tuple((x[y < DIGITS], y[y < DIGITS]) for x, y in load_mnist(root, "MNIST"))
+        found = load_mnist(root, "MNIST")
+        train, test = ((x[y < DIGITS], y[y < DIGITS]) for x, y in found)
+        return Loaded(train, test, found.is_official)
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_mnist(root, "MNIST")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_mnist(root, "MNIST")
 
     @classmethod
     def check_classes(cls, config: Any) -> list[str]:

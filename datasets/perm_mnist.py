@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flatcl.datasets._benchmark import Arrays, DomainBenchmark
-from flatcl.datasets._files import load_mnist, missing_mnist, unofficial_mnist
+from flatcl.datasets._files import load_mnist, missing_mnist
 from flatcl.utils.engine import seeding
 from flatcl.utils.registry import DATASETS
 
@@ -25,10 +25,6 @@ class PermMnist(DomainBenchmark):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_mnist(root, "MNIST")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_mnist(root, "MNIST")
 
     def pixel_map(self, index: int) -> Tensor:
         return self._maps[index]

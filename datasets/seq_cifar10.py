@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._files import load_cifar, missing_cifar, unofficial_cifar
+from flatcl.datasets._files import load_cifar, missing_cifar
 from flatcl.utils.engine.augment import CropFlip
 from flatcl.utils.registry import DATASETS
 
@@ -35,10 +35,6 @@ class SeqCifar10(Benchmark):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_cifar(root, "cifar10")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_cifar(root, "cifar10")
 
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4)]

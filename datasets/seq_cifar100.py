@@ -7,7 +7,7 @@ code published with the paper has 0.1).
 from pathlib import Path
 
 from flatcl.datasets._benchmark import Arrays
-from flatcl.datasets._files import load_cifar, missing_cifar, unofficial_cifar
+from flatcl.datasets._files import load_cifar, missing_cifar
 from flatcl.datasets.seq_cifar10 import SeqCifar10
 from flatcl.utils.registry import DATASETS
 
@@ -28,7 +28,3 @@ class SeqCifar100(SeqCifar10):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_cifar(root, "cifar100")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_cifar(root, "cifar100")

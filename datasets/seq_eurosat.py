@@ -14,18 +14,16 @@ import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._cache import cache_folders, kept, rows_kept
+from flatcl.datasets._cache import cache_folders, kept
 from flatcl.datasets._files import (
-    FolderSource,
-    ZipSource,
+    Loaded,
     check_archive,
     decode_source,
-    described,
     fingerprint_of,
+    loaded,
     obtained,
     one_line,
     open_source,
-    warn_made,
 )
 from flatcl.datasets._images import held_out, mean_and_std, resized
 from flatcl.utils.engine.augment import CropFlip
@@ -51,60 +49,35 @@ class SeqEurosat(Benchmark):
     defaults = dict(n_tasks=5, n_epochs=10, batch_size=32, minibatch_size=32, lr=0.03)
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        train, test = load_eurosat(root)
-        self.mean, self.std = mean_and_std(train[0])
-        return train, test
+        found = load_eurosat(root)
+        self.mean, self.std = mean_and_std(found[0][0])
+        return found
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
-        is_there = any(path.exists() for path in _places(root))
-        return None if is_there else f"put EuroSAT.zip into {root / 'eurosat'}"
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return _unofficial(root)
+        folder = root / "eurosat"
+        is_there = any((folder / name).exists() for name in ("2750", "EuroSAT.zip"))
+        return None if is_there else f"put EuroSAT.zip into {folder}"
 
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4)]
 
 
-def _unofficial(root: Path) -> str | None:
-    path = next((path for path in _places(root) if path.exists()), None)
-    if path is None:
-        return None
-    rows = rows_kept(_caches(root), ("train_y", "test_y"), {"source": fingerprint_of(path)})
-    if rows is None:
-        with closing(open_source(path, "2750/")) as source:
-            rows = [len(_names(source))]
-    return described([sum(rows)], [ROWS])
-
-
-def _places(root: Path) -> tuple[Path, Path]:
-    return root / "eurosat" / "2750", root / "eurosat" / "EuroSAT.zip"
-
-
-def _caches(root: Path) -> tuple[Path, Path]:
-    return cache_folders(root / "eurosat-cache", root / "eurosat")
-
-
 @one_line
-def load_eurosat(root: Path) -> tuple[Arrays, ...]:
+def load_eurosat(root: Path) -> Loaded:
     """(train, test), each images uint8 (N, 3, 64, 64) and labels int64 (N,) in 0..9, the place in CLASSES, downloaded
     if absent; decoded images are kept in `root/eurosat-cache`. Raises `DataError`."""
-    path = obtained(*_places(root), URL, MD5, "EuroSAT")
-    arrays = kept(_caches(root), ARRAYS, {"source": fingerprint_of(path)}, lambda: _decode(path))
+    folder = root / "eurosat"
+    path = obtained(folder / "2750", folder / "EuroSAT.zip", URL, MD5, "EuroSAT")
+    caches = cache_folders(root / "eurosat-cache", folder)
+    arrays = kept(caches, ARRAYS, {"source": fingerprint_of(path)}, lambda: _decode(path))
     train, test = (tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in "xy") for part in ("train", "test"))
-    warn_made(path, (len(train[1]), len(test[1])), (round(ROWS * (1 - TEST_SHARE)), round(ROWS * TEST_SHARE)))
-    return train, test
-
-
-def _names(source: ZipSource | FolderSource) -> list[str]:
-    return sorted(name for name in source.names if name.endswith(".jpg") and name.split("/")[0] in CLASSES)
+    return loaded(path, train, test, (round(ROWS * (1 - TEST_SHARE)), round(ROWS * TEST_SHARE)))
 
 
 def _decode(path: Path) -> dict[str, np.ndarray]:
     with closing(open_source(path, "2750/")) as source:
-        names = _names(source)
+        names = sorted(name for name in source.names if name.endswith(".jpg") and name.split("/")[0] in CLASSES)
         labels = np.array([CLASSES.index(name.split("/")[0]) for name in names], np.int64)
         few = [name for label, name in enumerate(CLASSES) if (labels == label).sum() < 2]
         if few:

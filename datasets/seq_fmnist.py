@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flatcl.datasets._benchmark import Arrays
-from flatcl.datasets._files import load_mnist, missing_mnist, unofficial_mnist
+from flatcl.datasets._files import load_mnist, missing_mnist
 from flatcl.datasets.seq_mnist import SeqMnist
 from flatcl.utils.registry import DATASETS
 
@@ -18,7 +18,3 @@ class SeqFashionMnist(SeqMnist):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_mnist(root, "FashionMNIST")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_mnist(root, "FashionMNIST")

@@ -10,27 +10,26 @@ import io
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._cache import cache_folders, kept, rows_kept
+from flatcl.datasets._cache import cache_folders, kept
 from flatcl.datasets._files import (
     MAX_TEXT_BYTES,
     FolderSource,
+    Loaded,
     ZipSource,
     check_archive,
     decode_source,
-    described,
     fingerprint_of,
+    loaded,
     obtained,
     one_line,
     open_source,
     read_file,
-    warn_made,
 )
 from flatcl.datasets._images import mean_and_std, resized
 from flatcl.utils.engine.augment import CropFlip
@@ -58,9 +57,9 @@ class SeqGtsrb(Benchmark):
     )
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        train, test = load_gtsrb(root)
-        self.mean, self.std = mean_and_std(train[0])
-        return train, test
+        found = load_gtsrb(root)
+        self.mean, self.std = mean_and_std(found[0][0])
+        return found
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
@@ -68,41 +67,12 @@ class SeqGtsrb(Benchmark):
         zips = [file for path, file, _ in PARTS.values() if not any((folder / name).exists() for name in (path, file))]
         return f"put {', '.join(zips)} into {folder}" if zips else None
 
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return _unofficial(root)
-
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4, flip=0.0)]
 
 
-def _unofficial(root: Path) -> str | None:
-    folder = root / "gtsrb"
-    paths = {
-        part: folder / path if (folder / path).exists() else folder / archive
-        for part, (path, archive, _) in PARTS.items()
-    }
-    if not all(path.exists() for path in paths.values()):
-        return None
-    rows = rows_kept(_caches(root), ("train_y", "test_y"), _fingerprint(paths))
-    if rows is None:
-        rows = []
-        for part in ROWS:
-            with closing(open_source(paths[part], f"{PARTS[part][0]}/")) as source:
-                rows.append(len(_rows(part, source, paths["truth"])))
-    return described(rows, tuple(ROWS.values()))
-
-
-def _caches(root: Path) -> tuple[Path, Path]:
-    return cache_folders(root / "gtsrb-cache", root / "gtsrb")
-
-
-def _fingerprint(paths: dict[str, Path]) -> dict[str, Any]:
-    return {part: fingerprint_of(path) for part, path in paths.items()}
-
-
 @one_line
-def load_gtsrb(root: Path) -> tuple[Arrays, ...]:
+def load_gtsrb(root: Path) -> Loaded:
     """(train, test), each images uint8 (N, 3, 32, 32) and labels int64 (N,) in 0..42, downloaded if absent; decoded
     images are kept in `root/gtsrb-cache`. Raises `DataError`."""
     folder = root / "gtsrb"
@@ -110,17 +80,18 @@ def load_gtsrb(root: Path) -> tuple[Arrays, ...]:
         part: obtained(folder / path, folder / archive, URL + archive, md5, "GTSRB")
         for part, (path, archive, md5) in PARTS.items()
     }
-    arrays = kept(_caches(root), ARRAYS, _fingerprint(paths), lambda: _decode(paths))
+    caches = cache_folders(root / "gtsrb-cache", folder)
+    fingerprint = {part: fingerprint_of(path) for part, path in paths.items()}
+    arrays = kept(caches, ARRAYS, fingerprint, lambda: _decode(paths))
     train, test = (tuple(torch.from_numpy(arrays[f"{part}_{what}"]) for what in "xy") for part in ROWS)
-    warn_made(folder, (len(train[1]), len(test[1])), tuple(ROWS.values()))
-    return train, test
+    return loaded(folder, train, test, tuple(ROWS.values()))
 
 
 def _decode(paths: dict[str, Path]) -> dict[str, np.ndarray]:
     arrays = {}
     for part, official in ROWS.items():
         with closing(open_source(paths[part], f"{PARTS[part][0]}/")) as source:
-            rows = _rows(part, source, paths["truth"])
+            rows = _labelled(source.names) if part == "train" else _annotated(source, paths["truth"])
             if not rows:
                 raise DataError(f"{source.path}: no {part} images in it; {source.remedy}")
             if len(rows) == official:
@@ -129,11 +100,6 @@ def _decode(paths: dict[str, Path]) -> dict[str, np.ndarray]:
             decode = functools.partial(resized, size=32, formats=("PPM",))
             arrays[f"{part}_x"] = decode_source(source, list(rows), 32, decode, "PPM image")
     return arrays
-
-
-def _rows(part: str, source: ZipSource | FolderSource, truth: Path) -> dict[str, int]:
-    """{image: class}"""
-    return _labelled(source.names) if part == "train" else _annotated(source, truth)
 
 
 def _labelled(names: set[str]) -> dict[str, int]:
@@ -145,7 +111,11 @@ def _labelled(names: set[str]) -> dict[str, int]:
 def _annotated(source: ZipSource | FolderSource, truth: Path) -> dict[str, int]:
     """{test image: class}, in the order of the file that says it. Each image there must be in the source."""
     rows = {}
-    for line in csv.DictReader(io.StringIO(_read_truth(truth)), delimiter=";", skipinitialspace=True):
+    try:
+        lines = list(csv.DictReader(io.StringIO(_read_truth(truth)), delimiter=";", skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError(f"{truth}: damaged ({error}); fetch it again") from error
+    for line in lines:
         name, label = line.get("Filename"), line.get("ClassId")
         if name not in source.names:
             raise DataError(f"{source.path}: {source.folder}{name} is named by {truth} but missing; {source.remedy}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._files import load_mnist, missing_mnist, unofficial_mnist
+from flatcl.datasets._files import load_mnist, missing_mnist
 from flatcl.utils.registry import DATASETS
 
 
@@ -19,7 +19,3 @@ class SeqMnist(Benchmark):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_mnist(root, "MNIST")
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_mnist(root, "MNIST")

@@ -13,16 +13,7 @@ import torch
 from torch import nn
 
 from flatcl.datasets._benchmark import Arrays, Benchmark
-from flatcl.datasets._files import (
-    MAX_FILE_BYTES,
-    check_md5,
-    digest_of,
-    md5_once,
-    obtained,
-    one_line,
-    read_file,
-    warn_made,
-)
+from flatcl.datasets._files import MAX_FILE_BYTES, Loaded, check_md5, loaded, obtained, one_line, read_file
 from flatcl.datasets._images import mean_and_std
 from flatcl.utils.engine.augment import CropFlip
 from flatcl.utils.errors import DataError
@@ -39,18 +30,14 @@ class SeqSvhn(Benchmark):
     defaults = dict(n_tasks=5, n_epochs=10, batch_size=32, minibatch_size=32, lr=0.03)
 
     def load(self, root: Path) -> tuple[Arrays, Arrays]:
-        train, test = load_svhn(root)
-        self.mean, self.std = mean_and_std(train[0])
-        return train, test
+        found = load_svhn(root)
+        self.mean, self.std = mean_and_std(found[0][0])
+        return found
 
     @classmethod
     def missing(cls, root: Path) -> str | None:
         files = [name for _, name, _ in _official().values() if not (root / name).is_file()]
         return f"put {', '.join(files)} into {root}" if files else None
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return _unofficial(root)
 
     def augmentations(self) -> list[nn.Module]:
         return [CropFlip(padding=4, flip=0.0)]
@@ -63,16 +50,8 @@ def _official() -> dict[str, tuple[str, str, str]]:
     return {part: tuple(SVHN.split_list[part]) for part in ROWS}
 
 
-def _unofficial(root: Path) -> str | None:
-    md5s = {name: md5 for _, name, md5 in _official().values()}
-    if not all((root / name).is_file() for name in md5s):
-        return None
-    found = {name: md5_once(root / name) for name in md5s}
-    return None if found == md5s else digest_of(found)
-
-
 @one_line
-def load_svhn(root: Path) -> tuple[Arrays, ...]:
+def load_svhn(root: Path) -> Loaded:
     """(train, test), each images uint8 (N, 3, 32, 32) and labels int64 (N,) in 0..9, downloaded if absent. Raises
     `DataError`."""
     parts = []
@@ -83,8 +62,7 @@ def load_svhn(root: Path) -> tuple[Arrays, ...]:
         if len(labels) == ROWS[part]:
             check_md5(data, md5, path)
         parts.append((images, labels))
-    warn_made(root / "train_32x32.mat", [len(labels) for _, labels in parts], tuple(ROWS.values()))
-    return tuple(parts)
+    return loaded(root / "train_32x32.mat", *parts, tuple(ROWS.values()))
 
 
 def _parse(data: bytes, path: Path) -> Arrays:

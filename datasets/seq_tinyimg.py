@@ -6,7 +6,7 @@ The test set is the official validation split. Classes follow the order of `wnid
 from pathlib import Path
 
 from flatcl.datasets._benchmark import Arrays
-from flatcl.datasets._files import load_tinyimagenet, missing_tinyimagenet, unofficial_tinyimagenet
+from flatcl.datasets._files import load_tinyimagenet, missing_tinyimagenet
 from flatcl.datasets.seq_cifar10 import SeqCifar10
 from flatcl.utils.registry import DATASETS
 
@@ -25,7 +25,3 @@ class SeqTinyImagenet(SeqCifar10):
     @classmethod
     def missing(cls, root: Path) -> str | None:
         return missing_tinyimagenet(root)
-
-    @classmethod
-    def unofficial(cls, root: Path) -> str | None:
-        return unofficial_tinyimagenet(root)

@@ -26,16 +26,8 @@ from made import make_cifar10, make_cifar100, make_mnist, make_tinyimagenet, pyt
 from PIL import Image
 
 from flatcl.datasets import _files
-from flatcl.datasets._files import (
-    load_cifar,
-    load_mnist,
-    load_tinyimagenet,
-    unofficial_cifar,
-    unofficial_mnist,
-    unofficial_tinyimagenet,
-)
+from flatcl.datasets._files import load_cifar, load_mnist, load_tinyimagenet
 from flatcl.utils import download
-from flatcl.utils.arguments import resolve
 from flatcl.utils.download import fetch, md5_of
 from flatcl.utils.errors import DataError
 
@@ -120,22 +112,8 @@ def test_mnist_is_downloaded_in_torchvisions_layout(tmp_path, monkeypatch):
 def test_made_sets_warn(tmp_path):
     make_mnist(tmp_path, n_train=30, n_test=20)
     with pytest.warns(UserWarning, match="30 train and 20 test images.* this is not the official data set") as warned:
-        load_mnist(tmp_path, "MNIST")
+        assert not load_mnist(tmp_path, "MNIST").is_official
     assert len(warned) == 1 and warned[0].filename == __file__
-
-
-def test_a_made_mnist_has_a_digest_packed_and_unpacked(tmp_path, monkeypatch):
-    assert unofficial_mnist(tmp_path, "MNIST") is None, "nothing is there"
-    make_mnist(tmp_path, gz=True)
-    packed = unofficial_mnist(tmp_path, "MNIST")
-    load_mnist(tmp_path, "MNIST")
-    for file in (tmp_path / "MNIST" / "raw").glob("*.gz"):
-        file.unlink()
-    assert re.fullmatch("[0-9a-f]{16}", packed) and unofficial_mnist(tmp_path, "MNIST") == packed
-    make_mnist(tmp_path, seed=1)
-    assert unofficial_mnist(tmp_path, "MNIST") not in (None, packed)
-    monkeypatch.setattr(_files, "MNIST_ROWS", {"train": 100, "t10k": 50})
-    assert unofficial_mnist(tmp_path, "MNIST") is None, "of the official number of rows, only official files are read"
 
 
 @pytest.mark.parametrize(
@@ -327,29 +305,20 @@ def test_cifar_with_some_rows_in_another_order_is_taken_with_a_warning(tmp_path,
     md5 = hashlib.md5((tmp_path / FOLDERS["cifar100"] / "test").read_bytes()).hexdigest()
     monkeypatch.setattr(_files, "REORDERED", {md5: "7 of its rows"})
     with pytest.warns(UserWarning, match="cifar-100-python/test: has all images .* but 7 of its rows .* another order"):
-        assert_rows(load_cifar(tmp_path, "cifar100"), expected)
+        found = load_cifar(tmp_path, "cifar100")
+    assert_rows(found, expected)
+    assert not found.is_official
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_made_cifar_has_a_digest_packed_and_unpacked(tmp_path, monkeypatch, name):
-    assert unofficial_cifar(tmp_path, name) is None, "nothing is there"
-    MAKERS[name](tmp_path, seed=1)
-    other = unofficial_cifar(tmp_path, name)
-    MAKERS[name](tmp_path)
-    found = unofficial_cifar(tmp_path, name)
-    pack_cifar(tmp_path, name)
-    assert unofficial_cifar(tmp_path, name) == found != other and re.fullmatch("[0-9a-f]{16}", found)
-    official = _files._cifar_places(tmp_path, name)[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(official, "tgz_md5", md5_of(tmp_path / ARCHIVES[name]))
-        assert unofficial_cifar(tmp_path, name) is None
-    load_cifar(tmp_path, name)
-    (tmp_path / ARCHIVES[name]).unlink()
-    assert unofficial_cifar(tmp_path, name) == found
-    for part in ("train_list", "test_list"):
-        files = [(file, md5_of(tmp_path / FOLDERS[name] / file)) for file, _ in getattr(official, part)]
-        monkeypatch.setattr(official, part, files)
-    assert unofficial_cifar(tmp_path, name) is None
+def test_official_cifar_is_known_as_such(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    make_cifar100(tmp_path, n_train=50000, n_test=10000)
+    assert not (tmp_path / ARCHIVES["cifar100"]).exists()
+    for part in ("train", "test"):
+        files = [[part, md5_of(tmp_path / FOLDERS["cifar100"] / part)]]
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, f"{part}_list", files)
+    assert load_cifar(tmp_path, "cifar100").is_official
 
 
 def bomb(path, mib):
@@ -487,29 +456,6 @@ def test_tiny_round_trip_and_cache(tiny, monkeypatch):
         assert_rows(load_tinyimagenet(root), expected)
     (root / "tiny-imagenet-200.zip").unlink()
     assert_rows(load_tinyimagenet(root), expected)
-
-
-def test_a_made_tiny_says_how_many_images_it_has(tiny, monkeypatch):
-    root, _ = tiny
-    assert unofficial_tinyimagenet(root.parent) is None, "nothing is there"
-    archive = root / "tiny-imagenet-200.zip"
-    zipfile.ZipFile(archive).extractall(root.parent)
-    with monkeypatch.context() as patch:
-        no_decoding(patch)
-        assert unofficial_tinyimagenet(root) == unofficial_tinyimagenet(root.parent) == "400 + 200 images"
-        patch.setattr(_files, "TINY_ROWS", (400, 200))
-        assert unofficial_tinyimagenet(root) is None
-    load_tinyimagenet(root)
-    with monkeypatch.context() as patch:
-        patch.setattr(_files, "open_source", None)  # now its cache says it
-        assert unofficial_tinyimagenet(root) == "400 + 200 images"
-        archive.unlink()
-        assert unofficial_tinyimagenet(root) == "400 + 200 images"
-    archive.write_bytes(b"PK")
-    with pytest.raises(DataError):
-        unofficial_tinyimagenet(root)
-    config = resolve(["--model", "er", "--dataset", "seq-tinyimg", "--buffer_size", "9", "--base_path", str(root)])
-    assert not any(name.startswith("data of") for name in config.code), "loading it says what is wrong"
 
 
 def test_tiny_from_an_extracted_folder(tiny, monkeypatch):

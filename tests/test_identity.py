@@ -3,23 +3,35 @@ are continued or shared."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from made import make_mnist
+from made import (
+    make_cifar10,
+    make_cifar100,
+    make_eurosat,
+    make_gtsrb,
+    make_mnist,
+    make_svhn,
+    make_tinyimagenet,
+)
 
+from flatcl.datasets import _files
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import report, sweep
 from flatcl.utils.commands.train import main
+from flatcl.utils.download import md5_of
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
-from flatcl.utils.identity import code_of, differences, digest_of_code, meaning
-from flatcl.utils.registry import METHODS, OPTIMIZERS, ROOT, load_plugin
+from flatcl.utils.identity import code_of, data_of, differences, digest_of_code, meaning
+from flatcl.utils.registry import DATASETS, METHODS, OPTIMIZERS, ROOT, load_plugin
 from flatcl.utils.studies.engines import BUSY, FAILED, local
 
 METHOD = '''"""ER with a scaled loss."""
@@ -319,12 +331,64 @@ def test_a_part_of_the_official_data_is_not_taken_for_all_of_it(tmp_path, capsys
     swept("0")
     assert "1 run(s), 1 of them" in swept("0")
     make_mnist(tmp_path, n_train=300)
-    swept("1")
+    out = swept("0,1")
+    assert "2 run(s), 1 of them" in out and "made on data that is not the official one (data of seq-mnist)" in out
     assert report.main([str(tmp_path / "results")]) == 2
     assert "different code or data: data of seq-mnist" in capsys.readouterr().err
-    out = swept("0,1")
-    assert "2 run(s), 1 of them" in out and "made by other code or data (data of seq-mnist changed since)" in out
-    assert report.main([str(tmp_path / "results")]) == 0  # of each seed, the newest run counts
+    assert report.main([str(tmp_path / "results"), "--by", "model,seed", "--against", "seed=0"]) == 0
+    assert "they also differ in the data of seq-mnist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("now", ["another part", "official"])
+@pytest.mark.filterwarnings("ignore:.*not the official data set")
+def test_a_run_does_not_go_on_with_other_data(tmp_path, now, monkeypatch, capsys):
+    make_mnist(tmp_path)
+    words = ["--model", "er", "--dataset", "seq-mnist", "--buffer_size", "50", "--debug_mode", "--stop_after", "1"]
+    folder = start(tmp_path, *words, "--base_path", str(tmp_path))
+
+    def content(name):
+        return json.loads((folder / f"{name}.json").read_text())
+
+    first = content("benchmark")["pixels"]
+    assert content("config")["code"]["data of seq-mnist"] == first
+    (folder / "summary.json").write_text(json.dumps({**content("summary"), "status": "interrupted"}))
+    if now == "official":
+        monkeypatch.setattr(_files, "MNIST_ROWS", {"train": 100, "t10k": 50})
+        md5s = {file: md5_of(tmp_path / "MNIST" / "raw" / file) for file in _files.MNIST_MD5["MNIST"]}
+        monkeypatch.setattr(_files, "MNIST_MD5", {"MNIST": md5s})
+        found = "official"
+    else:
+        make_mnist(tmp_path, seed=1)
+        found = "crc32 .*"
+    error = said(capsys, "--resume", str(folder))
+    assert re.search(f"begun with other images of seq-mnist \\({first}\\) than there are now \\({found}\\)", error)
+    assert main(["--resume", str(folder), "--keep_changed", "1"]) == 0
+    (later,) = content("config")["changed_code"]
+    assert later["code"].get("data of seq-mnist") == content("benchmark").get("pixels") != first
+
+
+MADE = {
+    "seq-mnist": make_mnist, "perm-mnist": make_mnist, "rot-mnist": make_mnist, "mnist-360": make_mnist,
+    "seq-fmnist": partial(make_mnist, name="FashionMNIST"), "seq-cifar10": make_cifar10,
+    "seq-cifar100": make_cifar100, "seq-tinyimg": make_tinyimagenet, "seq-svhn": make_svhn, "seq-gtsrb": make_gtsrb,
+    "seq-eurosat": make_eurosat,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.filterwarnings("ignore:.*not the official data set")
+def test_each_benchmark_knows_data_that_is_not_official(name, tmp_path):
+    config = resolve(["--model", "sgd", "--dataset", name, "--base_path", str(tmp_path)])
+    found = []
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path)
+        MADE[name](tmp_path, seed=seed)
+        benchmark = DATASETS.load(name)(config)
+        assert data_of(benchmark) == {f"data of {name}": benchmark.unofficial}
+        found.append(benchmark.unofficial)
+    assert len({*found}) == 2 and None not in found
+    benchmark = DATASETS.load("seq-synth")(resolve(["--model", "sgd", "--dataset", "seq-synth"]))
+    assert data_of(benchmark) == {}
 
 
 def finished_by(config, tmp_path, **changed):

@@ -26,6 +26,7 @@ from flatcl.utils.registry import REGISTRIES, ROOT, Plugin, plugin_of
 PROTOCOL = 1  # raised whenever the same flags would give another number than before
 
 FOLDERS = ("flatcl.models", "flatcl.datasets", "flatcl.backbone", "flatcl.utils.optim", "flatcl.utils.engine.policies")
+DATA = "data of "  # a benchmark's files, where they are not the official ones; known when they are read
 BESIDE = "plugin's "  # in the name of a file that a plugin imports from its folder
 DIGITS = 16  # hexadecimal, of a sha256
 
@@ -147,6 +148,12 @@ def named(plugins: Iterable[Plugin]) -> dict[str, Plugin]:
             name = f"{stem}_{number}.py"
         found[name] = plugin
     return found
+
+
+def data_of(benchmark: Any) -> dict[str, str]:
+    """{'data of NAME': digest} of a benchmark whose data is not the official one, else nothing. It is added to the code
+    of a run when the data has been read."""
+    return {} if benchmark.unofficial is None else {f"{DATA}{benchmark.name}": benchmark.unofficial}
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -57,6 +57,7 @@ class Benchmark(Protocol):
     default_backbone: str
     defaults: dict[str, Any]
     protocols: dict[str, dict[str, Any]]
+    unofficial: str | None
     published_as: str | None
 
     @classmethod

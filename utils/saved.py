@@ -9,7 +9,7 @@ from typing import Any
 from flatcl.utils.console import complain
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import read_json, user_path
-from flatcl.utils.identity import PROTOCOL, differences
+from flatcl.utils.identity import DATA, PROTOCOL, differences
 from flatcl.utils.registry import Plugin, read_plugin
 
 
@@ -154,8 +154,10 @@ def check_code(saved: Saved, config: Any, keep_changed: bool) -> list[str]:
 
 def other_code(codes: Sequence[Mapping[str, str] | None], parent: Mapping[str, str] | None, config: Any) -> list[str]:
     """The files in which a run differs from `config` (`Config`) that was made with `codes`, one after the other, and
-    whose parent, if it continues one, was made with `parent`. What is None was not written down, and fits."""
+    whose parent, if it continues one, was made with `parent`. What is None was not written down, and fits; so does what
+    is known only when the data has been read."""
     pairs = [(code, config.code) for code in codes]
     if config.continues is not None:
         pairs.append((parent, config.continues.code))
-    return sorted({file for old, new in pairs if None not in (old, new) for file in differences(old, new)})
+    files = {file for old, new in pairs if None not in (old, new) for file in differences(old, new)}
+    return sorted(file for file in files if not file.startswith(DATA))

@@ -25,6 +25,7 @@ from flatcl.utils.commands.report import words
 from flatcl.utils.console import complain, shown
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import json_text, user_path
+from flatcl.utils.identity import DATA
 from flatcl.utils.registry import METHODS, canonical, load_plugin
 from flatcl.utils.reports.groups import BY
 from flatcl.utils.reports.runs import Run, comparable, find_runs
@@ -191,6 +192,12 @@ class Found:
         lines = []
         if self.unsure:
             lines.append(f"note: {len(self.unsure)} of them do not say which code made them; they count as the same")
+        data = {run.path: name for run in self.done.values() for name in run.code or () if name.startswith(DATA)}
+        if data:
+            lines.append(
+                f"note: {len(data)} of them were made on data that is not the official one "
+                f"({', '.join(sorted({*data.values()}))}), whatever it is now; --results_path keeps other data apart"
+            )
         if self.changed:
             files = sorted({file for own in self.changed.values() for file in own})
             lines.append(

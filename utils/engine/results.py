@@ -22,7 +22,7 @@ from flatcl.utils.console import complain, reason
 from flatcl.utils.engine.lock import Lock
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import open_regular, read_json, user_path, write_json
-from flatcl.utils.identity import beside_plugins, named
+from flatcl.utils.identity import DATA, beside_plugins, named
 from flatcl.utils.registry import IS_CLONE, ROOT
 
 PACKAGES = (
@@ -111,6 +111,13 @@ class RunFolder:
         content = read_json(self.path / "config.json")
         content.setdefault("changed_code", []).append({"after_step": steps, "code": code})
         self.write("config.json", content, durable=True)
+
+    def note_data(self, data: dict[str, str]) -> None:
+        """Adds to the code in config.json what `identity.data_of` says."""
+        content = read_json(self.path / "config.json")
+        code = {name: digest for name, digest in content["code"].items() if not name.startswith(DATA)} | data
+        if code != content["code"]:
+            self.write("config.json", {**content, "code": dict(sorted(code.items()))}, durable=True)
 
     def note_environment(self, now: dict[str, Any], steps: int | None) -> dict[str, Any]:
         """environment.json: where the run began, and under `resumed` where else it went on, after so many `steps`

@@ -24,6 +24,7 @@ from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
 from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
+from flatcl.utils.identity import data_of
 from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
@@ -78,17 +79,18 @@ def resume(
             group.wait()
         parents = _state_of(config.continues) if state is None else None
         trainer = build(config, device, folder, group, is_new=state is None and parents is None)
+        has_other_images = False
         if state is None:
             trainer.begin_anew()
             _take_over(trainer, parents)
         else:
-            _check_images(trainer.benchmark, path, keep_changed)
+            has_other_images = not _check_images(trainer.benchmark, path, keep_changed)
             with fitting(path):
                 trainer.load_checkpoint(state)
         if group is not None:
             group.wait()  # until all have read what rank 0 will write anew
-        if changed_files and folder is not None:
-            folder.note_changed_code(trainer.cost.steps, config.code)
+        if (changed_files or has_other_images) and folder is not None:
+            folder.note_changed_code(trainer.cost.steps, {**config.code, **data_of(trainer.benchmark)})
         _begin(trainer, is_new=state is None)
         say(describe(config).splitlines()[0])
         say(f"resumed after step {trainer.cost.steps}, {len(trainer.progress.tasks)} task(s) finished")
@@ -220,6 +222,7 @@ def _begin(trainer: Trainer, is_new: bool = True) -> None:
         before = folder.note_environment(results.environment(str(trainer.device)), None if is_new else steps)
         _write_decided(trainer.benchmark, folder)
         if is_new:
+            folder.note_data(data_of(trainer.benchmark))
             trainer.save_checkpoint()
     except OSError as error:
         raise UsageError(f"{folder.path}: cannot write there ({reason(error)}). Nothing was trained.") from None
@@ -231,29 +234,36 @@ def _begin(trainer: Trainer, is_new: bool = True) -> None:
         )
 
 
-def _check_images(benchmark: Benchmark, path: Path, keep_changed: bool) -> None:
-    """Raises `UsageError` where the images are no longer those that the run was begun with, unless `keep_changed`."""
+def _check_images(benchmark: Benchmark, path: Path, keep_changed: bool) -> bool:
+    """Whether the images are those that the run was begun with; raises `UsageError` where they are not, unless
+    `keep_changed`."""
     try:
-        then = read_json(path / "benchmark.json")["pixels"]
-    except (OSError, ValueError, KeyError, TypeError):  # a benchmark, or a version, that does not write it down
-        return
-    now = benchmark.decided().get("pixels", then)
-    if now == then:
-        return
-    problem = f"{path} was begun with other images of {benchmark.name} ({then}) than there are now ({now})"
+        then = read_json(path / "benchmark.json").get("pixels")
+    except (OSError, ValueError, AttributeError):
+        return True
+    now = _decided(benchmark).get("pixels")
+    is_unknown = then is None and benchmark.unofficial is None  # a version, or a benchmark, that did not write it down
+    if now == then or is_unknown:
+        return True
+    digests = f"({then or 'official'}) than there are now ({now or 'official'})"
+    problem = f"{path} was begun with other images of {benchmark.name} {digests}"
     if not keep_changed:
         raise UsageError(
             f"{problem}: files were changed, or are decoded by another version of Pillow. Put the images of that time "
             "back, or give --keep_changed 1 to go on with the present ones, or start a new run with --from."
         )
     complain(f"note: {problem}: it goes on with the present ones")
+    return False
+
+
+def _decided(benchmark: Benchmark) -> dict[str, Any]:
+    return benchmark.decided() | ({} if benchmark.unofficial is None else {"pixels": benchmark.unofficial})
 
 
 def _write_decided(benchmark: Benchmark, folder: RunFolder) -> None:
     """benchmark.json. Raises `OSError`, and `UsageError` for a benchmark that hands over something else."""
-    decided = benchmark.decided()
     try:
-        folder.write("benchmark.json", decided)
+        folder.write("benchmark.json", _decided(benchmark))
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{benchmark.name}: decided must return a dict that can be written as JSON, got one that cannot "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flatcl.utils.errors import UsageError
-from flatcl.utils.identity import differences
+from flatcl.utils.identity import DATA, differences
 from flatcl.utils.metrics import LOWER_IS_BETTER
 from flatcl.utils.reports.cells import BEST, TIE, TIE_MARK
 from flatcl.utils.reports.groups import LEVEL, Group, result_flags, written
@@ -197,8 +197,11 @@ def _unlike(pairs: Sequence[tuple[Group, Group]], against: Mapping[str, str]) ->
         parts = [f"{name} ({', '.join(sorted(mine[name]))} against {', '.join(sorted(theirs[name]))})"
                  for name in names]  # fmt: skip
         codes = [run.code for group in (ours, reference) for run in group.runs if run.code is not None]
-        shared = {file for code in codes for file in differences(codes[0], code) if {file} <= code.keys() & codes[0]}
-        parts += [f"the code of {', '.join(sorted(shared))}"] if shared else []
+        unlike = {file for code in codes for file in differences(codes[0], code)
+                  if {file} <= code.keys() & codes[0] or file.startswith(DATA)}  # fmt: skip
+        shared = sorted(file for file in unlike if not file.startswith(DATA))
+        parts += [f"the code of {', '.join(shared)}"] if shared else []
+        parts += [f"the {file}" for file in sorted(unlike.difference(shared))]
         if parts:
             found.setdefault("; ".join(parts), []).append(ours.label)
     return [f"note: compared all the same, although they also differ in {parts}: {', '.join(dict.fromkeys(labels))}."
