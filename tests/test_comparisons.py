@@ -9,9 +9,10 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import chi2, nct, t
+from scipy.stats import chi2, norm, t
 from test_report import make_run
 
 from flatcl.utils import metrics
@@ -100,11 +101,15 @@ def test_holm_corrects_the_known_values_only():
 
 
 def power_by_hand(effect, n):
+    """The chance that a t statistic with this shift is above the limit: over the spread s of the sample, a normal
+    variable is above limit * s - shift. (The other side adds less than 1e-4 to a power near 0.8.)"""
     limit, shift = t.ppf(0.975, n - 1), effect * math.sqrt(n)
-    return nct.sf(limit, n - 1, shift) + nct.cdf(-limit, n - 1, shift)
+    spreads = np.linspace(1e-9, 8, 200_001)
+    density = 2 * (n - 1) * spreads * chi2.pdf((n - 1) * spreads**2, n - 1)
+    return float(np.trapezoid(norm.sf(limit * spreads - shift) * density, spreads))
 
 
-@pytest.mark.parametrize("effect", [0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("effect", [0.2, 0.5, 1.0, 3.0, 5.5, 7.16, 8.0, 11.33, 11.5])
 def test_seeds_needed_is_the_least_number_with_enough_power(effect):
     number = seeds_needed(comparisons.Paired(3, -effect * 0.01, 0.01))
     assert power_by_hand(effect, number) >= 0.8
@@ -434,6 +439,40 @@ def test_other_code_and_another_protocol_are_not_averaged(tmp_path, capsys):
     code, _, err = told(capsys, tmp_path)
     assert code == 2 and "protocol_version = 1, 2" in err and "--where protocol_version=1" in err
     assert told(capsys, tmp_path, "--where", "protocol_version=1")[0] == 0
+
+
+def test_runs_of_two_codes_are_all_there_where_they_are_told_apart(tmp_path, capsys):
+    for name, seeds, time in (("a", range(5), "20260101-000000"), ("b", range(3), "20260102-000000")):
+        for seed in seeds:
+            other(make_run(tmp_path, seed=seed, accuracy=0.5 + seed / 100, time=time), code={"models/er.py": name * 16})
+    versions = {run.get("code_version"): run.code for run in finished.find_runs([tmp_path], with_repeats=True)}
+    first = next(version for version, code in versions.items() if code == {"models/er.py": "a" * 16})
+    second = next(version for version in versions if version != first)
+    code, lines, err = told(capsys, tmp_path, "--where", f"code_version={first}")
+    assert code == 0 and "| 5 |" in lines[2] and err == ""
+    code, lines, err = told(capsys, tmp_path, "--by", "code_version")
+    assert code == 0 and err == ""
+    assert {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines[2:4]} == {first: "5", second: "3"}
+    code, lines, err = told(capsys, tmp_path, "--by", "model,code_version", "--against", f"code_version={first}")
+    assert code == 0 and "| 3 | +0.00" in lines[2] and "seed 3, 4" in err
+    assert "3 run(s) repeat another one's flags and seed" in told(capsys, tmp_path, "--mix")[2]
+
+
+def test_pairs_have_equal_seeds_of_every_source(tmp_path, capsys):
+    for i in range(4):
+        make_run(tmp_path, "er", seed=0, accuracy=0.5 + i / 100, class_order_seed=i)  # as a study varies one source
+        make_run(tmp_path, "derpp", seed=0, accuracy=0.6 + i / 100 + i**2 / 1000, class_order_seed=i)
+        make_run(tmp_path, "gdumb", seed=i, accuracy=0.4 + i / 100, class_order_seed=0)  # or fixes it
+        make_run(tmp_path, "si", seed=i, accuracy=0.9, buffer_size=200)
+    words = (tmp_path, "--by", "model", "--against", "model=er", "--metrics", "final_average_accuracy")
+    code, lines, err = told(capsys, *words)
+    assert code == 0
+    numbers = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines[2:5]}
+    assert numbers == {"derpp": "4", "gdumb": "1", "si": "1"}
+    assert "seed 1 (class_order_seed 0), 2 (class_order_seed 0), 3 (class_order_seed 0) of gdumb, which er has" in err
+    assert "seed 1, 2, 3 of si, which er has not" in err
+    code, lines, err = told(capsys, tmp_path, "--by", "model", "--best", "--where", "model=er,derpp")
+    assert code == 0 and "**" in "".join(lines)
 
 
 def test_runs_that_do_not_say_which_code_made_them_count_as_the_same(tmp_path, capsys):

@@ -188,6 +188,10 @@ def test_names_give_labels_to_values_keys_and_metrics(three_seeds, capsys):
     assert first.split()[1] == "ER" and second.split()[1] == "MGSER-SAM"
     assert report.main([*words, "--format", "latex", "--setting", "domain-il"]) == 0
     assert r"dataset & Method & $\eta$ & n & FAA (\%) & forgetting" in capsys.readouterr().out
+    greek = ["--by", "model", "--names", "er=[1] ΔΑ", "mgser_sam=*Ω"]
+    assert report.main([str(three_seeds), *greek, "--format", "latex", "--setting", "domain-il"]) == 0
+    lines = capsys.readouterr().out.splitlines()  # neither [ nor * may follow the end of a line
+    assert [line.split(" & ")[0] for line in lines[5:7]] == [r"{}[1] $\Delta$A", r"{}*$\Omega$"]
     pivot = ["--by", "model,buffer_size", "--pivot", "dataset,buffer-size", "--setting", "domain-il"]
     assert report.main([str(three_seeds), *pivot, "--names", *labels, "perm-mnist=P", "200=small"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -256,6 +260,21 @@ def test_pivot_repeats_methods_without_a_buffer(grid):
     ]
 
 
+def test_pivot_shows_every_group(tmp_path):
+    """Of a key that only some runs have, nothing stands in the column of a value that it was not made with."""
+    make_run(tmp_path, "er", accuracy=0.5)
+    make_run(tmp_path, "er", optimizer="sam", accuracy=0.6, rho=0.1)
+    make_run(tmp_path, "derpp", accuracy=0.7)
+    runs = finished.load_runs([tmp_path])
+    text = tables.table(runs, by=["model"], metrics=["final_average_accuracy"], pivot=["rho"])
+    assert text.splitlines()[:4] == ["| model | – | 0.1 |", "| --- | ---: | ---: |", "| derpp | 70.00 |  |",
+                                     "| er | 50.00 | 60.00 |"]  # fmt: skip
+    make_run(tmp_path, "sgd", accuracy=0.3, buffer_size=None)
+    runs = finished.load_runs([tmp_path], where={"model": "sgd,derpp"})
+    text = tables.table(runs, by=["dataset"], metrics=["final_average_accuracy"], pivot=["buffer_size"])
+    assert text.splitlines()[0::2][:2] == ["| dataset | – | 200 |", "| perm-mnist | 30.00 | 70.00 |"]
+
+
 def test_pivot_keeps_optimizers_apart(grid):
     make_run(grid, "er", optimizer="sam", buffer_size=200, accuracy=0.99)
     lines = tables.table(finished.load_runs([grid]), pivot=["dataset", "buffer_size"]).splitlines()
@@ -312,6 +331,13 @@ def test_where_selects_by_summary_and_by_flag(grid):
         (["--pivot", "bufer_size"], "unknown key: 'bufer_size'. Did you mean buffer_size?"),
         (["--setting", "class-li"], "unknown setting: 'class-li'."),
         (["--where", "model"], "--where expects key=value, got 'model'."),
+        (
+            ["--where", "model=er", "--where", "model=sgd"],
+            "--where names model 2 times. Write model=er,sgd",
+        ),
+        (["--names", "er=A,er=B"], "--names gives er 2 labels. Give one."),
+        (["--html", "x.html", "--against", "seed=0"], "--against is for the table, which --html replaces."),
+        (["--html", "x.html", "--best"], "--best is for the table, which --html replaces."),
         (["--pivot", "dataset", "--format", "csv"], "--pivot cannot be used with --format csv"),
         (["--names", "er=ER", "--format", "csv"], "--names: CSV keeps the names that programs know."),
         (["--names", "er=ER", "--html", "x.html"], "--names is for the table, which --html replaces."),

@@ -115,6 +115,15 @@ def test_a_cell_knows_the_optimizer_that_a_method_brings(write):
     assert [point["lr"] for point in studies.read(write(text)).points()] == ["0.5", "0.2"]
 
 
+def test_flags_of_a_cell_are_for_the_runs_that_have_them(write):
+    text = "models: [er, sgd]\ndatasets: [seq-digits]\noptimizers: [sgd, sam]\n"
+    text += "cells: [{dataset: seq-digits, rho: 0.02, minibatch_size: 16}]\n"
+    points = studies.read(write(text)).points()
+    assert len(points) == 4
+    assert all(("rho" in point) == (point["optimizer"] == "sam") for point in points)
+    assert all(("minibatch_size" in point) == (point["model"] == "er") for point in points)
+
+
 WRONG = """
 modls: [er]
 models: [er, drepp]
@@ -171,6 +180,8 @@ def test_all_mistakes_are_said_at_once_with_line_and_key(write, capsys, tmp_path
         ("grid: {rho: [1]}\n", "grid.rho: none of the runs has this flag. Drop it."),
         ("cells: [{model: derpp, lr: 1}]\n", "cells[0]: no run has model derpp. Correct it, or drop the cell."),
         ("grid: {lr: [1]}\ncells: [{model: er, lr: 1}]\n", "cells[0].lr: --lr is an axis of the study."),
+        ("cells: [{model: er, rho: 1}]\n", "cells[0].rho: none of the runs of this cell has this flag. Drop it."),
+        ("vary: [init]\ngrid: {init_seed: [5]}\n", "grid.init_seed: the seeds decide it, by vary. Drop it."),
         ("flags: {n_epochs: 1, lr: 0,1}\n", "flags.1: expects the name of a flag, got the number 1. Write numbers with "
          "a point (0.1, not 0,1), and lists in [ ]."),
         ("cells: [{lr: 0.1}]\n", "cells[0]: this cell names no model, dataset, optimizer or buffer_size. Add one."),
@@ -384,6 +395,8 @@ def test_a_study_fixes_a_source_or_varies_nothing_else(write):
 
     assert seeds("fix: {class_order: 0, init: 9}\n") == [(1, 0, None, 9), (2, 0, None, 9)]
     assert seeds("vary: [class_order, data_order]\n") == [(0, 1, 1, None), (0, 2, 2, None)]
+    with pytest.raises(UsageError, match="--grid init_seed: the seeds decide it, by vary in .*yaml. Drop it."):
+        sweep._prepare([write(base + "vary: [init]\n"), "--grid", "init_seed=5"])
 
 
 def test_runs_that_vary_one_source_make_one_row_without_a_warning(write, tmp_path):

@@ -59,5 +59,11 @@ def conditions(pairs: Sequence[str], flag: str = "--where", example: str = "mode
     bad = [pair for pair in pairs if "=" not in pair]
     if bad:
         raise UsageError(*(f"{flag} expects key=value, got '{pair}'. Example: {flag} {example}." for pair in bad))
-    split = (pair.partition("=") for pair in pairs)
-    return {key.replace("-", "_"): value for key, _, value in split}
+    found: dict[str, list[str]] = {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        found.setdefault(key.replace("-", "_"), []).append(value)
+    twice = {key: values for key, values in found.items() if len(values) > 1}
+    if twice:
+        raise UsageError(*(f"{flag} names {key} {len(values)} times. Write {key}={','.join(values)}, or give it once."
+                           for key, values in twice.items()))  # fmt: skip
+    return {key: value for key, (value,) in found.items()}

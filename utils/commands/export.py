@@ -7,7 +7,7 @@ from flatcl.utils.commands._parser import Parser, conditions
 from flatcl.utils.console import complain, guarded, say
 from flatcl.utils.errors import UsageError
 from flatcl.utils.reports import export
-from flatcl.utils.reports.runs import find_runs, select
+from flatcl.utils.reports.runs import find_runs, newest, select
 
 
 def _parser() -> Parser:
@@ -28,10 +28,10 @@ def _parser() -> Parser:
 def _export(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     path, where = export.check(args.out, args.what), conditions(args.where)
-    runs = find_runs(args.runs, with_unfinished=True)
+    runs = find_runs(args.runs, with_unfinished=True, with_repeats=True)
     if not runs:
         raise UsageError(f"no runs in {', '.join(args.runs)}. Give folders that hold run folders.")
-    runs = select(runs, where)
+    runs = newest(select(runs, where), complain, with_code="code_version" in where)
     try:
         count = export.export(runs, path, args.what or "metrics", args.setting)
     except OSError as error:

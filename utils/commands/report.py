@@ -132,7 +132,8 @@ def _problems_of_files(args: argparse.Namespace) -> list[str]:
         problems.append(f"--html: there is no folder {user_path(args.html).parent}. Make it, or give another file.")
     if args.html and not (args.out or args.ranks):
         problems += [f"--{name} is for the table, which --html replaces. Drop it, or give --out too."
-                     for name in ("pivot", "format", "names") if getattr(args, name) is not None]  # fmt: skip
+                     for name in (*OF_TABLES, "names")
+                     if name != "ranks" and getattr(args, name) not in (None, False)]  # fmt: skip
     if args.ranks and Path(args.ranks).suffix.lower() not in plots.SUFFIXES:
         problems.append(
             f"--ranks expects a file that ends in {SUFFIXES}, got '{args.ranks}'. Give the folders of runs before the "
@@ -175,7 +176,11 @@ def _labels(pairs: Sequence[str]) -> dict[str, str]:
     bad = [part for part in parts if "=" not in part or not all(part.partition("=")[::2])]
     if bad:
         raise UsageError(*(f"--names expects name=label, got '{part}'. Example: --names er=ER." for part in bad))
-    return {canonical(name): label for name, _, label in (part.partition("=") for part in parts)}
+    names = [canonical(part.partition("=")[0]) for part in parts]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    if twice:
+        raise UsageError(*(f"--names gives {name} {names.count(name)} labels. Give one." for name in twice))
+    return {name: part.partition("=")[2] for name, part in zip(names, parts, strict=True)}
 
 
 def _text_of(args: argparse.Namespace, runs: Sequence[Run], labels: dict[str, str]) -> tuple[str, list]:
@@ -218,7 +223,8 @@ def _report(argv: Sequence[str]) -> None:
         if args.html:
             _write_page(args, where)
         if not args.html or args.out or args.record or args.ranks:
-            runs = load_runs(args.runs, where=where)
+            against = conditions((args.against or "").split(",") if args.against else [], "--against", "optimizer=sgd")
+            runs = load_runs(args.runs, where=where, keys=(*(args.by or ()), *(args.pivot or ()), *against))
             if args.plot:
                 _picture(args, runs, labels)
             else:

@@ -510,6 +510,11 @@ def _study(args: argparse.Namespace, grid: Mapping[str, list[str]], rest: Sequen
     parts = {f"{name}s": axes.pop(name) for name in ("optimizer", "backbone") if name in axes}
     if study.tune is not None:
         complain("note: the section tune is for flatcl tune; these runs have the other flags of the file alone")
+    decided = sorted(axes.keys() & study.seed_flags)
+    if decided:
+        raise UsageError(
+            *(f"--grid {name}: the seeds decide it, by vary in {args.study}. Drop it." for name in decided)
+        )
     study = dataclasses.replace(study, **lists, **seeds, **parts, grid={**study.grid, **axes})
     return study.without({*given.words, *axes})
 

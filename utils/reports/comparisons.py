@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flatcl.utils.arguments import SEEDS
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import DATA, differences
 from flatcl.utils.metrics import LOWER_IS_BETTER
 from flatcl.utils.reports.cells import BEST, TIE, TIE_MARK
 from flatcl.utils.reports.groups import LEVEL, Group, result_flags, written
-from flatcl.utils.reports.runs import comparable
+from flatcl.utils.reports.runs import Seeds, comparable
 
 ALPHA, POWER = 0.05, 0.8
 FEWEST_PAIRS = 3  # with which a test may call a group the best
@@ -97,12 +98,14 @@ def seeds_needed(found: Paired) -> int | None:
         return None
     effect, power = abs(found.mean) / found.std, TTestPower().power
     numbers = range(2, MOST_SEEDS + 1)
-    return 2 + bisect.bisect_left(numbers, POWER, key=lambda n: _number(power(effect, n, ALPHA)))
 
+    def power_with(n: int) -> float:
+        """That of the one side on which the effect lies: the other adds nothing to it near 0.8, and cannot be computed
+        for large effects. Nor can this one for the largest, where it is 1."""
+        found = float(power(effect, n, ALPHA / 2, alternative="larger"))
+        return 1.0 if math.isnan(found) else found
 
-def _number(power: float) -> float:
-    """Of an effect that is too large for the noncentral t distribution, the power is 1."""
-    return 1.0 if math.isnan(power) else float(power)
+    return 2 + bisect.bisect_left(numbers, POWER, key=power_with)
 
 
 def compare(
@@ -173,7 +176,7 @@ def _unpaired(pairs: Sequence[tuple[Group, Group]]) -> list[str]:
     """Runs that are left out, since the other group has none of the same seed."""
     lines = []
     for ours, reference in pairs:
-        mine, theirs = ({comparable(run.get("seed")) for run in group.runs} for group in (ours, reference))
+        mine, theirs = ({run.seeds for run in group.runs} for group in (ours, reference))
         repeated = sum(len(group.runs) for group in (ours, reference)) - len(mine) - len(theirs)
         for own, other, seeds in ((ours, reference, mine - theirs), (reference, ours, theirs - mine)):
             if seeds:
@@ -184,8 +187,13 @@ def _unpaired(pairs: Sequence[tuple[Group, Group]]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _listed(seeds: set[str]) -> str:
-    return ", ".join(sorted(seeds, key=lambda seed: (len(seed), seed)))
+def _listed(seeds: set[Seeds]) -> str:
+    """Each with the sources of random numbers that have another seed."""
+    texts = []
+    for seed, *others in sorted(seeds, key=lambda own: tuple(map(str, own))):
+        apart = [f"{name} {own}" for name, own in zip(SEEDS, others, strict=True) if own != seed]
+        texts.append(f"{seed} ({', '.join(apart)})" if apart else str(seed))
+    return ", ".join(sorted(texts, key=lambda text: (len(text), text)))
 
 
 def _unlike(pairs: Sequence[tuple[Group, Group]], against: Mapping[str, str]) -> list[str]:

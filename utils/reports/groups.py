@@ -13,7 +13,7 @@ from flatcl.utils.arguments import SEEDS, EngineArgs
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import differences
 from flatcl.utils.registry import canonical, nearest
-from flatcl.utils.reports.runs import TEST, VALIDATION, Run, check_key, comparable
+from flatcl.utils.reports.runs import TEST, VALIDATION, Run, Seeds, check_key, comparable
 
 TUNED = "tuned: "  # with which the notes of runs begin whose flags `flatcl tune` has chosen
 BY = ("dataset", "model", "optimizer", "buffer_size")
@@ -71,12 +71,12 @@ class Group:
         """Of a metric in this setting, or of a cost."""
         return Stat.of(self._value(run, metric) for run in self.runs)
 
-    def of_seeds(self, metric: str) -> dict[int, float]:
-        """{seed: value} of the runs that have the metric. A seed that several runs have is left out: which of them to
+    def of_seeds(self, metric: str) -> dict[Seeds, float]:
+        """{seeds: value} of the runs that have the metric. Seeds that several runs have are left out: which of them to
         pair would be arbitrary."""
-        counts = Counter(run.get("seed") for run in self.runs)
-        values = {run.get("seed"): self._value(run, metric) for run in self.runs}
-        return {seed: value for seed, value in values.items() if value is not None and counts[seed] == 1}
+        counts = Counter(run.seeds for run in self.runs)
+        values = {run.seeds: self._value(run, metric) for run in self.runs}
+        return {seeds: value for seeds, value in values.items() if value is not None and counts[seeds] == 1}
 
     def _value(self, run: Run, metric: str) -> float | None:
         return {**run.summary.get("cost", {}), **run.summary["metrics"][self.setting]}.get(metric)
@@ -287,8 +287,9 @@ def costs_of(runs: Sequence[Run]) -> set[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """Where a group stands in a pivoted table: the values of the pivot keys, and the setting."""
+    """Where a group stands in a pivoted table: the values of the pivot keys `keys`, and the setting."""
 
+    keys: tuple[str, ...]
     values: tuple
     setting: str
 
@@ -298,8 +299,10 @@ class Column:
 
     def covers(self, other: "Column") -> bool:
         """Whether a number of this column holds for `other` too: a method without a buffer, for every buffer size."""
-        pairs = zip(self.values, other.values, strict=True)
-        return self.setting == other.setting and all(mine in (None, its) for mine, its in pairs)
+        parts = zip(self.keys, self.values, other.values, strict=True)
+        return self.setting == other.setting and all(
+            mine == its or (mine is None and key == "buffer_size") for key, mine, its in parts
+        )
 
 
 def spread(
@@ -314,9 +317,16 @@ def spread(
     found: dict[tuple, dict[Column, Group]] = {}
     for group in groups:
         row = tuple(group.by[name] for name in names)
-        found.setdefault(row, {})[Column(tuple(group.by[key] for key in pivot), group.setting)] = group
-    columns = {column for cells in found.values() for column in cells}
-    columns = [one for one in columns if not any(one.covers(other) for other in columns if other != one)]
+        column = Column(tuple(pivot), tuple(group.by[key] for key in pivot), group.setting)
+        found.setdefault(row, {})[column] = group
+    every = {column for cells in found.values() for column in cells}
+
+    def is_shown(one: Column) -> bool:
+        """Not where its numbers stand in all the columns that it covers."""
+        covered = {other for other in every if other != one and one.covers(other)}
+        return not covered or any(one in cells and covered & cells.keys() for cells in found.values())
+
+    columns = [column for column in every if is_shown(column)]
     columns.sort(key=lambda column: (*map(sort_key, column.values), column.setting))
     ranks = {canonical(name): rank for rank, name in enumerate(order)}
     rows = sorted(found, key=lambda row: [sort_key(value, ranks) for value in row])

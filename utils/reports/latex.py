@@ -11,6 +11,15 @@ GREEK = {chr(ord("α") + i): f"${chr(92)}{name}$" for i, name in enumerate((
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
     "omicron", "pi", "rho", "varsigma", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
 )) if name != "omicron"}  # fmt: skip
+GREEK |= {
+    capital: f"${chr(92)}{name}$"
+    for capital, name in zip(
+        "ΓΔΘΛΞΠΣΥΦΨΩ",
+        ("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Upsilon", "Phi", "Psi", "Omega"),
+        strict=True,
+    )
+}
+GREEK |= dict(zip("ΑΒΕΖΗΙΚΜΝΟΡΤΧο", "ABEZHIKMNOPTXo", strict=True))  # which look like Latin letters
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", TIE_MARK: r"$\dagger$",
@@ -63,7 +72,9 @@ def tabular(head: Sequence[str], body: Sequence[Sequence[Cell]], num_keys: int, 
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\" + "\n"
+    text = " & ".join(cells)
+    guard = "{}" if text.startswith(("[", "*")) else ""  # which would belong to the end of the line before
+    return guard + text + r" \\" + "\n"
 
 
 def _column(cells: Sequence[Cell], siunitx: bool) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.arguments import MANY_TASKS, Config, EngineArgs, flags_of
+from flatcl.utils.arguments import MANY_TASKS, SEEDS, Config, EngineArgs, flags_of
 from flatcl.utils.console import complain, reason
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import is_writable, parse_json, read_json, read_text, user_path
@@ -27,6 +27,9 @@ VALIDATION, TEST = "validation", "test"
 DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
 NO_RESULT = "no result"  # the status of a run that has no summary: it is at its first task, or ended there
 DECIMALS = 5  # of an accuracy (a fraction) in a record: enough for test sets of up to 100,000 images
+
+
+Seeds = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,13 @@ class Run:
         return {"split": self.split, "protocol_version": self.protocol}.get(key)
 
     @property
+    def seeds(self) -> Seeds:
+        """The seed, and that of each source of random numbers (`SEEDS`): runs with equal ones are pairs."""
+        seed = self.get("seed")
+        own = (self.get(name) for name in SEEDS)
+        return seed, *(seed if value is None else value for value in own)
+
+    @property
     def keys(self) -> set[str]:
         plain = {key for key, value in self.summary.items() if not isinstance(value, dict | list)}
         return plain | set(self.flags) | set(DERIVED)
@@ -77,16 +87,21 @@ def _digest(code: Mapping[str, str] | None) -> str | None:
 
 
 def load_runs(
-    paths: Sequence[str | Path], say: Callable[[str], None] = complain, where: Mapping[str, str] | None = None
+    paths: Sequence[str | Path],
+    say: Callable[[str], None] = complain,
+    where: Mapping[str, str] | None = None,
+    keys: Iterable[str] = (),
 ) -> list[Run]:
     """The finished runs in these folders (and records) that have the values of `where`, searched recursively; of equal
-    runs (flags and seed) the newest. Raises `UsageError` where there are none."""
-    runs = find_runs(paths, say, where=where or {})
+    runs (flags and seed) the newest. `keys`: by which they will be told apart; with code_version, runs of other code
+    are not equal. Raises `UsageError` where there are none."""
+    where = where or {}
+    runs = find_runs(paths, say, with_repeats=True, where=where)
     if not runs:
         raise UsageError(
             f"no finished runs in {', '.join(str(path) for path in paths)}. Give folders that hold run folders."
         )
-    return select(runs, where or {})
+    return newest(select(runs, where), say, with_code="code_version" in {*keys, *where})
 
 
 def find_runs(
@@ -117,7 +132,7 @@ def find_runs(
         said = {NO_RESULT: "without a result yet"}
         counts = ", ".join(f"{number} {said.get(status, status)}" for status, number in sorted(unfinished.items()))
         say(f"note: left out, since they did not finish: {counts}.")
-    return _by_age(found.values()) if with_repeats else _newest(list(found.values()), say, where or {})
+    return _by_age(found.values()) if with_repeats else newest(list(found.values()), say)
 
 
 def all_runs(paths: Sequence[str | Path], say: Callable[[str], None] = complain) -> list[Run]:
@@ -317,12 +332,12 @@ def write_record(runs: Sequence[Run], path: str | Path) -> None:
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _newest(runs: list[Run], say: Callable[[str], None], where: Mapping[str, str]) -> list[Run]:
-    """One run of each config hash."""
+def newest(runs: Sequence[Run], say: Callable[[str], None], with_code: bool = False) -> list[Run]:
+    """One run of each config hash, or of each config hash and code."""
     kept: dict[Any, Run] = {}
     for run in _by_age(runs):
-        kept[run.summary.get("config_hash") or run.path] = run
-    repeated = sum(_has(run, where) for run in runs) - sum(_has(run, where) for run in kept.values())
+        kept[run.summary.get("config_hash") or run.path, run.get("code_version") if with_code else None] = run
+    repeated = len(runs) - len(kept)
     if repeated:
         say(f"note: {repeated} run(s) repeat another one's flags and seed; the newest of equal runs counts.")
     return list(kept.values())

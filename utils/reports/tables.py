@@ -13,6 +13,7 @@ from flatcl.utils.reports.comparisons import mark_best
 from flatcl.utils.reports.groups import (
     BY,
     METRICS,
+    NOTHING,
     Group,
     check_metrics,
     costs_of,
@@ -102,7 +103,8 @@ def _pivoted(
 ) -> Parts:  # fmt: skip
     """A row for the keys that are not pivot keys, a cell for all metrics of a group."""
     rows, columns, cells = spread(groups, pivot, order)
-    labels = [", ".join(named(value, names) for value in column.values if value is not None) for column in columns]
+    labels = [", ".join(named(value, names) for value in column.values if value is not None) or NOTHING
+              for column in columns]  # fmt: skip
     head = [*(named(key, names) for key in (rows[0] if rows else ())), *(
         f"{label}, {named(column.setting, names)}" if labels.count(label) > 1 else label
         for label, column in zip(labels, columns, strict=True)

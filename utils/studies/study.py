@@ -109,7 +109,8 @@ class Study:
             own = {name: values for name, values in grid.items() if name in known}
             for *values, seed in itertools.product(*own.values(), self.seeds):
                 point = {**chosen, **dict(zip(own, values, strict=True))}
-                extra = {name: value for cell in self.cells if cell.has(point) for name, value in cell.flags.items()}
+                extra = {name: value for cell in self.cells if cell.has(point) for name, value in cell.flags.items()
+                         if name in known}  # fmt: skip
                 found.append({**point, **extra, **self.seed_axes(seed)})
         return found
 
@@ -431,7 +432,9 @@ class _Reader(TuneReader):
         plain = dataclasses.replace(study, cells=())
         points, complain = plain.points(), self.tree.complain
         for name in study.grid:
-            if not any(name in point for point in points):
+            if name in study.seed_flags:
+                complain(("grid", self._as_written(("grid",), name)), "the seeds decide it, by vary. Drop it.")
+            elif not any(name in point for point in points):
                 complain(("grid", self._as_written(("grid",), name)), "none of the runs has this flag. Drop it.")
         if study.buffer_sizes and not any("buffer_size" in point for point in points):
             complain(("buffer_sizes",), f"none of {', '.join(study.models)} has a buffer. Drop it.")
@@ -441,9 +444,11 @@ class _Reader(TuneReader):
                 wanted = ", ".join(f"{name} {' or '.join(words)}" for name, words in cell.chosen.items())
                 complain(("cells", i), f"no run has {wanted}. Correct it, or drop the cell.")
             for name in cell.flags:
+                path = ("cells", i, self._as_written(("cells", i), name))
                 if any(name in point for point in own):
-                    key = self._as_written(("cells", i), name)
-                    complain(("cells", i, key), f"--{name} is an axis of the study. Give it in one place.")
+                    complain(path, f"--{name} is an axis of the study. Give it in one place.")
+                elif own and not any(study.has_flag(point, name) for point in own):
+                    complain(path, "none of the runs of this cell has this flag. Drop it.")
         if study.tune is not None:
             self._check_tune_use(study)
 
