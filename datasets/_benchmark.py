@@ -82,6 +82,10 @@ class JointTask(Task):
         return self.benchmark.joint_split()
 
     @cached_property
+    def test(self) -> Split:
+        return joined([task.test for task in self.benchmark])
+
+    @cached_property
     def monitor(self) -> Split:
         parts = [task.monitor for task in self.benchmark] if self.benchmark.setting != "class-il" else []
         return joined(parts) if parts else self.benchmark._held_out
@@ -114,6 +118,7 @@ class Benchmark(Sequence[Task]):
     protocols: dict[str, dict[str, Any]] = {}  # what --protocol chooses instead: {name: {flag: value}}, backbone too
     task_sizes: tuple[int, ...] | None = None  # classes of each task, where they are not equal
     unofficial: str | None = None  # a digest of its data, where files that should be official have other rows
+    draws_tasks = False  # the seed decides what its tasks, or its stream, are
     published_as: str | None = None  # benchmark whose published values serve for this one too, marked as ours
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -219,6 +224,9 @@ class Benchmark(Sequence[Task]):
         if config.classes_per_task and not cls._takes_task_sizes():
             return [f"--classes_per_task has no effect on {cls.name}, which defines its own tasks. Drop it."]
         problems = []
+        has_none = getattr(cls.augmentations, "__qualname__", None) == Benchmark.augmentations.__qualname__
+        if has_none and config.origins["augmentation"] == "argv":
+            problems.append(f"--augmentation has no effect on {cls.name}, which has none. Drop it.")
         if config.start_from >= config.n_tasks:
             problems.append(
                 f"--start_from must be less than the number of tasks {config.n_tasks}, got {config.start_from}. Give "

@@ -28,6 +28,7 @@ DIGITS, CHUNKS, ROUNDS = 9, 6, 3
 @DATASETS.register("mnist-360")
 class Mnist360(Benchmark):
     setting = "general-continual"
+    draws_tasks = True
     num_classes = 10
     empty_classes = (9,)
     shape = (1, 28, 28)

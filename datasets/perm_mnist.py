@@ -15,6 +15,7 @@ from flatcl.utils.registry import DATASETS
 
 @DATASETS.register("perm-mnist")
 class PermMnist(DomainBenchmark):
+    draws_tasks = True
     num_classes = 10
     shape = (1, 28, 28)
     defaults = dict(n_tasks=20, n_epochs=1, batch_size=128, minibatch_size=128, lr=0.2)

@@ -97,6 +97,40 @@ def test_another_optimizer_begins_anew(tmp_path):
     assert set(state["optimizer"]["names"]) and len(state["progress"]["tasks"]) == 2
 
 
+def test_another_optimizer_takes_over_weights_and_counts(tmp_path):
+    """MESA averages from the weights that it is given, not from those that were drawn; skipped steps count."""
+    from flatcl.utils.engine.build import build
+
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
+    state = checkpoint.load(first / "checkpoint")
+    state["cost"]["skipped_steps"] = 7
+    words = ["--optimizer", "mesa", "--mesa_carry", "1", "--stop_after", "2", "--disable_log"]
+    config = resolve(["--from", str(first), "--continue", "1", *words])
+    trainer = build(config, torch.device("cpu"), None, None, is_new=False)
+    trainer.continue_from(state, same_optimizer=False)
+    trainer.optimizer.begin_task(trainer.benchmark[1])
+    pairs = zip(trainer.optimizer.teacher.parameters(), trainer.method.net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    trainer._check_skips()
+    assert trainer.cost.skipped_steps == 7
+
+
+def test_a_continued_run_has_its_own_page_of_charts(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1")
+    second = start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "2")
+    (board,) = (second / "tensorboard").iterdir()
+    assert "custom_scalars__config__" in EventAccumulator(str(board)).Reload().Tags()["tensors"]
+
+
+def test_what_learns_at_the_end_is_not_continued(tmp_path, capsys):
+    flags = ["--model", "gdumb", "--dataset", "seq-synth", "--buffer_size", "20", "--fitting_epochs", "1"]
+    first = start(tmp_path, *flags, "--stop_after", "1", "--non_verbose")
+    words = ("--from", str(first), "--continue", "1", "--stop_after", "2")
+    assert "gdumb learned at the end of that run, and does it from weights that are still" in refused(capsys, *words)
+
+
 def test_a_continued_run_resumes(tmp_path, monkeypatch):
     from flatcl.utils.engine.trainer import Trainer
 

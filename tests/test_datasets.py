@@ -221,6 +221,7 @@ def test_joint_has_everything(root, name):
     task = benchmark.joint_task
     split, (images, labels) = task.train, base_of(benchmark)[0]
     assert set(task.classes) == set(range(benchmark.num_classes)) and split.batch_lengths is None
+    assert torch.equal(task.test.ids, torch.cat([part.test.ids for part in benchmark]))
     assert len(split.ids.unique()) == len(split)
     if benchmark.setting == "class-il":
         assert torch.equal(split.images[split.ids.argsort()], images)

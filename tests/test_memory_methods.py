@@ -116,6 +116,35 @@ def test_gdumb_fits_after_the_last_task_of_the_run(start, joint):
     ) and trainer.method.buffer.num_seen == collected
 
 
+def test_gdumb_may_be_evaluated_between_the_epochs_of_its_fit():
+    assert resolve(["--model", "gdumb", "--dataset", "seq-synth", "--eval_every", "16"]).eval_every == 16
+
+
+def test_a_resumed_gdumb_keeps_the_points_of_its_tasks(tmp_path, monkeypatch):
+    """It has taken no step while it collects, so that its tasks are more than its steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from flatcl.utils.commands.train import main
+    from flatcl.utils.engine.trainer import Trainer
+
+    words = ["--model", "gdumb", "--dataset", "seq-synth", "--buffer_size", "20", "--fitting_epochs", "1"]
+    finish = Trainer._finish_task
+
+    def stopping(self, task):
+        finish(self, task)
+        if len(self.progress.tasks) == 3:
+            self._stop_signal = 15
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish_task", stopping)
+        assert main([*words, "--non_verbose", "--results_path", str(tmp_path)]) == 143
+    (folder,) = [file.parent for file in tmp_path.rglob("config.json")]
+    assert main(["--resume", str(folder), "--non_verbose"]) == 0
+    (board,) = (folder / "tensorboard").iterdir()
+    points = EventAccumulator(str(board), size_guidance={"scalars": 0}).Reload().Scalars("accuracy/class-il")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5]
+
+
 def test_gdumb_fits_after_a_stream_without_tasks(start, tmp_path):
     make_mnist(tmp_path)
     trainer = start(

@@ -392,6 +392,10 @@ def test_matrix_picture_of_many_tasks_and_of_a_joint_run():
 
 
 def test_curves_are_the_averages_and_the_forgetting():
+    left, right = pictures.curves(MATRIX, "er", [2, 3, 4]).axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["3", "4", "5"]
+    assert {text.get_text() for text in left.texts} == {"3", "4", "5"}
+    assert "task 3, 4, ..." in left.get_legend_handles_labels()[1]
     left, right = pictures.curves(MATRIX, "er").axes
     average = next(line for line in left.lines if line.get_label() == "average over tasks seen")
     assert average.get_ydata() == pytest.approx([90, 75, 100 * (0.75 + 0.5 + 0.95) / 3])

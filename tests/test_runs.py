@@ -1148,6 +1148,18 @@ def test_a_budget_is_spent_to_the_step_and_evenly_by_the_tasks(optimizer, capsys
     assert all(b > a for a, b in zip(steps, steps[1:], strict=False))
 
 
+def test_joint_training_on_a_stream_spends_its_budget(mnist, capsys):
+    """It is shuffled like any data set, and not a stream that passes once."""
+    cost = build("--model", "joint", "--dataset", "mnist-360", "--base_path", str(mnist), "--budget_rows", "5000")
+    assert 0 <= compute(cost.run()["cost"]) - 5000 < 3 * 16
+
+
+def test_forward_transfer_is_not_defined_where_later_tasks_do_not_compete(capsys):
+    argv = ("--model", "er", "--dataset", "seq-synth", "--debug_mode", "--class_il_argmax", "seen")
+    found = build(*argv).run()["metrics"]
+    assert found["class-il"]["fwt_gem17"] is None and found["task-il"]["fwt_gem17"] is not None
+
+
 def test_what_is_cheaper_gets_more_steps_for_the_same_budget(capsys):
     steps = {name: build(*BUDGET, "--optimizer", name).run()["cost"]["steps"] for name in ("sgd", "sam", "c_flat")}
     assert steps["sgd"] / steps["sam"] == pytest.approx(2, rel=0.1)

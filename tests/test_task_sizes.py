@@ -78,6 +78,8 @@ def test_the_upper_of_two_layers_decides_the_tasks(tmp_path):
     del Sized.defaults["n_tasks"]
     sized = configure(dataset="sized")
     assert (sized.n_tasks, sized.classes_per_task) == (2, (4, 6))
+    agreed = configure("--n_tasks", 2, dataset="sized")
+    assert (agreed.n_tasks, agreed.classes_per_task) == (2, (4, 6)) and agreed.hash == sized.hash
     equal = configure("--n_tasks", 5, dataset="sized")
     assert (equal.n_tasks, equal.classes_per_task, equal.origins["classes_per_task"]) == (5, (), "--n_tasks")
     first = str(run(tmp_path, "--model", "er", *FAST, "--debug_mode", "--classes_per_task", "3,3,4"))

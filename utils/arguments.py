@@ -628,6 +628,11 @@ def _check_continued(config: Config, parent: Parent, saved: Saved | None) -> lis
         )
     if config.joint or config.learner.trains_jointly:
         problems.append("--continue: a joint run has trained all tasks, none is left. Drop it.")
+    if config.learner.learns_at_the_end:
+        problems.append(
+            f"--continue: {config.model} learned at the end of that run, and does it from weights that are still as "
+            "they were drawn. Start a new run with a larger --stop_after."
+        )
     done, stop = config.start_from + parent.tasks, config.stop_after or config.n_tasks
     if stop <= done and not problems:
         remedy = "Give a larger --stop_after" if done < config.n_tasks else "There are no more"
@@ -682,7 +687,7 @@ class _Layers:
         sizes, number = self.values["classes_per_task"], layer.get("n_tasks")
         if sizes and number is None and ("n_tasks" in layer or "classes_per_task" in layer):
             self.values["n_tasks"], self.origins["n_tasks"] = len(sizes), "--classes_per_task"
-        elif number is not None and sizes and "classes_per_task" not in layer:
+        elif number not in (None, len(sizes)) and sizes and "classes_per_task" not in layer:
             self.values["classes_per_task"], self.origins["classes_per_task"] = (), "--n_tasks"
 
 
@@ -1032,7 +1037,8 @@ def _check_together(config: Config, goes_on: bool) -> list[str]:
         problems.append("--early_stop and --budget_rows exclude each other: both end a task. Give one of them.")
     elif config.early_stop is not None and config.n_epochs == 1:
         problems.append("--early_stop has no effect in 1 epoch. Give a larger --n_epochs.")
-    if config.eval_every is not None and config.eval_every >= config.n_epochs and config.budget_rows is None:
+    has_own_length = config.budget_rows is not None or config.learner.learns_at_the_end
+    if config.eval_every is not None and config.eval_every >= config.n_epochs and not has_own_length:
         problems.append(
             f"--eval_every must be less than --n_epochs {config.n_epochs}, since the end of a task is evaluated "
             f"anyway, got {config.eval_every}. Give less, or drop it."
@@ -1072,14 +1078,16 @@ def _check_seeds(config: Config, jointly: bool) -> list[str]:
     """Seeds of what the benchmark does not draw. Of a benchmark of others, only its code says that."""
     if DATASETS.file(config.dataset) is None:
         return []
-    problems, setting = [], getattr(DATASETS.load(config.dataset), "setting", None)
-    draws = config.permute_classes or config.validation or config.early_stop is not None or setting != "class-il"
+    problems, dataset = [], DATASETS.load(config.dataset)
+    is_stream = dataset.setting == "general-continual" and not jointly
+    draws_tasks = dataset.draws_tasks and (is_stream or dataset.setting != "general-continual")
+    draws = config.permute_classes or config.validation or config.early_stop is not None or draws_tasks
     if config.class_order_seed is not None and not draws:
         problems.append(
             f"--class_order_seed has no effect on {config.dataset}, whose classes have a fixed order. Add "
             "--permute_classes 1, or drop it."
         )
-    if config.data_order_seed is not None and setting == "general-continual" and not jointly:
+    if config.data_order_seed is not None and is_stream:
         problems.append(
             f"--data_order_seed has no effect on {config.dataset}, whose stream the benchmark draws. Use "
             "--class_order_seed."

@@ -57,6 +57,7 @@ class Benchmark(Protocol):
     default_backbone: str
     defaults: dict[str, Any]
     protocols: dict[str, dict[str, Any]]
+    draws_tasks: bool
     unofficial: str | None
     published_as: str | None
 
@@ -91,6 +92,7 @@ class Method(Protocol):
     published: Mapping[tuple[str, int | None], Mapping[str, tuple[Any, str]]]
     default_optimizer: str
     trains_jointly: bool
+    learns_at_the_end: bool
     has_memory: bool
     revisits: bool
     rows_are_independent: bool

@@ -203,7 +203,7 @@ def _dtype(images: Tensor) -> str:
 
 def _torch_state() -> list[bytes]:
     state = seeding.global_state()
-    return [item.cpu().numpy().tobytes() for item in (state["cpu"], *state.get("cuda", ()))]
+    return [item.cpu().numpy().tobytes() for item in (state["cpu"], *state.get("cuda", ()), *state.get("mps", ()))]
 
 
 def _other_state() -> str:

@@ -42,10 +42,11 @@ class Logs:
         if self.tracker is not None:
             self.tracker.begin()
 
-    def resume(self, steps: int) -> None:
-        """TensorBoard forgets what was logged after the checkpoint."""
+    def resume(self, steps: int, tasks: int) -> None:
+        """TensorBoard forgets what was logged after the checkpoint: after so many steps, and tasks, which are more than
+        the steps where a method learns at the end."""
         if self.folder is not None:
-            self.board = Board(board_folder(self.folder.path, self.config), purge_step=steps + 1)
+            self.board = Board(board_folder(self.folder.path, self.config), purge_step=max(steps, tasks) + 1)
 
     def warn_once(self, what: str, text: str) -> None:
         if what not in self._said:
@@ -96,7 +97,7 @@ class Logs:
         if self.folder is None:
             return
         self._append({"task": task, "step": cost.steps, "accuracy": row, "average_accuracy": averages})
-        if count == 1:
+        if count == 1 + (self.config.continues.tasks if self.config.continues else 0):
             self.board.add(layout(list(row), has_each_task=len(next(iter(row.values()))) <= MANY_TASKS), 0)
         for setting, value in forgetting.items():
             self._scalar(f"forgetting/{setting}", value, count, "task")
@@ -170,7 +171,7 @@ class Logs:
             }
             if len(matrix) > 1:
                 trained = [[row[task] for task in tasks] for row in matrix]
-                figures[f"curves{suffix}"] = partial(pictures.curves, trained, heading)
+                figures[f"curves{suffix}"] = partial(pictures.curves, trained, heading, None if joint else tasks)
             for name, draw in figures.items():
                 missing = {name, f"{name}.png"} - there
                 figure = draw() if missing else None

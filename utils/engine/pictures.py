@@ -84,13 +84,14 @@ def confusion(counts: np.ndarray, title: str) -> "Figure":
     return figure
 
 
-def curves(matrix: Matrix, title: str) -> "Figure":
+def curves(matrix: Matrix, title: str, tasks: Sequence[int] | None = None) -> "Figure":
     """Average accuracy over the tasks seen so far, and forgetting, after each task. Beside the average each task's own
     accuracy, its number at its end, or, of many tasks, between which accuracies half and 90 % of those seen so far
-    lie."""
+    lie. `tasks`: which tasks (from 0) rows and columns are, by default the first."""
     percent = _percent(matrix)
     rows, columns = percent.shape
     joint = rows == 1 and columns > 1
+    tasks = range(columns) if tasks is None else tasks
     figure = _figure(10.6, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.45, 1))
     figure.suptitle(title, fontsize=11)
@@ -101,7 +102,7 @@ def curves(matrix: Matrix, title: str) -> "Figure":
         seen[np.arange(columns) > np.arange(rows)[:, None]] = np.nan  # before its training a task is not yet learned
     left.set_ylim(-2, 102 if np.isnan(seen).all() else _top(np.nanmax(seen)))
     if columns <= MAX_LINES:
-        _task_lines(left, seen)
+        _task_lines(left, seen, tasks)
     elif not joint:
         low, lower, upper, high = np.array([_percentiles(row, (5, 25, 75, 95)) for row in seen]).T
         left.fill_between(steps, low, high, color="#dbe4ee", lw=0, label="90 % of the tasks")
@@ -119,7 +120,7 @@ def curves(matrix: Matrix, title: str) -> "Figure":
         right.set_ylim(-1, 1)
         right.set_yticks([0])
         right.text(0.5, 0.5, "needs two tasks", transform=right.transAxes, ha="center", va="bottom", color=FAINT)
-    places, names = _task_ticks(range(rows), MAX_LINES if rows <= MAX_LINES else 12)
+    places, names = _task_ticks(tasks[:rows], MAX_LINES if rows <= MAX_LINES else 12)
     for axes in (left, right):
         _plain(axes)
         axes.set_xlabel("after training task" if not joint else "after training on all tasks")
@@ -128,18 +129,18 @@ def curves(matrix: Matrix, title: str) -> "Figure":
     return figure
 
 
-def _task_lines(axes, seen: np.ndarray) -> None:
-    """A line for each task (column), told apart by colour, marker and dashes together, and its number at its end: the
-    colours of 20 lines alone cannot be, least of all in print or by colour-blind readers."""
+def _task_lines(axes, seen: np.ndarray, tasks: Sequence[int]) -> None:
+    """A line for each of these tasks (a column), told apart by colour, marker and dashes together, and its number at
+    its end: the colours of 20 lines alone cannot be, least of all in print or by colour-blind readers."""
     rows, columns = seen.shape
     ends = []
     for j, style in zip(range(columns), _line_styles(), strict=False):
         there = np.flatnonzero(~np.isnan(seen[:, j]))
         if len(there) == 0:
             continue
-        name = "task 1, 2, ..." if j == 0 else None
+        name = f"task {tasks[0] + 1}, {tasks[0] + 2}, ..." if j == 0 else None
         axes.plot(there + 1, seen[there, j], lw=1.1, ms=4.5, label=name, mfc="white", mew=1.1, **style)
-        ends.append((seen[there[-1], j], there[-1] + 1, f"{j + 1}", style))
+        ends.append((seen[there[-1], j], there[-1] + 1, f"{tasks[j] + 1}", style))
     top = axes.get_ylim()[1]
     places = _spread([end for end, _, _, _ in ends], apart=top / MAX_LINES, low=0, high=top)
     beside = rows + 0.05 * max(rows, 2)  # right of the frame

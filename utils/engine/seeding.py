@@ -50,6 +50,8 @@ def global_state() -> dict:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = [torch.cuda.get_rng_state()]
+    if torch.backends.mps.is_available():
+        state["mps"] = [torch.mps.get_rng_state()]
     return state
 
 
@@ -57,6 +59,8 @@ def set_global_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"][0].cpu())
 
 
 @contextmanager
@@ -81,4 +85,4 @@ def differ(before: dict, after: dict) -> bool:
 
 
 def _states(state: dict) -> list[torch.Tensor]:
-    return [state["cpu"], *state.get("cuda", [])]
+    return [state["cpu"], *state.get("cuda", []), *state.get("mps", [])]

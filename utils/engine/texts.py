@@ -59,6 +59,8 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         cells = ("          –" if value is None else f"{100 * value:9.2f} %" for value in values)
         unmeasured = name == "fwt_gem17" and summary["eval_tasks"] == "seen" and len(tasks) > 1
         note = "  not measured: only tasks seen are evaluated (--eval_tasks)" if unmeasured else ""
+        if name == "fwt_gem17" and values[0] is None and any(value is not None for value in values):
+            note = "  not defined in class-il: outputs of tasks to come do not compete (--class_il_argmax)"
         lines.append(f"{name:30}" + "".join(cells) + note)
     cost = summary["cost"]
     peak = "not known" if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:,.0f} MiB"

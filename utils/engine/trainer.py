@@ -286,7 +286,7 @@ class Trainer:
                 self.early.load_state_dict(state["early_stop"], self.device)
         if self.folder is not None:
             self.folder.truncate_metrics(state["metrics_size"])
-        self.logs.resume(self.cost.steps)
+        self.logs.resume(self.cost.steps, len(self.progress.tasks))
 
     def continue_from(self, state: dict[str, Any], same_optimizer: bool) -> None:
         """Takes over weights, memory and generators, and the matrix and costs so far, of another run, which has ended
@@ -298,7 +298,7 @@ class Trainer:
         if with_optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
         else:
-            self.optimizer.follow()
+            self.optimizer.begin_anew(state["cost"].get("skipped_steps", 0))
         self.progress, self.cost = Progress(**state["progress"]), Cost(**state["cost"])
         self.progress.accuracy = {}
         for setting, (values, lengths) in state["progress"]["accuracy"].items():
@@ -315,7 +315,7 @@ class Trainer:
         """In a folder whose run was stopped before its first checkpoint."""
         if self.folder is not None:
             self.folder.truncate_metrics(0)
-        self.logs.resume(steps=-1)
+        self.logs.resume(steps=-1, tasks=-1)
 
     def _task_indices(self) -> range:
         if self.joint:
@@ -418,7 +418,8 @@ class Trainer:
     def _epochs(self, n_epochs: int) -> Iterator[int]:
         """The epochs of the task under way that are left; with a budget, until the task's share is spent."""
         epoch = self.progress.epoch
-        is_open = self.config.budget_rows is not None and self.has_boundaries  # a stream passes once
+        passes_once = not (self.has_boundaries or self.joint)  # a stream
+        is_open = self.config.budget_rows is not None and not passes_once
         while self._mid_epoch or epoch == 0 or (not self._is_spent() if is_open else epoch < n_epochs):
             yield epoch
             epoch += 1
@@ -610,7 +611,8 @@ class Trainer:
         def trained(row: list) -> list:
             return [row[column] for column in self._columns]
 
-        untrained = trained(self.progress.untrained[setting]) if self.progress.untrained else None
+        is_measured = bool(self.progress.untrained) and (setting, self.config.class_il_argmax) != ("class-il", "seen")
+        untrained = trained(self.progress.untrained[setting]) if is_measured else None
         rows = [trained(row) for row in self.progress.accuracy[setting]]
         return metrics.summarize(rows, untrained, trained(self.sizes), self.joint)
 

@@ -294,6 +294,12 @@ class Driver:
         for name in names:
             self.state.pop(name, None)
 
+    def begin_anew(self, num_skipped: int) -> None:
+        """The method has got the weights of a run that had another optimizer, and had skipped so many steps: nothing of
+        that optimizer is taken over."""
+        self.follow()
+        self.skips[0] = num_skipped
+
     def follow(self) -> bool:
         """Follows changes of the method's parameters: added, replaced, enlarged, removed. Returns whether any changed.
         A parameter is identified by its name; its state keeps the old entries at the lowest indices."""

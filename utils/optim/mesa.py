@@ -76,6 +76,10 @@ class MESA(Driver):
         super().begin_task(task)
         self._copy_net(self.teacher if self.args.mesa_carry else None)
 
+    def begin_anew(self, num_skipped: int) -> None:
+        super().begin_anew(num_skipped)
+        self._copy_net()
+
     def follow(self) -> bool:
         has_changed = super().follow()
         if has_changed:
