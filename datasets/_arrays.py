@@ -123,7 +123,12 @@ def _tasks(tasks: Any, classes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 f"tasks must divide the {classes} classes, got {tasks}. Give the classes of each, as [[0, 1], [2]]."
             )
         return tuple(range(classes)), (classes // tasks,) * tasks
-    order = [int(label) for task in tasks for label in task]
+    try:
+        order = [int(label) for task in tasks for label in task]
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"tasks must be the classes of each task, as [[0, 1], [2]], or a number of equal tasks, got {tasks}."
+        ) from None
     if sorted(order) != list(range(classes)) or not all(len(task) for task in tasks):
         raise UsageError(
             f"tasks must name each of the classes 0..{classes - 1} once, and no task may be empty, got {list(tasks)}."

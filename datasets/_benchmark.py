@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flatcl.datasets._checks import Arrays, check_declared, check_pixel_map, checked_arrays, digest_of
 from flatcl.utils.engine import seeding
-from flatcl.utils.errors import DataError, UsageError
+from flatcl.utils.errors import DataError, UsageError, mistake
 from flatcl.utils.files import user_path
 from flatcl.utils.protocols import Config
 
@@ -457,7 +457,11 @@ class DomainBenchmark(Benchmark):
 
     def pixel_map(self, index: int) -> Tensor:
         """(H * W,) int64: pixel p of task `index` is pixel map[p] of the stored image; H * W means black."""
-        raise NotImplementedError
+        raise mistake(
+            self,
+            "it has no `pixel_map`, which says how a task's images differ from the stored ones. Write it, or, where "
+            "each domain has images of its own, num_rows, train_split, monitor_split, make_test and joint_split.",
+        )
 
     def classes_of(self, index: int) -> range:
         return range(self.num_classes)

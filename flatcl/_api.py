@@ -42,6 +42,11 @@ from flatcl.utils.saved import Saved, check_code, read_saved
 __all__ = ["Callback", "Experiment", "Run", "State", "benchmark_from_arrays", "build", "load", "resume", "train"]
 
 BASES = {"model": Method, "dataset": Benchmark, "backbone": nn.Module, "optimizer": Driver}
+NOT_OF_BUILD = {
+    "dry_run": "it starts nothing, and print(flatcl.build(...)) shows the flags",
+    "resume": "flatcl.resume(folder) continues a run",
+    "keep_changed": "it belongs to flatcl.resume(folder, keep_changed=True)",
+}
 WHENCE = "Give a name (see python -m flatcl list), a class, or, as a backbone, a network."
 
 
@@ -50,6 +55,8 @@ def train(*, callbacks: Sequence[Any] = (), **given: Any) -> "Run":
 
     >>> run = flatcl.train(model="mgser_sam", dataset="seq-digits", buffer_size=200, seed=1)
     >>> run.accuracy["class-il"][-1]  # after the last task, on each task
+
+    Raises `UsageError` as `build` does, and `RunFailed` and `KeyboardInterrupt` as `Experiment.run` does.
     """
     return build(**given).run(callbacks)
 
@@ -81,6 +88,9 @@ def build(
     """
     if "plugin" in flags:
         raise UsageError("--plugin is `plugins` here: plugins=['my_method.py'].")
+    elsewhere = [f"{name} is not for build: {instead}." for name, instead in NOT_OF_BUILD.items() if name in flags]
+    if elsewhere:
+        raise UsageError(*elsewhere)
     if continue_run and from_run is None:
         raise UsageError("continue_run=True starts from the end of another run. Give that run by from_run.")
     chosen = dict(model=model, dataset=dataset, backbone=backbone, optimizer=optimizer)
@@ -106,6 +116,8 @@ def load(
     folder: the run folder. device: the device of its network. base_path: the folder of the data sets, if it has
     changed. objects: `model`, `dataset`, `backbone`, `optimizer`, if the run was made with classes or a network of your
     own that are in no file. Executes the plugins of the run, if there are any.
+
+    Raises `UsageError` where there is no run that can be read.
     """
     saved = read_saved(os.fspath(folder))
     words = _selected(objects) | {"device": [device]}
@@ -121,6 +133,8 @@ def resume(
     """Continues a run that was stopped, to its end. A finished run is returned as by `load`.
 
     objects: as for `load`. keep_changed: continue although the code of the run, or your images, have changed since.
+
+    Raises `UsageError` where the run cannot be continued, and `RunFailed` and `KeyboardInterrupt` as `Experiment.run`.
     """
     saved = read_saved(os.fspath(folder))
     config = resolve_request(_of_saved(saved, _selected(objects), keep_changed))
@@ -200,8 +214,8 @@ class Run:
 
     @property
     def accuracy(self) -> dict[str, np.ndarray]:
-        """{setting: (tasks trained, T) float64}: [t, j] is the accuracy, a fraction, on task j after task t, both
-        counted from 0; NaN if it was not measured."""
+        """{setting: (tasks trained, T) float64}: [i, j] is the accuracy, a fraction, on task j, counted from 0, after
+        the i-th task that was trained, which is task i, or start_from + i; NaN if it was not measured."""
         return {setting: np.array(rows, dtype=np.float64) for setting, rows in self.summary["accuracy"].items()}
 
     @property
@@ -216,8 +230,10 @@ class Run:
 
     @property
     def buffer(self) -> Buffer | None:
-        """The memory: `buffer.all()` gives its columns {name: (rows, ...)}. None for a method without one."""
-        if self.folder is not None and not checkpoint.exists(self.folder / "checkpoint"):
+        """The memory: `buffer.all()` gives its columns {name: (rows, ...)}. None for a method without one. Raises
+        `UsageError` where the run has kept its weights alone."""
+        is_gone = self.folder is not None and not checkpoint.exists(self.folder / "checkpoint")
+        if is_gone and hasattr(self.model, "buffer"):
             raise UsageError(
                 f"{self.folder} has only the weights (--keep_checkpoint 0), not the memory. Repeat the run without "
                 "this flag."
@@ -228,16 +244,19 @@ class Run:
         """Images (N, C, H, W) uint8 as the benchmark stores them -> logits (N, K) float32, on the CPU.
 
         Column k is the k-th class that was learned: `benchmark.class_order()[k]` of the data set. task: counted from 0,
-        for methods that must know it (`pnn`).
+        for methods that must know it (`pnn`). Raises `UsageError` for other images, and for a task that is not there.
         """
         images = self._images(images)
+        if task is not None and not 0 <= task < len(self.benchmark):
+            raise UsageError(f"task must be 0 to {len(self.benchmark) - 1}, got {task}. Tasks are counted from 0.")
         with self._computing():
             return self._built.evaluate.logits(self.model, images, task).float().cpu()
 
     def predict(self, images: Any, task: int | None = None) -> Tensor:
         """Images (N, C, H, W) uint8 -> the predicted classes (N,) int64, numbered as in the data set.
-        With `task`, counted from 0, only the classes of that task are predicted (task-il); without it all, or with
-        --class_il_argmax seen those of the tasks that are finished (class-il)."""
+        With `task`, counted from 0, only the classes of that task are predicted (task-il); without it all, or, in a run
+        with --class_il_argmax seen, those of the tasks that are finished (class-il). Raises `UsageError` as `logits`
+        does."""
         logits = self.logits(images, task)
         order = torch.tensor(self.benchmark.class_order())
         if task is None:
@@ -246,7 +265,8 @@ class Run:
         return order[outputs.start : outputs.stop][logits[:, outputs.start : outputs.stop].argmax(1)]
 
     def features(self, images: Any) -> Tensor:
-        """Images (N, C, H, W) uint8 -> features (N, F) float32, the input of the last layer, on the CPU."""
+        """Images (N, C, H, W) uint8 -> features (N, F) float32, the input of the last layer, on the CPU. Raises
+        `UsageError` for other images, and for a network without `features`."""
         net: Any = self.model.net
         if not hasattr(net, "features"):
             raise UsageError(f"the network {self.config.backbone} has no `features`. Use a network that has.")

@@ -1,10 +1,11 @@
 """The core of the framework: a method gives a loss, the engine makes the optimizer step.
 
-A method has three functions: `draw` (all randomness), `loss` (pure; called several times in a step, also at perturbed
-weights) and `remember` (all side effects, after the step). `observe` calls them and is final. Methods that take several
-optimizer steps on one batch give the blocks of each step (`steps`). Methods that project on the gradient of something
-that is not in their loss give it as a reference (`references`). Gradients and weights belong to the optimizer
-(`utils/optim/_driver.py`). It sees a method as an `Objective` (`models/_objective.py`): a function of the weights only.
+A method has three functions: `draw` (the blocks of a step), `loss` (pure; called several times in a step, also at
+perturbed weights and on parts of the rows) and `remember` (what is kept, after the step). `observe` calls them and is
+final. Methods that take several optimizer steps on one batch give the blocks of each step (`steps`). Methods that
+project on the gradient of something that is not in their loss give it as a reference (`references`). Gradients and
+weights belong to the optimizer (`utils/optim/_driver.py`). It sees a method as an `Objective` (`models/_objective.py`):
+a function of the weights only.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -169,7 +170,8 @@ class Method(nn.Module):
         """Called before the first batch of an epoch, counted from 0 in each task."""
 
     def train_split(self, task: Task, epoch: int) -> Split:
-        """The rows (`Split`) that this epoch trains on."""
+        """The rows (`Split`) that this epoch trains on. Called several times, first before `begin_epoch`, and again
+        when a run resumes: always with the same rows in the same order."""
         return task.train
 
     def learning_rate(self, task: Task, epoch: int, lr: float) -> float:
@@ -177,7 +179,7 @@ class Method(nn.Module):
         return lr
 
     def draw(self, batch: Batch) -> tuple[Block, ...]:
-        """The blocks of one step. The only function that may draw random numbers."""
+        """The blocks of one step. Random numbers of a step are drawn here: `loss` draws none."""
         return (batch.block,)
 
     def steps(self, batch: Batch) -> Iterator[tuple[Block, ...]]:

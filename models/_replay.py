@@ -63,11 +63,25 @@ class ReplayMethod(Method):
         """Gives the batch to the policy. `loss` is None if `steps` made no step for this batch."""
         labels = batch.labels if self.buffer.policy.needs_labels else None
         logits = None if loss is None else loss.logits
+        if self.keeps_logits and logits is None:
+            raise mistake(
+                self,
+                "`keeps_logits` is True, but the loss of the first step has no logits. Write: Loss(rows, logits), with "
+                "the logits of the stream's rows.",
+            )
         self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
 
     def end_task(self, task: Task) -> None:
         """Lets the policy choose rows. A subclass that overrides this calls it first."""
         self.buffer.policy.end_task(self, task)
+
+    def likely_mistakes(self) -> list[str]:
+        if len(self.buffer) > 0:
+            return super().likely_mistakes()
+        return [
+            f"{self.name}: its memory is still empty. `remember` and `end_task` of ReplayMethod fill it: a class that "
+            "overrides them calls super().remember(batch, loss) and super().end_task(task)."
+        ]
 
     def replay(self, draws: int = 1) -> tuple[Block, ...]:
         """A block for each of `draws` independent draws of min(minibatch_size, filled) rows; an empty tuple while the

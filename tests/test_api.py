@@ -154,12 +154,46 @@ def test_a_run_without_a_folder_has_its_summary(quick):
     assert "no folder" in repr(run) and run.confusion_matrix().sum() == 160
 
 
+def test_what_only_the_command_line_has_is_refused_with_what_to_use():
+    for name, instead in (("dry_run", "flatcl.build"), ("resume", "flatcl.resume"), ("keep_changed", "flatcl.resume")):
+        with pytest.raises(UsageError, match=f"{name} is not for build: .*{instead}"):
+            flatcl.train(model="er", dataset="seq-synth", **{name: True})
+
+
+def test_a_task_that_is_not_there_and_tasks_that_are_none_are_refused(quick):
+    run = flatcl.train(**quick, disable_log=True, stop_after=1)
+    for task in (5, -1):
+        with pytest.raises(UsageError, match=f"task must be 0 to 4, got {task}"):
+            run.predict(run.benchmark[0].test.images, task=task)
+    pair = (np.zeros((5, 1, 8, 8), np.uint8), np.arange(5))
+    with pytest.raises(UsageError, match=r"tasks must be the classes of each task, .* got \[2, 3\]"):
+        flatcl.benchmark_from_arrays(pair, pair, tasks=[2, 3])
+
+
+def test_a_callback_gets_the_terms_of_all_steps_of_a_batch(quick):
+    seen = {}
+
+    class Watch(flatcl.Callback):
+        def after_step(self, state):
+            seen.setdefault(state.model.name, []).append((state.loss, set(state.terms)))
+
+    for model in ("fdr", "gdumb"):
+        flags = {"fitting_epochs": 1, "n_epochs": None} if model == "gdumb" else {}
+        flags = {**quick, **flags, "model": model}
+        flatcl.build(**{name: value for name, value in flags.items() if value is not None}).run([Watch()])
+    assert {"current", "function"} in [terms for _, terms in seen["fdr"]]
+    assert seen["gdumb"][0] == (None, set()) and seen["gdumb"][-1][0].isfinite()
+
+
 def test_weights_alone_predict_but_have_no_memory(quick):
     run = flatcl.train(**quick, keep_checkpoint=False, stop_after=1)
     old, images = flatcl.load(run.folder), run.benchmark[0].test.images
     assert torch.equal(old.logits(images), run.logits(images))
     with pytest.raises(UsageError, match="keep_checkpoint 0"):
         _ = old.buffer
+    plain = {name: value for name, value in quick.items() if name not in ("model", "buffer_size", "minibatch_size")}
+    run = flatcl.train(model="sgd", **plain, keep_checkpoint=False, stop_after=1)
+    assert flatcl.load(run.folder).buffer is None
 
 
 @pytest.mark.parametrize("model", ["pnn", "icarl"])

@@ -53,6 +53,14 @@ def test_average_incremental_accuracy():
     assert metrics.average_incremental_accuracy(C) == close((0.7 + 0.7 + 1.7 / 3 + 0.625) / 4)
 
 
+def test_average_incremental_overall_accuracy_counts_images():
+    sizes = [50, 10, 10]
+    a = [[0.8, 0.1, 0.1], [0.7, 0.9, 0.0], [0.6, 0.9, 0.9]]
+    # 40 of 50, 35 + 9 of 60, 30 + 9 + 9 of 70
+    assert metrics.average_incremental_overall_accuracy(a, sizes) == close((40 / 50 + 44 / 60 + 48 / 70) / 3)
+    assert metrics.average_incremental_overall_accuracy(A, [10, 10, 10]) == close(2.3 / 3)
+
+
 def test_forgetting_chaudhry18():
     assert metrics.forgetting_chaudhry18(A) == close(0.25)  # (.9 - .5 = .4) + (.8 - .7 = .1), over 2
     # best before the last task: .6 - .8 = -.2 and .7 - .9 = -.2: forgetting is negative
@@ -85,6 +93,7 @@ def test_one_task_defines_only_accuracies():
         "final_average_accuracy": 0.6,
         "final_overall_accuracy": 0.6,
         "average_incremental_accuracy": 0.6,
+        "average_incremental_overall_accuracy": 0.6,
         "forgetting_chaudhry18": None,
         "forgetting_mammoth": None,
         "bwt_gem17": None,
@@ -105,6 +114,8 @@ def test_the_summary_has_each_metric_under_its_name():
         "final_average_accuracy": close(0.625),
         "final_overall_accuracy": close(0.69),  # 6 + 6 + 21 + 36 of 100 images
         "average_incremental_accuracy": close((0.7 + 0.7 + 1.7 / 3 + 0.625) / 4),
+        # 7 of 10; 8 + 12 of 30; 4 + 10 + 24 of 60; 69 of 100
+        "average_incremental_overall_accuracy": close((0.7 + 20 / 30 + 38 / 60 + 0.69) / 4),
         "forgetting_chaudhry18": close(0.3),
         "forgetting_mammoth": close(0.2),
         "bwt_gem17": close(-0.5 / 3),

@@ -387,6 +387,44 @@ def test_a_guide_of_a_term_that_never_comes_is_told(go):
     )
 
 
+MEMORY = """
+@METHODS.register("mine")
+class Mine(Two):
+    remember = ReplayMethod.remember
+"""
+
+
+def test_a_memory_that_stays_empty_is_told(go):
+    text = MEMORY + "    def end_task(self, task):\n        pass\n"
+    code, lines, status, _ = go(text, "--buffer_policy", "herding", "--buffer_size", "20")
+    assert (code, status) == (0, "finished")
+    assert any("mine: its memory is still empty. `remember` and `end_task` of ReplayMethod fill it" in line
+               for line in lines)  # fmt: skip
+    assert not any("memory" in line for line in go(MEMORY, "--buffer_policy", "herding", "--buffer_size", "20")[1])
+
+
+def test_logits_that_are_kept_must_be_handed_over(go):
+    code, lines, _, file = go(MEMORY + "    keeps_logits = True\n")
+    assert code == 2 and len(lines) == 1
+    assert (
+        f"mine ({file}): `keeps_logits` is True, but the loss of the first step has no logits. Write: Loss(" in lines[0]
+    )
+
+
+def test_a_domain_benchmark_without_a_map_of_pixels_is_told(go):
+    text = """
+from flatcl.datasets import DomainBenchmark
+@DATASETS.register("turned")
+class Turned(DomainBenchmark):
+    num_classes, shape, defaults = 2, (1, 4, 4), dict(n_tasks=2)
+    def load(self, root):
+        rows = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 2
+        return rows, rows
+"""
+    code, lines, _, file = go(MEMORY + text, "--dataset", "turned")
+    assert code == 2 and f"turned ({file}): it has no `pixel_map`, which says how" in lines[-1]
+
+
 def test_a_memory_whose_rows_are_not_told_is_told(go):
     text = method(
         "def draw(self, batch):\n    return (batch.block, *(Block(block.x, y=block.y) for block in self.replay()))",

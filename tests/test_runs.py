@@ -43,8 +43,8 @@ COST = {
     "peak_memory_mib",
 }
 METRICS = {
-    "final_average_accuracy", "final_overall_accuracy", "average_incremental_accuracy", "forgetting_chaudhry18",
-    "forgetting_mammoth", "bwt_gem17", "fwt_gem17",
+    "final_average_accuracy", "final_overall_accuracy", "average_incremental_accuracy",
+    "average_incremental_overall_accuracy", "forgetting_chaudhry18", "forgetting_mammoth", "bwt_gem17", "fwt_gem17",
 }  # fmt: skip
 
 

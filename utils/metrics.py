@@ -26,6 +26,12 @@ def average_incremental_accuracy(a: Matrix) -> float:
     return sum(average_accuracy(row, t) for t, row in enumerate(a, start=1)) / len(a)
 
 
+def average_incremental_overall_accuracy(a: Matrix, sizes: list[int]) -> float:
+    """Mean over t of the overall accuracy on the tasks up to t, so that each image counts alike, as in PyCIL. It
+    differs from `average_incremental_accuracy` where tasks have unequal numbers of test images."""
+    return sum(overall_accuracy(row[:t], sizes[:t]) for t, row in enumerate(a, start=1)) / len(a)
+
+
 def forgetting_chaudhry18(a: Matrix) -> float | None:
     """1/(T-1) * sum over j < T of max over t < T of a[t][j], minus a[T][j] (Chaudhry et al., 2018, eq. 3).
 
@@ -73,6 +79,7 @@ def summarize(
             **dict.fromkeys(
                 (
                     "average_incremental_accuracy",
+                    "average_incremental_overall_accuracy",
                     "forgetting_chaudhry18",
                     "forgetting_mammoth",
                     "bwt_gem17",
@@ -83,6 +90,7 @@ def summarize(
     return {
         **final,
         "average_incremental_accuracy": average_incremental_accuracy(a),
+        "average_incremental_overall_accuracy": average_incremental_overall_accuracy(a, sizes),
         "forgetting_chaudhry18": forgetting_chaudhry18(a),
         "forgetting_mammoth": forgetting_mammoth(a),
         "bwt_gem17": bwt_gem17(a),

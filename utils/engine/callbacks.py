@@ -25,7 +25,7 @@ class Callback:
     callback draws from torch's global generators do not change the run."""
 
     def after_step(self, state: "State") -> None:
-        """After each batch of the stream; `state.loss` is set."""
+        """After each batch of the stream; `state.loss` is set, unless the method took no step for it."""
 
     def after_epoch(self, state: "State") -> None:
         """After each epoch of a task."""
@@ -42,8 +42,10 @@ class State:
 
     model: the method (`Method`), in training mode; optimizer, benchmark, config (`Config`); folder: the run folder
     (`pathlib.Path`), None if nothing is written. task, epoch: counted from 0; step: optimizer steps so far.
-    loss, a scalar tensor, and terms {name: scalar tensor}: of the last step, on the device (reading a value waits for
-    it); None and {} outside `after_step`. accuracy {setting: [fraction of each task]}: of the last evaluation.
+    loss, a scalar tensor, is that of the last batch, of its first step where the method takes several (`fdr`); terms
+    {name: scalar tensor} are those of all its steps. Both are on the device (reading a value waits for it), and None
+    and {} outside `after_step` and where there was no step (`gdumb`, while it collects). accuracy {setting: [fraction
+    of each task]}: of the last evaluation.
     """
 
     def __init__(self, trainer: Any, task: int, epoch: int):

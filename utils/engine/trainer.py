@@ -402,8 +402,9 @@ class Trainer:
             return
         state = State(self, task.index, epoch)
         if done:
-            loss = done[0][0].loss
-            state.loss, state.terms = loss.total, loss.terms
+            state.loss = done[0][0].loss.total
+            for objective, _ in done[::-1]:
+                state.terms |= objective.loss.terms
         if accuracy is not None:
             state.accuracy = accuracy
         self.callbacks.tell(event, state)
