@@ -41,7 +41,7 @@ clean:
 	rm -rf .venv
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.run: .venv/bin/python requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt

@@ -49,6 +49,9 @@ class Loaded(tuple[Rows, Rows]):
         found.is_official = is_official
         return found
 
+    def __getnewargs__(self) -> tuple[Rows, Rows, bool]:
+        return (*self, self.is_official)
+
 
 # Nothing is read beyond these sizes, so that a damaged or hostile file cannot fill the memory.
 MAX_FILE_BYTES = 512 << 20  # of one file, unpacked; the largest of the official ones, CIFAR's archives, have 178 MiB

@@ -1,6 +1,7 @@
 """The command `flatcl`, also `python -m flatcl`: `flatcl train ...`, `flatcl sweep ...`; each command is a file."""
 
 import importlib
+import shlex
 import sys
 from typing import NoReturn
 
@@ -42,7 +43,7 @@ def _main(argv: list[str]) -> int:
     if name == "--version":
         return shown(lambda: print(f"flatcl {__version__}"))
     if name.startswith("-"):
-        raise UsageError(f"the first word must be a command, got '{name}'. To train: flatcl train {' '.join(argv)}.")
+        raise UsageError(f"the first word must be a command, got '{name}'. To train: flatcl train {shlex.join(argv)}.")
     if name not in commands:
         raise UsageError(f"there is no command '{name}'. {nearest(name, sorted(commands))}")
     return importlib.import_module(f"flatcl.utils.commands.{name}").main(argv[1:])

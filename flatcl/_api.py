@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -247,8 +248,8 @@ class Run:
         for methods that must know it (`pnn`). Raises `UsageError` for other images, and for a task that is not there.
         """
         images = self._images(images)
-        if task is not None and not 0 <= task < len(self.benchmark):
-            raise UsageError(f"task must be 0 to {len(self.benchmark) - 1}, got {task}. Tasks are counted from 0.")
+        if task is not None and not (isinstance(task, Integral) and 0 <= task < len(self.benchmark)):
+            raise UsageError(f"task must be 0 to {len(self.benchmark) - 1}, got {task!r}. Tasks are counted from 0.")
         with self._computing():
             return self._built.evaluate.logits(self.model, images, task).float().cpu()
 

@@ -1,7 +1,7 @@
 """What replay methods share: the buffer, how it is filled, and draws from it, augmented in each step."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +57,20 @@ class ReplayMethod(Method):
         `keeps_logits`.
         """
         kept = {"x": x, "y": y, "ids": ids}
-        return {**kept, "logits": cast(Tensor, logits)} if self.keeps_logits else kept
+        if not self.keeps_logits:
+            return kept
+        if logits is None:
+            raise mistake(
+                self,
+                "`keeps_logits` is True, but there are no logits of these rows. Write: Loss(rows, logits), with the "
+                "logits of the stream's rows, or, where `steps` makes no step for a batch, override `columns`.",
+            )
+        return {**kept, "logits": logits}
 
     def remember(self, batch: Batch, loss: Loss | None) -> None:
         """Gives the batch to the policy. `loss` is None if `steps` made no step for this batch."""
         labels = batch.labels if self.buffer.policy.needs_labels else None
         logits = None if loss is None else loss.logits
-        if self.keeps_logits and logits is None:
-            raise mistake(
-                self,
-                "`keeps_logits` is True, but the loss of the first step has no logits. Write: Loss(rows, logits), with "
-                "the logits of the stream's rows.",
-            )
         self.buffer.add(labels, **self.columns(batch.x, batch.y, batch.ids, logits))
 
     def end_task(self, task: Task) -> None:

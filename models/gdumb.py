@@ -139,7 +139,7 @@ class GDumb(Method):
         mixed[:, :, rows, columns] = batch.inputs[order][:, :, rows, columns]
         box = len(range(height)[rows]) * len(range(width)[columns]) / (height * width)
         share = torch.full_like(mixed[:, 0, 0, 0], box)
-        return (Block(mixed, y=batch.y, ids=batch.ids, other=batch.y[order], share=share),)
+        return (Block(mixed, y=batch.y, other=batch.y[order], share=share),)  # without ids: these are no single images
 
     phase = Method.phase
 

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -1071,6 +1072,16 @@ def check_class_il_argmax(tmp_path, capsys, monkeypatch):
     assert rows["seen"]["class-il"][0][0] == rows["seen"]["task-il"][0][0]
     assert rows["seen"]["class-il"] != rows["all"]["class-il"]
     assert rows["seen"]["task-il"] == rows["all"]["task-il"]
+
+
+def test_no_augmentation_where_there_is_none_is_said_and_goes_on():
+    """A sweep over several benchmarks gives it to all."""
+    words = ["--model", "er", "--dataset", "seq-digits", "--augmentation"]
+    with pytest.warns(UserWarning, match="--augmentation 0 has no effect on seq-digits, which has none"):
+        resolve([*words, "0"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve([*words, "1"])
 
 
 def check_model_config(tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.integrate import trapezoid
 from scipy.stats import chi2, norm, t
 from test_report import make_run
 
@@ -106,7 +107,7 @@ def power_by_hand(effect, n):
     limit, shift = t.ppf(0.975, n - 1), effect * math.sqrt(n)
     spreads = np.linspace(1e-9, 8, 200_001)
     density = 2 * (n - 1) * spreads * chi2.pdf((n - 1) * spreads**2, n - 1)
-    return float(np.trapezoid(norm.sf(limit * spreads - shift) * density, spreads))
+    return float(trapezoid(norm.sf(limit * spreads - shift) * density, spreads))
 
 
 @pytest.mark.parametrize("effect", [0.2, 0.5, 1.0, 3.0, 5.5, 7.16, 8.0, 11.33, 11.5])
@@ -456,6 +457,33 @@ def test_runs_of_two_codes_are_all_there_where_they_are_told_apart(tmp_path, cap
     code, lines, err = told(capsys, tmp_path, "--by", "model,code_version", "--against", f"code_version={first}")
     assert code == 0 and "| 3 | +0.00" in lines[2] and "seed 3, 4" in err
     assert "3 run(s) repeat another one's flags and seed" in told(capsys, tmp_path, "--mix")[2]
+
+
+def test_a_source_of_random_numbers_can_be_what_is_compared(tmp_path, capsys):
+    for seed in range(4):
+        for source in (0, 1):
+            make_run(tmp_path, seed=seed, accuracy=0.5 + seed**2 / 100 + source * seed / 50, class_order_seed=source)
+    words = ("--by", "model,class_order_seed", "--against", "class_order_seed=0", "--metrics", "final_average_accuracy")
+    code, lines, err = told(capsys, tmp_path, *words)
+    assert code == 0 and err == "" and lines[2].split("|")[4].strip() == "4"
+
+
+def test_runs_that_changed_on_their_way_are_not_averaged_with_others(tmp_path, capsys):
+    code = {"models/er.py": "a" * 16}
+    later = [{"after_step": 10, "code": {"models/er.py": "b" * 16}}]
+    for seed in range(2):
+        other(make_run(tmp_path / "whole", seed=seed), code=code)
+    other(make_run(tmp_path / "changed", seed=2), code=code, changed_code=later)
+    assert told(capsys, tmp_path / "whole")[0] == told(capsys, tmp_path / "changed")[0] == 0
+    found, _, err = told(capsys, tmp_path)
+    assert found == 2 and "different code or data: models/er.py" in err
+    found, lines, _ = told(capsys, tmp_path, "--by", "model,code_version")
+    assert found == 0 and sorted(line.split("|")[4].strip() for line in lines[2:4]) == ["1", "2"]
+    parent = {"run": "r", "config_hash": "h", "tasks": 3, "optimizer": "sgd", "code": None}
+    other(make_run(tmp_path / "whole", seed=3), code=code, continues=parent)
+    found, _, err = told(capsys, tmp_path / "whole")
+    assert found == 2 and "continues = 3 task(s) under sgd, none" in err
+    assert told(capsys, tmp_path / "whole", "--where", "continues=none")[0] == 0
 
 
 def test_pairs_have_equal_seeds_of_every_source(tmp_path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import make_mnist
 
 from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import sweep
@@ -124,11 +125,31 @@ def test_a_continued_run_has_its_own_page_of_charts(tmp_path):
     assert "custom_scalars__config__" in EventAccumulator(str(board)).Reload().Tags()["tensors"]
 
 
+def test_a_run_that_continues_another_is_repeated_as_such(tmp_path, capsys):
+    first = start(tmp_path, "--model", "er", *BASE, "--stop_after", "1", "--debug_mode")
+    second = start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "2")
+    for flag, value in (("--seed", "5"), ("--permute_classes", "1"), ("--validation", "1"), ("--model", "derpp")):
+        assert f"{flag} must be " in refused(capsys, "--from", str(second), flag, value)
+    assert resolve(["--from", str(second), "--lr", "0.5"]).continues.config_hash == read(first, "config")["config_hash"]
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official data set")
+def test_a_parent_on_other_data_is_said(tmp_path, capsys):
+    words = ["--model", "er", "--dataset", "seq-mnist", "--debug_mode", "--base_path", str(tmp_path)]
+    make_mnist(tmp_path)
+    first = start(tmp_path, *words, "--stop_after", "1")
+    start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "2")
+    assert "note: " not in capsys.readouterr().err
+    make_mnist(tmp_path, seed=1)
+    start(tmp_path, "--from", str(first), "--continue", "1", "--stop_after", "3")
+    assert f"note: {first} was made with other data of seq-mnist" in capsys.readouterr().err
+
+
 def test_what_learns_at_the_end_is_not_continued(tmp_path, capsys):
     flags = ["--model", "gdumb", "--dataset", "seq-synth", "--buffer_size", "20", "--fitting_epochs", "1"]
     first = start(tmp_path, *flags, "--stop_after", "1", "--non_verbose")
     words = ("--from", str(first), "--continue", "1", "--stop_after", "2")
-    assert "gdumb learned at the end of that run, and does it from weights that are still" in refused(capsys, *words)
+    assert "gdumb learns only at the end of a run, from new weights, so there is nothing to" in refused(capsys, *words)
 
 
 def test_a_continued_run_resumes(tmp_path, monkeypatch):

@@ -155,6 +155,26 @@ def test_mammoths_lines(tmp_path, out):
     assert found["lr_milestones"] == [1, 2] and found["status"] == "finished" and "base_path" not in found
 
 
+def test_a_method_without_results_in_the_setting_of_the_benchmark_has_a_line(tmp_path, out):
+    """pnn must know the task, and has task-il alone."""
+    folder = make_run(tmp_path)
+    for name in ("summary.json", "accuracy.json"):
+        content = json.loads((folder / name).read_text())
+        for part in ("metrics", "accuracy"):
+            content.get(part, {}).pop("class-il", None)
+        (folder / name).write_text(json.dumps(content))
+    exported(tmp_path, out / "logs.pyd")
+    line = ast.literal_eval((out / "logs.pyd").read_text())
+    assert line["setting"] == "task-il" and "accmean_task3" in line
+
+
+def test_a_note_in_another_encoding_stops_no_export(tmp_path, out):
+    make_run(tmp_path, seed=0, notes="caf\udce9")
+    make_run(tmp_path, seed=1)
+    exported(tmp_path, out / "a.csv")
+    assert {row["notes"] for row in rows(out / "a.csv")} == {"caf?", ""}
+
+
 def test_a_joint_run_has_trained_all_tasks(tmp_path, out):
     make_run(tmp_path, matrix=[[0.5, 0.25, 0.75]], joint=True)
     (line,) = exported(tmp_path, out / "logs.pyd").read_text().splitlines()

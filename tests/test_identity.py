@@ -391,6 +391,26 @@ def test_each_benchmark_knows_data_that_is_not_official(name, tmp_path):
     assert data_of(benchmark) == {}
 
 
+def test_a_sweep_whose_output_nobody_reads_goes_on(tmp_path):
+    words = ["--models", "er", "--datasets", "seq-synth", "--seeds", "0,1"]
+    own = ["--", "--debug_mode", "--stop_after", "1", "--results_path", str(tmp_path / "my results")]
+    done = subprocess.run([*SWEEP, *words, *own], cwd=ROOT, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "my results").rglob("summary.json")]) == 2
+    (log, _) = sorted((tmp_path / "my results" / "logs").glob("*.log"))
+    assert "--results_path '" in log.read_text().splitlines()[0]  # the command can be copied
+
+
+def test_an_axis_that_changes_no_number_is_refused(capsys):
+    for axis, message in (
+        ("device=cpu,cuda", "--device cannot change a number"),
+        ("dry_run=0,1", "--grid dry_run: it"),
+    ):
+        words = ["--models", "er", "--datasets", "seq-synth", "--grid", axis, "--dry_run"]
+        assert sweep.main(words) == 2 and message in capsys.readouterr().err
+    assert sweep.main(["--models", "er", "--datasets", "seq-synth", "--grid", "device=cpu", "--dry_run"]) == 0
+
+
 def finished_by(config, tmp_path, **changed):
     """A folder with a finished run of `config`, as `config.json` and `summary.json` say."""
     folder = tmp_path / "results" / "one"
@@ -539,6 +559,39 @@ def test_keep_changed_where_it_has_no_sense(words, capsys):
 
 
 @pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit", "import sys\nsys.exit('enough')"])
+def test_of_two_plugins_of_one_name_each_can_be_given_anew(tmp_path, capsys):
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "p.py")
+        files[-1].write_text(METHOD.replace('"mine"', f'"mine_{name}"').replace("class Mine", f"class Mine{name}"))
+    words = [word for file in files for word in ("--plugin", str(file))]
+    folder = start(tmp_path, "--model", "mine_a", *MINE[2:], *words)
+    files[1].write_text(files[1].read_text() + "X = 1\n")
+    error = said(capsys, "--from", str(folder), "--dry_run")
+    (copy,) = re.findall(r"--plugin (\S+) uses the original", error)
+    assert main(["--from", str(folder), "--dry_run", "--plugin", copy]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--from", "RUN", "--model_config", "default"),
+            "--model_config default cannot be given with the file of a run",
+        ),
+        (
+            ("--from", "RUN", "--dataset", "seq-cifar10", "--protocol", "online"),
+            "--protocol online cannot be given with",
+        ),
+        (("--resume", "RUN", "--from", "RUN"), "--resume RUN and --from exclude each other"),
+    ],
+)
+def test_flags_that_a_file_leaves_without_effect_are_refused(words, message, tmp_path, capsys):
+    folder = str(start(tmp_path, "--model", "er", *MINE[2:]))
+    assert message in said(capsys, *(folder if word == "RUN" else word for word in words), "--dry_run")
+
+
 def test_a_plugin_that_ends_the_program_is_named(text, tmp_path, capsys):
     file = tmp_path / "quits.py"
     file.write_text(text)

@@ -266,6 +266,17 @@ def test_plugin_names_mix_with_the_built_in_ones(plugin):
         assert summary["status"] == "finished" and summary["optimizer"] == optimizer
 
 
+def test_a_broken_file_of_a_folder_costs_only_itself(tmp_path):
+    """As a method that is being written, or the lock that Emacs leaves beside it."""
+    from flatcl.utils import registry
+
+    (tmp_path / "mine.py").write_text("class Mine(:\n")
+    (tmp_path / ".#er.py").symlink_to("nowhere")
+    (tmp_path / "_base.py").write_text("")
+    assert set(registry._listed(str(tmp_path), 0)) == {"mine"}
+    assert registry.summary_of(tmp_path / "mine.py") == "" == registry.summary_of(tmp_path / ".#er.py")
+
+
 def test_a_plugin_is_named_twice_or_by_another_path_without_harm(plugin, tmp_path):
     load_plugin(str(plugin))
     first = METHODS.load("my_method")

@@ -358,6 +358,31 @@ def test_no_runs_and_no_folder(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
+def test_a_record_that_cannot_be_written_leaves_the_old_one(three_seeds, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "record" / "runs.jsonl"
+    out.parent.mkdir()
+    assert report.main([str(three_seeds), "--record", str(out)]) == 0
+    before, replace = out.read_bytes(), os.replace
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flatcl.utils.files.os.replace", full)
+    for words in (["--record", str(out)], ["--out", str(out)]):
+        capsys.readouterr()
+        assert report.main([str(three_seeds), "--where", "seed=0", *words]) == 2
+        assert f"cannot write {out}: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr("flatcl.utils.files.os.replace", replace)
+    assert out.read_bytes() == before and [file.name for file in out.parent.iterdir()] == ["runs.jsonl"]
+
+
+def test_a_note_in_another_encoding_is_shown_with_a_question_mark(tmp_path):
+    make_run(tmp_path / "runs", notes="caf\udce9")
+    out = tmp_path / "table.md"
+    assert report.main([str(tmp_path / "runs"), "--by", "model,notes", "--out", str(out)]) == 0
+    assert "caf?" in out.read_text(encoding="utf-8")
+
+
 def test_command_writes_the_table_into_a_file(grid, tmp_path, capsys):
     out = tmp_path / "table.md"
     assert report.main([str(grid), "--by", "model,buffer-size", "--out", str(out)]) == 0

@@ -13,6 +13,7 @@ from test_optimizers import MOMENTUM, RHO, Oracle
 from torch import nn
 
 from flatcl.models._method import Block, Loss, Objective
+from flatcl.utils.arguments import resolve
 from flatcl.utils.contracts._steps import CLASSES, DECAY, LR, SIZES, Watched, batches, conv_bn_linear, flat
 from flatcl.utils.errors import UsageError
 from flatcl.utils.registry import OPTIMIZERS
@@ -1024,6 +1025,81 @@ def test_without_its_term_a_free_variant_is_sgd(name):
 def test_sampa_of_radius_zero_is_not_sgd():
     """The delayed batch remains."""
     assert distance(trajectory("sampa", stream(), rho=0.0), trajectory("sgd", stream())) > 1e-3
+
+
+def test_sampa_goes_on_after_a_step_whose_gradient_at_the_previous_batch_is_not_finite():
+    """It depends on what a step that is not taken leaves as it was, and would be the same again."""
+    method, optimizer = build("sampa", conv_bn_linear())
+    steps = stream()[:6]
+    passes, bad, plain = [], [], type(method).loss
+
+    def spoilt(*blocks):
+        loss = plain(method, *blocks)
+        passes.append(loss)
+        factor = float("inf") if len(passes) in bad else 1.0
+        return Loss({key: (block, factor * rows) for key, (block, rows) in loss.rows.items()}, loss.logits)
+
+    method.loss = spoilt
+    for blocks in steps[:3]:
+        step(method, optimizer, blocks)
+    bad.append(len(passes) + 2)  # the second pass of the fourth step: at the previous batch
+    step(method, optimizer, steps[3])
+    assert optimizer.skips.tolist() == [1, 1]
+    step(method, optimizer, steps[4])
+    assert optimizer.skips.tolist() == [1, 0]
+
+
+def test_sampa_looks_as_far_ahead_as_a_step_may_go():
+    method, optimizer = build("sampa", conv_bn_linear(), rho=0.0)
+    optimizer.clip = 0.01
+    ahead = []
+    look = optimizer.base.look_ahead
+    optimizer.base.look_ahead = lambda h, used: (
+        ahead.append(length(torch.cat([part.flatten() for part in h]))) or look(h, used)
+    )
+    for blocks in stream():
+        step(method, optimizer, blocks)
+    assert ahead and max(ahead) <= 0.01 * (1 + 1e-4)
+
+
+def test_a_mask_is_there_for_the_first_step_that_needs_it(start):
+    """Which may be in an epoch in which none is due, where the memory is empty before."""
+    flags = {"sparse_every": 2, "ascent_on": "memory", "batch_size": 100000, "n_epochs": 2, "buffer_size": 50}
+    start("er", optimizer="sparse_sam", stop_after=1, debug_mode=0, **flags).run()
+
+
+def test_esam_leaves_one_of_the_perturbed_tensors():
+    method, optimizer = build("esam", conv_bn_linear(), perturb="no_norm_bias", esam_beta=0.1)
+    objective = SimpleNamespace()
+    optimizer.clock["started"], optimizer.is_sharp = 1, lambda objective: True
+    perturbed = [i for i in range(len(optimizer.params)) if i not in optimizer._unperturbed]
+    draws = [optimizer.draw(objective)["perturbed"] for _ in range(50)]
+    assert perturbed and all(
+        drawn[perturbed].any() and not drawn[list(optimizer._unperturbed)].any() for drawn in draws
+    )
+    optimizer.args = dataclasses.replace(optimizer.args, esam_beta=1.0)
+    assert optimizer.draw(objective) == {}, "--renormalize 1 needs the whole clean gradient"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["c_flat", "--ascent_on", "current", "--sharp_on", "memory"],
+            "needs the gradient of the ascent's rows",
+        ),
+        (["gsam", "--gsam_rho_min", "0.01"], "--gsam_rho_min has no effect with --lr_scheduler none"),
+        (["gsam", "--gsam_rho_min", "0.01", "--warmup_epochs", "1", "--n_epochs", "2"], None),
+        (["gsam", "--gsam_rho_min", "0.01", "--model", "gdumb"], None),
+    ],
+)
+def test_flags_of_a_variant_that_would_do_nothing_are_refused(words, message):
+    argv = [*([] if "--model" in words else ["--model", "er"]), "--dataset", "seq-synth", "--optimizer", *words]
+    if message is None:
+        assert resolve(argv)
+    else:
+        with pytest.raises(UsageError, match=message):
+            resolve(argv)
 
 
 def test_stable_sam_is_renormalized_sam_and_has_the_norm_of_the_clean_gradient():

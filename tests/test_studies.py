@@ -356,8 +356,6 @@ def test_seeds_of_their_own_leave_the_hash_alone_until_they_are_given():
     [
         ("seq-digits", ["--class_order_seed", "1"], "no effect on seq-digits, whose classes have a fixed order"),
         ("mnist-360", ["--data_order_seed", "1"], "no effect on mnist-360, whose stream the benchmark draws"),
-        ("mnist-360", ["--class_order_seed", "1", "--joint"], "--class_order_seed has no effect on mnist-360"),
-        ("seq-digits", ["--augmentation", "0"], "--augmentation has no effect on seq-digits, which has none. Drop it"),
     ],
 )
 def test_a_seed_of_nothing_is_refused(dataset, words, message):

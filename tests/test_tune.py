@@ -8,10 +8,12 @@ import sqlite3
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from flatcl.utils import studies
+from flatcl.utils.arguments import resolve
 from flatcl.utils.commands import train, tune
 from flatcl.utils.engine import run
 from flatcl.utils.engine.lock import Lock
@@ -677,6 +679,7 @@ def test_no_run_is_stopped_that_has_no_task_left(study, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         rows = [[value, value], [value, value]]
         (folder / "accuracy.json").write_text(json.dumps({"tasks": [0, 1], "accuracy": {"class-il": rows}}))
+        (folder / "config.json").write_text(json.dumps(job.config.to_json()))
         if job is good:
             (folder / "summary.json").write_text('{"status": "finished"}')
     process = multiprocessing.get_context("fork").Process(target=hold, args=(bad.log.with_suffix(".lock"),))
@@ -689,13 +692,21 @@ def test_no_run_is_stopped_that_has_no_task_left(study, tmp_path, monkeypatch):
         assert not pruner.has_stopped and not tuning.pruned.exists()
         (folder / "accuracy.json").write_text(json.dumps({"tasks": [0], "accuracy": {"class-il": rows[:1]}}))
         pruner._look([good, bad])
-        assert pruner.has_stopped and _pruning.marked(tuning.pruned, bad.hash)
+        assert pruner.has_stopped and _pruning.marked(tuning.pruned, bad, keep_changed=False)
         process.join(30)
         assert process.exitcode == INTERRUPTED
     finally:
         process.kill()
     _, other = tune._prepare(study(text + "  method: random\n  trials: 3\n  prune: true\n"), train.main)
-    assert not _pruning.marked(other.pruned, bad.hash), "a search meets the marks of another one of its name"
+    assert not _pruning.marked(other.pruned, bad, False), "a search meets the marks of another one of its name"
+    edited = replace(bad, config=resolve(list(bad.argv)))
+    edited.config.code["models/er.py"] = "0" * 16
+    assert not _pruning.marked(tuning.pruned, edited, False) and _pruning.marked(tuning.pruned, edited, True)
+    good_folder = next(tuning.results.glob(f"*/*/*/*{good.hash}"))
+    edited = replace(good, config=resolve(list(good.argv)))
+    edited.config.code["models/er.py"] = "0" * 16
+    assert _pruning._curve(good, "class-il", False) == ([0.9, 0.9], True) and good_folder.is_dir()
+    assert _pruning._curve(edited, "class-il", False) == ([], False), "it will be made again"
 
 
 def hold(lock):

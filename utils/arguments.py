@@ -29,7 +29,7 @@ from flatcl.utils.console import complain
 from flatcl.utils.elsewhere import ELSEWHERE
 from flatcl.utils.errors import UsageError, mistake
 from flatcl.utils.files import is_writable
-from flatcl.utils.identity import PROTOCOL, check_weights, code_of, differences, named, weights_of
+from flatcl.utils.identity import PROTOCOL, check_weights, code_of, named, weights_of
 from flatcl.utils.protocols import Benchmark, Method
 from flatcl.utils.registry import (
     BACKBONES,
@@ -43,7 +43,7 @@ from flatcl.utils.registry import (
     load_plugin,
     nearest,
 )
-from flatcl.utils.saved import Parent, Saved, check_plugin, parent_of, read_saved
+from flatcl.utils.saved import Parent, Saved, check_plugin, other_code, parent_of, read_saved
 
 DEBUG_BATCHES = 5  # of an epoch in debug mode
 TOO_LARGE = "is a number that is too large"
@@ -501,6 +501,8 @@ class Request:
         continues = _switch("continue", words.pop("continue", None), problems)
         if continues and single["from"] is None:
             problems.append("--continue starts from the end of another run. Name that run by --from.")
+        if single["resume"] not in (None, ["auto"]) and single["from"] is not None:
+            problems.append("--resume RUN and --from exclude each other: a run is resumed as it was. Give one of them.")
         keep_changed = _switch("keep_changed", words.pop("keep_changed", None), problems)
         if keep_changed and single["from"] is None and single["resume"] is None:
             problems.append("--keep_changed has no effect without --resume or --from. Drop it.")
@@ -567,7 +569,7 @@ def resolve_request(request: Request) -> Config:
 
     layers = _Layers(flags)
     problems += _put_defaults(layers, chosen, known={**file_values, **given})
-    problems += _put_file(layers, chosen, file_values, file)
+    problems += _put_file(layers, chosen, file_values, file, given)
     layers.put({name: value for name, value in given.items() if name not in SELECTORS}, "argv")
     for name in SELECTORS:
         if name in request.words:
@@ -582,11 +584,11 @@ def resolve_request(request: Request) -> Config:
     config = config if problems else _with_number_of_tasks(config)
     problems = problems or _check_together(config, goes_on=request.resume is not None)
     if parent is not None:
-        problems = problems or _check_continued(config, parent, saved if request.continues else None)
+        problems = problems or _check_continued(config, parent, saved, is_new=request.continues)
     problems = problems or _check_parts(config, chosen)
     if problems:
         raise UsageError(*problems)
-    changed = differences(parent.code, config.code) if request.continues and parent and parent.code is not None else []
+    changed = other_code([parent.code], parent.code, config) if request.continues and parent else []
     if parent is not None and changed:
         complain(f"note: {parent.run} was made by other code or data: {', '.join(changed)} changed since")
     return config
@@ -610,12 +612,14 @@ def _check_parts(config: Config, chosen: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _check_continued(config: Config, parent: Parent, saved: Saved | None) -> list[str]:
-    """What a run that continues another (`saved`, where it is not read from the files of such a run) cannot have."""
+def _check_continued(config: Config, parent: Parent, saved: Saved | None, is_new: bool) -> list[str]:
+    """What a run that continues another (`parent`) cannot have. `saved`: the other one, or, where the run is not
+    `is_new`, a run that continues it."""
+    assert saved is not None  # as it has a parent
     problems = []
     for name, flag_ in config.flags.items():
         is_fixed = flag_.fixed or flag_.owner.startswith(("backbone ", "dataset "))
-        if saved is None or not is_fixed:
+        if not is_fixed:
             continue
         now, then = config.values[name], saved.values.get(name, flag_.default)
         now, then = (canonical(value) if name in SELECTORS else value for value in (now, then))
@@ -628,10 +632,10 @@ def _check_continued(config: Config, parent: Parent, saved: Saved | None) -> lis
         )
     if config.joint or config.learner.trains_jointly:
         problems.append("--continue: a joint run has trained all tasks, none is left. Drop it.")
-    if config.learner.learns_at_the_end:
+    if config.learner.learns_at_the_end and is_new:
         problems.append(
-            f"--continue: {config.model} learned at the end of that run, and does it from weights that are still as "
-            "they were drawn. Start a new run with a larger --stop_after."
+            f"--continue: {config.model} learns only at the end of a run, from new weights, so there is nothing to "
+            "continue. Start a new run with a larger --stop_after."
         )
     done, stop = config.start_from + parent.tasks, config.stop_after or config.n_tasks
     if stop <= done and not problems:
@@ -732,13 +736,20 @@ def _check_layer(owner: type[Any], what: str, layer: Mapping[str, Any], flags: d
     return [line for problem in problems for line in mistake(owner, problem).problems]
 
 
-def _put_file(layers: _Layers, chosen: dict[str, type[Any]], values: Mapping[str, Any], file: str) -> list[str]:
-    """The layer of --from. Flags that the file's model had and the chosen one lacks are dropped; those that are younger
-    than the file have their defaults, which is what the program did then."""
+def _put_file(
+    layers: _Layers, chosen: dict[str, type[Any]], values: Mapping[str, Any], file: str, given: Mapping[str, Any]
+) -> list[str]:
+    """The layer of --from. `given`: the values of the command line. Flags that the file's model had and the chosen one
+    lacks are dropped; those that are younger than the file have their defaults, which is what the program did then."""
     problems: list[str] = []
     good: dict[str, Any] = {}
     fits = {name: canonical(str(values.get(name))) == canonical(cls.name) for name, cls in chosen.items()}
     same = all(fits.values())
+    if values and given.get("model_config", values.get("model_config")) != values.get("model_config"):
+        problems.append(
+            f"--model_config {given['model_config']} cannot be given with the file of a run, which has all values of "
+            f"its own ({values.get('model_config')}). Drop it, or start a run without --from."
+        )
     for name in sorted(values.keys() - SELECTORS.keys()):
         if name not in layers.flags:
             if same:
@@ -812,8 +823,7 @@ def _protocol(
     """(the flags of the protocol that is asked for, none for the benchmark's first; what is wrong with it)."""
     words, before = request.words.get("protocol"), file_values.get("protocol")
     name = before if words is None else words[0] if len(words) == 1 else None
-    is_same = canonical(str(file_values.get("dataset"))) == canonical(str(dataset))
-    if words is not None and is_same and canonical(str(name)) != canonical(str(before)):
+    if words is not None and file_values and canonical(str(name)) != canonical(str(before)):
         return {}, [
             f"--protocol {name} cannot be given with the file of a run, which has all values of its own protocol "
             f"({before or 'the published one'}). Drop it, or start a run without --from."
@@ -1037,11 +1047,12 @@ def _check_together(config: Config, goes_on: bool) -> list[str]:
         problems.append("--early_stop and --budget_rows exclude each other: both end a task. Give one of them.")
     elif config.early_stop is not None and config.n_epochs == 1:
         problems.append("--early_stop has no effect in 1 epoch. Give a larger --n_epochs.")
-    has_own_length = config.budget_rows is not None or config.learner.learns_at_the_end
-    if config.eval_every is not None and config.eval_every >= config.n_epochs and not has_own_length:
+    fitting = config.values.get("fitting_epochs") if config.learner.learns_at_the_end else None
+    length, what = (config.n_epochs, "--n_epochs") if fitting is None else (fitting, "--fitting_epochs")
+    if config.eval_every is not None and config.eval_every >= length and config.budget_rows is None:
         problems.append(
-            f"--eval_every must be less than --n_epochs {config.n_epochs}, since the end of a task is evaluated "
-            f"anyway, got {config.eval_every}. Give less, or drop it."
+            f"--eval_every must be less than {what} {length}, since the end of a task is evaluated anyway, got "
+            f"{config.eval_every}. Give less, or drop it."
         )
     for name in ("lr_milestones", "lr_gamma"):
         if config.lr_scheduler != "multistep" and argv(name):
@@ -1079,15 +1090,13 @@ def _check_seeds(config: Config, jointly: bool) -> list[str]:
     if DATASETS.file(config.dataset) is None:
         return []
     problems, dataset = [], DATASETS.load(config.dataset)
-    is_stream = dataset.setting == "general-continual" and not jointly
-    draws_tasks = dataset.draws_tasks and (is_stream or dataset.setting != "general-continual")
-    draws = config.permute_classes or config.validation or config.early_stop is not None or draws_tasks
-    if config.class_order_seed is not None and not draws:
-        problems.append(
-            f"--class_order_seed has no effect on {config.dataset}, whose classes have a fixed order. Add "
-            "--permute_classes 1, or drop it."
-        )
-    if config.data_order_seed is not None and is_stream:
+    draws = config.permute_classes or config.validation or config.early_stop is not None or dataset.draws_tasks
+    if config.class_order_seed is not None and not draws and config.origins["class_order_seed"] == "argv":
+        is_class_il = dataset.setting == "class-il"
+        what = "whose classes have a fixed order" if is_class_il else "whose tasks no seed decides"
+        remedy = "Add --permute_classes 1, or drop it." if is_class_il else "Drop it."
+        problems.append(f"--class_order_seed has no effect on {config.dataset}, {what}. {remedy}")
+    if config.data_order_seed is not None and dataset.setting == "general-continual" and not jointly:
         problems.append(
             f"--data_order_seed has no effect on {config.dataset}, whose stream the benchmark draws. Use "
             "--class_order_seed."

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from flatcl.utils import launch
 from flatcl.utils.errors import RunFailed
@@ -36,11 +37,14 @@ def guarded() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def say(text: str) -> None:
-    """Prints a line; where stdout is full or closed, says so once on stderr, and is silent from then on."""
+def say(text: str, file: Any = None, end: str = "\n") -> None:
+    """Prints a line, on stdout or `file`; where stdout is full or closed, says so once on stderr, and is silent from
+    then on."""
     try:
-        print(text, flush=True)
+        print(text, file=file, end=end, flush=True)
     except (OSError, ValueError) as error:
+        if file not in (None, sys.stdout):
+            return
         silence("stdout")
         complain(f"nothing more can be printed ({reason(error)}): the run continues without output")
 
@@ -76,7 +80,7 @@ def program() -> str:
     elif called == "__main__.py":
         words = "-m flatcl train"
     else:
-        words = sys.argv[0] if called == "main.py" else "main.py"
+        words = shlex.quote(sys.argv[0]) if called == "main.py" else "main.py"
     if launch.size() > 1:
         return f"torchrun ... {words}"
     return words if words == "flatcl train" else f"python {words}"
@@ -86,7 +90,7 @@ def again(run: str | os.PathLike) -> str:
     """The command that goes on with a run, or the call, where one was made from Python."""
     if FROM_PYTHON.get():
         return f"flatcl.resume({os.fspath(run)!r})"
-    return f"{program()} --resume {run}"
+    return f"{program()} --resume {shlex.quote(os.fspath(run))}"
 
 
 def shown(show: Callable[[], None]) -> int:
@@ -117,6 +121,14 @@ def leave(code: int) -> NoReturn:
 def reason(error: BaseException) -> str:
     """Why something failed, in a few words."""
     return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+
+
+def have_standard_streams() -> None:
+    """For a process that was started by one whose stdout or stderr is closed: it has none."""
+    _fill_standard_descriptors()
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w", encoding="utf-8", errors="replace", closefd=False))
 
 
 def _fill_standard_descriptors() -> None:

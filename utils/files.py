@@ -47,6 +47,11 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
         sync_folder(path.parent)
 
 
+def printable(value: object) -> str:
+    """As text that UTF-8 has: a note may have been typed in another encoding."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
 def sync(file) -> None:
     """Waits until an open file is on the disk."""
     file.flush()

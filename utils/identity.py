@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import json
 import sys
 import textwrap
 from collections import Counter
@@ -154,6 +155,11 @@ def data_of(benchmark: Any) -> dict[str, str]:
     """{'data of NAME': digest} of a benchmark whose data is not the official one, else nothing. It is added to the code
     of a run when the data has been read."""
     return {} if benchmark.unofficial is None else {f"{DATA}{benchmark.name}": benchmark.unofficial}
+
+
+def digest_of(code: Mapping[str, str]) -> str:
+    """Of {file: digest}, in hexadecimal."""
+    return hashlib.sha256(json.dumps(dict(code), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

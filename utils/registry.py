@@ -219,7 +219,7 @@ def parts(folder: str) -> Mapping[str, Path]:
 @functools.lru_cache(maxsize=32)
 def _listed(folder: str, changed: int) -> Mapping[str, Path]:
     """A large study asks for this tens of times for each run. `changed`: when the folder has got its newest file."""
-    return {path.stem: path for path in Path(folder).glob("*.py") if not path.stem.startswith("_")}
+    return {path.stem: path for path in Path(folder).glob("*.py") if not path.stem.startswith(("_", "."))}
 
 
 def summary_of(file: Path) -> str:
@@ -235,7 +235,11 @@ def _split(name: str) -> tuple[str, str, str]:
 
 @functools.cache
 def _docstring_of(file: Path) -> str | None:
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    """None also for a file that cannot be read: loading it says what is wrong, and others do not suffer from it."""
+    try:
+        return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"), filename=str(file)))
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def nearest(name: str, names: list[str], otherwise: str | None = None, family: str = "") -> str:

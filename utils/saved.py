@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_ch
     its copy in the run folder. Says which file it is, since its code is about to be executed. Raises `UsageError` where
     its text is not what the run was made with, unless `keep_changed`."""
     copy = _copy(entry, saved)
-    moved = [path for path in given if Path(path).name == Path(entry.path).name]
+    moved = _original(entry, given) or [path for path in given if Path(path).name == Path(entry.path).name]
     path = moved[0] if moved else entry.path
     if copy is not None and not moved and not Path(entry.path).is_file():
         path = str(copy)
@@ -128,6 +129,16 @@ def check_plugin(entry: SavedPlugin, saved: Saved, given: Sequence[str], keep_ch
         raise UsageError(f"the plugin {plugin.path} is not the one that {saved.file} was made with. {remedy}.")
     complain(f"note: plugin {plugin.path}, named by {saved.file}")
     return plugin
+
+
+def _original(entry: SavedPlugin, given: Sequence[str]) -> list[str]:
+    """Of the given files, whatever their names, the one that is the run's plugin: two of its plugins may have one
+    name."""
+    found = []
+    for path in given:
+        with suppress(UsageError):
+            found += [path] if entry.sha256 and read_plugin(path).sha256 == entry.sha256 else []
+    return found[:1]
 
 
 def _copy(entry: SavedPlugin, saved: Saved) -> Path | None:

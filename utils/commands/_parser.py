@@ -54,6 +54,10 @@ def _flag_spelling(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def _joined(flag: str, key: str, values: Sequence[str]) -> str:
+    return f"Write {key}={','.join(dict.fromkeys(values))}." if flag == "--where" else "Give it once."
+
+
 def conditions(pairs: Sequence[str], flag: str = "--where", example: str = "model=er,derpp") -> dict[str, str]:
     """{key: value} of the words after a flag such as --where."""
     bad = [pair for pair in pairs if "=" not in pair]
@@ -64,6 +68,6 @@ def conditions(pairs: Sequence[str], flag: str = "--where", example: str = "mode
         found.setdefault(key.replace("-", "_"), []).append(value)
     twice = {key: values for key, values in found.items() if len(values) > 1}
     if twice:
-        raise UsageError(*(f"{flag} names {key} {len(values)} times. Write {key}={','.join(values)}, or give it once."
+        raise UsageError(*(f"{flag} names {key} {len(values)} times. {_joined(flag, key, values)}"
                            for key, values in twice.items()))  # fmt: skip
     return {key: value for key, (value,) in found.items()}

@@ -14,7 +14,7 @@ from flatcl.utils.commands._parser import Parser, conditions
 from flatcl.utils.console import complain, guarded, silence
 from flatcl.utils.errors import UsageError
 from flatcl.utils.extras import require
-from flatcl.utils.files import user_path, write_text
+from flatcl.utils.files import printable, user_path, write_text
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports import comparison_tables, latex, page, page_pictures, plots, rank_picture
 from flatcl.utils.reports.groups import BY, METRICS, asked_keys, check_mixtures, group_runs
@@ -235,7 +235,8 @@ def _report(argv: Sequence[str]) -> None:
                     complain(f"note: in folders only records named {RECORD} are found; give this one by its name.")
     except OSError as error:
         raise UsageError(
-            f"cannot write {error.filename}: {error.strerror}. Give a file in a writable folder."
+            f"cannot write {error.filename or args.out or args.record or args.html}: {error.strerror}. Give a file in "
+            "a folder that can be written to and has room."
         ) from None
 
 
@@ -243,7 +244,7 @@ def _write_table(args: argparse.Namespace, runs: Sequence[Run], labels: dict[str
     text, ranks = _text_of(args, runs, labels)
     picture = rank_picture.draw(ranks[0], labels, args.width or next(iter(plots.WIDTHS))) if args.ranks else None
     if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
+        write_text(user_path(args.out), printable(text))
     elif not args.html:
         print(text, end="", flush=True)
     if picture is not None:

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import itertools
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from flatcl.utils import studies
-from flatcl.utils.arguments import PROTOCOL, SEEDS, SELECTORS, Config, Request, known_flags, resolve
+from flatcl.utils.arguments import (
+    PROTOCOL,
+    SEEDS,
+    SELECTORS,
+    Config,
+    EngineArgs,
+    Request,
+    flags_of,
+    known_flags,
+    resolve,
+)
 from flatcl.utils.commands import train
 from flatcl.utils.commands._engines import add_engines, chosen
 from flatcl.utils.commands._parser import Parser
 from flatcl.utils.commands.report import words
-from flatcl.utils.console import complain, shown
+from flatcl.utils.console import complain, say, shown
 from flatcl.utils.errors import UsageError
 from flatcl.utils.files import json_text, user_path
 from flatcl.utils.identity import DATA
@@ -33,6 +42,7 @@ from flatcl.utils.reports.tables import table
 from flatcl.utils.studies import Study, status
 from flatcl.utils.studies.engines import ALREADY, FAILED, INTERRUPTED, OK, Engine, Runner
 from flatcl.utils.studies.engines.slurm import Slurm, new_folder
+from flatcl.utils.studies.study import NOT_OF_MANY
 from flatcl.utils.studies.study import parse_seeds as seeds_of
 
 USAGE = 2
@@ -163,6 +173,7 @@ def plan(
     resolver: Callable[[list[str]], Config] = resolve,
 ) -> list[Job]:
     """The grid's runs, each once. Resolves all of them, so that whatever is wrong is said before any work begins."""
+    _check_axes(grid)
     jobs: dict[str, Job] = {}
     problems: dict[str, str] = {}
     for axes in grid:
@@ -177,6 +188,19 @@ def plan(
     if problems:
         raise UsageError(*problems.values())
     return list(jobs.values())
+
+
+def _check_axes(grid: Sequence[Mapping[str, str]]) -> None:
+    """Raises `UsageError` for an axis of a flag that changes no number: the runs of all its values would be one."""
+    harmless = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
+    values: dict[str, set[str]] = {}
+    for axes in grid:
+        for name in axes.keys() & harmless:
+            values.setdefault(name, set()).add(axes[name])
+    idle = sorted(name for name, found in values.items() if len(found) > 1)
+    if idle:
+        raise UsageError(*(f"--{name} cannot change a number, so that runs with different values of it are one run. "
+                           "Give it once, for all runs." for name in idle))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -267,9 +291,8 @@ def sweep(
     Slurm, submits what is not finished, and shows the table once all is."""
     found = look(jobs, keep_changed=keep_changed)
     pending = [job for job in jobs if job.hash not in found.done]
-    print(f"{len(jobs)} run(s), {len(found.done)} of them already finished and skipped")
-    for line in found.notes():
-        print(line)
+    for line in (f"{len(jobs)} run(s), {len(found.done)} of them already finished and skipped", *found.notes()):
+        say(line)
     if isinstance(engine, Slurm) and pending:
         engine.submit(pending, extra)
         return OK
@@ -277,14 +300,14 @@ def sweep(
     found = look(jobs, keep_changed=keep_changed)
     runs = found.done
     if found.changed and not interrupted:  # a file was edited meanwhile
-        print("\n".join(found.notes()))
+        say("\n".join(found.notes()))
     if runs:
         axes = dict.fromkeys(name for job in jobs for name in job.axes if name not in ("seed", *SEEDS))
         known = set().union(*(run.keys for run in runs.values()))
         by = [name for name in dict.fromkeys((*BY, *axes)) if name in known]
-        print("\n" + table(list(runs.values()), by=by, format="text"))
+        say("\n" + table(list(runs.values()), by=by, format="text"))
     if interrupted:
-        print(f"interrupted: {len(runs)} of {len(jobs)} finished; the same command does the rest", file=sys.stderr)
+        complain(f"interrupted: {len(runs)} of {len(jobs)} finished; the same command does the rest")
     say_failed(failed)
     return INTERRUPTED if interrupted else FAILED if failed else OK
 
@@ -314,13 +337,13 @@ def run_shown(
             made[by_another] += code == OK
             with bar.external_write_mode():
                 outcome = no_failure or f"{_how_failed(job, f'FAILED ({code})')}, {why or f'see {job.log}'}"
-                print(f"{job.label} -> {outcome}{', by another process' * by_another}", file=file, flush=True)
+                say(f"{job.label} -> {outcome}{', by another process' * by_another}", file)
             bar.set_postfix(failed=len(failed), refresh=False)
             bar.update()
 
         def on_wait(job: Job, why: str) -> None:
             with bar.external_write_mode():
-                print(f"{job.label} {why}", file=file, flush=True)
+                say(f"{job.label} {why}", file)
 
         try:
             engine.run(jobs, on_end, extra, runner, on_wait)
@@ -328,7 +351,7 @@ def run_shown(
         except KeyboardInterrupt:
             interrupted = True
     if made[True]:
-        print(f"{made[False]} run(s) made here, {made[True]} by others meanwhile", file=file, flush=True)
+        say(f"{made[False]} run(s) made here, {made[True]} by others meanwhile", file)
     return failed, interrupted
 
 
@@ -346,9 +369,9 @@ def _outcome(job: Job) -> str:
 
 def say_failed(failed: Mapping[Job, int]) -> None:
     if failed:
-        print(f"{len(failed)} run(s) failed:", file=sys.stderr)
+        complain(f"{len(failed)} run(s) failed:")
     for job, code in failed.items():
-        print(f"  {job.label} {_how_failed(job, f'(exit code {code})')}: {job.log}", file=sys.stderr)
+        complain(f"  {job.label} {_how_failed(job, f'(exit code {code})')}: {job.log}")
 
 
 def _how_failed(job: Job, otherwise: str) -> str:
@@ -409,6 +432,8 @@ def _grid(axes: Sequence[str]) -> dict[str, list[str]]:
             problems.append(f"--grid expects flag=value,value, got '{axis}'. Example: rho=0.02,0.05.")
         elif name in ("model", "dataset", "buffer_size", "seed"):
             problems.append(f"--grid {name}: that axis has a flag of its own. Give --{name}s {values}.")
+        elif name in NOT_OF_MANY:
+            problems.append(f"--grid {name}: it does not fit many runs. Drop it.")
         elif name in grid:
             problems.append(f"--grid {name}: that axis is given twice. Give all values in one.")
         grid[name] = words(values)
@@ -474,7 +499,7 @@ def _prepare(argv: Sequence[str]) -> tuple[list[Job], Engine | Slurm, bool]:
     shared = Shared(rest, points)
     partial = [*(name for name in grid if any(name not in point for point in points)), *shared.partial]
     if partial and not args.status:
-        print(f"only for the runs that have them: --{', --'.join(partial)}")
+        say(f"only for the runs that have them: --{', --'.join(partial)}")
     try:
         jobs = plan(points, shared)
     except UsageError as error:
@@ -564,5 +589,8 @@ def main(argv: Sequence[str], runner: Runner = train.main) -> int:
         return sweep(jobs, engine, flags_of_all(keep_changed), runner, keep_changed)
     except UsageError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            complain(f"error: {problem}")
         return USAGE
+    except KeyboardInterrupt:  # before the first run, or after the last one
+        complain("interrupted: the same command does the rest")
+        return INTERRUPTED

@@ -19,7 +19,7 @@ from flatcl.utils.arguments import Request
 from flatcl.utils.commands import sweep, train
 from flatcl.utils.commands._engines import add_engines, chosen
 from flatcl.utils.commands._parser import Parser
-from flatcl.utils.console import complain, shown
+from flatcl.utils.console import complain, say, shown
 from flatcl.utils.engine.results import environment
 from flatcl.utils.errors import RunFailed, UsageError
 from flatcl.utils.extras import require
@@ -144,7 +144,7 @@ class Tuning:
                 complain("interrupted: the same command goes on with the search")
                 return INTERRUPTED
             problems = self._choose(left)
-        print(f"\n{self.table()}\nrecord of the search: {self.file}", flush=True)
+        say(f"\n{self.table()}\nrecord of the search: {self.file}")
         if problems:
             raise RunFailed("\n".join(problems))
         return OK if until == "search" else self._test()
@@ -177,10 +177,10 @@ class Tuning:
             counts = {cell: self.section.trials or 0 for cell in cells if cell.space}
         else:
             counts = {cell: len(tune.configurations(self.section, cell, self.whole)) for cell in cells if cell.space}
-        print(f"search by {self.section.method} on the validation split, {len(self.section.seeds)} run(s) a trial:")
+        say(f"search by {self.section.method} on the validation split, {len(self.section.seeds)} run(s) a trial:")
         for cell in cells:
             number = _number(counts[cell], "trial") if cell in counts else "no flag of the space, as it is"
-            print(f"  {cell.label}: {number}")
+            say(f"  {cell.label}: {number}")
         for cell, count in counts.items():
             if count < (self.section.trials or 0):
                 complain(f"note: the space of {cell.label} has only {_number(count, 'configuration')}")
@@ -238,8 +238,9 @@ class Tuning:
         jobs = [job for own in trials for job in own]
         if jobs:
             found = sweep.look(jobs, keep_changed=self.keep_changed)
-            print(f"{len(jobs)} run(s) of the search, {len(found.done)} of them already finished and skipped")
-            print(*found.notes(), sep="\n", end="\n" * bool(found.notes()), flush=True)
+            said = f"{len(jobs)} run(s) of the search, {len(found.done)} of them already finished and skipped"
+            for line in (said, *found.notes()):
+                say(line)
 
     def _make(self, trials: Sequence[Sequence[sweep.Job]]) -> bool:
         """Makes the runs of trials that are not over. True where the user has interrupted. With pruning, one seed after
@@ -280,7 +281,7 @@ class Tuning:
         for (cell, _), own in self._jobs.items():  # also of trials that have ended before
             for i, job in enumerate(own):
                 groups.setdefault((cell, i), []).append(job)
-        return Pruner(list(groups.values()), self.section.setting, self.pruned)
+        return Pruner(list(groups.values()), self.section.setting, self.pruned, self.keep_changed)
 
     def _why_stopped(self, job: sweep.Job, pruner: Pruner | None) -> str:
         """Why an unfinished run is no failure."""
@@ -296,7 +297,7 @@ class Tuning:
         """{hash: what has become of it} of unfinished runs."""
         found = {}
         for job, state in zip(jobs, status.look(jobs, {}, self.keep_changed), strict=True):
-            if self.section.prune and marked(self.pruned, job.hash):
+            if self.section.prune and marked(self.pruned, job, self.keep_changed):
                 found[job.hash] = tune.PRUNED
             elif state.why == status.DIVERGED:  # with the same code, as it would again
                 found[job.hash] = tune.DIVERGED
@@ -423,10 +424,10 @@ class Tuning:
             dataclasses.replace(job, axes={name: own for name, own in job.axes.items() if name not in NO_AXES})
             for job in planned
         ]
-        print("\nthe chosen flags on the test set:", flush=True)
+        say("\nthe chosen flags on the test set:")
         code = sweep.sweep(jobs, self.engine, self.extra, self.runner, self.keep_changed)
         if code != INTERRUPTED:
-            print(f"\n{tune.configuration_table([entry for _, entry in entries if entry])}", end="", flush=True)
+            say(f"\n{tune.configuration_table([entry for _, entry in entries if entry])}", end="")
         return code
 
     def _notes(self, cell: Cell, entry: Mapping[str, Any]) -> dict[str, str]:
@@ -519,10 +520,10 @@ def main(argv: Sequence[str], runner: Runner = train.main) -> int:
         return tuning.run(args.until)
     except UsageError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            complain(f"error: {problem}")
         return USAGE
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        complain(f"failed: {error}")
         return FAILED
     except KeyboardInterrupt:  # between two runs
         complain("interrupted: the same command goes on")

@@ -17,6 +17,10 @@ class Ordinary:
     for_good: bool = True
 
 
+def _base_with_phase(cls: type) -> str:
+    return next(base.__name__ for base in cls.__mro__[1:] if hasattr(base, "phase"))
+
+
 def phase_of(part: object, functions: Iterable[str]) -> Hashable:
     """The phase of a method or optimizer; `Ordinary` where the class that fills one of the `functions`, those that
     make a step, does not say what its phase is: it may depend on anything."""
@@ -26,6 +30,6 @@ def phase_of(part: object, functions: Iterable[str]) -> Hashable:
         if any(function in vars(cls) for function in functions):
             return Ordinary(
                 f"{part.name} does not say what its steps depend on. If, within a task, they depend only on the "
-                f"blocks and the weights, write in class {cls.__name__}: phase = {cls.__base__.__name__}.phase"
+                f"blocks and the weights, write in class {cls.__name__}: phase = {_base_with_phase(cls)}.phase"
             )
     raise AssertionError(f"{part} has no phase")

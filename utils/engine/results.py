@@ -115,6 +115,8 @@ class RunFolder:
     def note_data(self, data: dict[str, str]) -> None:
         """Adds to the code in config.json what `identity.data_of` says."""
         content = read_json(self.path / "config.json")
+        if content.get("code") is None:  # of a version that did not write it down
+            return
         code = {name: digest for name, digest in content["code"].items() if not name.startswith(DATA)} | data
         if code != content["code"]:
             self.write("config.json", {**content, "code": dict(sorted(code.items()))}, durable=True)

@@ -24,7 +24,7 @@ from flatcl.utils.engine.texts import closing_table, describe
 from flatcl.utils.engine.trainer import SignalWatch, Trainer
 from flatcl.utils.errors import Diverged, Interrupted, RunFailed, UsageError
 from flatcl.utils.files import read_json
-from flatcl.utils.identity import data_of
+from flatcl.utils.identity import DATA, data_of
 from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.protocols import Benchmark
 from flatcl.utils.saved import Parent, read_saved
@@ -150,6 +150,9 @@ def _take_over(trainer: Trainer, state: dict | None) -> None:
         parent = trainer.config.continues
         with fitting(parent.run):
             trainer.continue_from(state, same_optimizer=parent.optimizer == trainer.config.optimizer)
+        then = {name: digest for name, digest in (parent.code or {}).items() if name.startswith(DATA)}
+        if parent.code is not None and then != data_of(trainer.benchmark):
+            complain(f"note: {parent.run} was made with other data of {trainer.benchmark.name}")
 
 
 def _state_of(parent: Parent | None) -> dict | None:
@@ -245,7 +248,7 @@ def _check_images(benchmark: Benchmark, path: Path, keep_changed: bool) -> bool:
     is_unknown = then is None and benchmark.unofficial is None  # a version, or a benchmark, that did not write it down
     if now == then or is_unknown:
         return True
-    digests = f"({then or 'official'}) than there are now ({now or 'official'})"
+    digests = f"({then or 'official, or not noted'}) than there are now ({now or 'official'})"
     problem = f"{path} was begun with other images of {benchmark.name} {digests}"
     if not keep_changed:
         raise UsageError(

@@ -53,7 +53,7 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         lines.append(f"\nAccuracy after every task: {folder.path / 'accuracy.json'}")
     lines.append("")
     names = list(next(iter(summary["metrics"].values())))
-    lines.append(f"{'metric':30}" + "".join(f"{WRITTEN[setting]:>11}" for setting in summary["metrics"]))
+    lines.append(f"{'metric':37}" + "".join(f"{WRITTEN[setting]:>11}" for setting in summary["metrics"]))
     for name in names:
         values = [metrics[name] for metrics in summary["metrics"].values()]
         cells = ("          –" if value is None else f"{100 * value:9.2f} %" for value in values)
@@ -61,7 +61,7 @@ def closing_table(summary: dict, tasks: list[int], folder) -> str:
         note = "  not measured: only tasks seen are evaluated (--eval_tasks)" if unmeasured else ""
         if name == "fwt_gem17" and values[0] is None and any(value is not None for value in values):
             note = "  not defined in class-il: outputs of tasks to come do not compete (--class_il_argmax)"
-        lines.append(f"{name:30}" + "".join(cells) + note)
+        lines.append(f"{name:37}" + "".join(cells) + note)
     cost = summary["cost"]
     peak = "not known" if cost["peak_memory_mib"] is None else f"{cost['peak_memory_mib']:,.0f} MiB"
     lines.append(

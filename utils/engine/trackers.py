@@ -59,9 +59,11 @@ class Tracker:
             self._try(self._send, values, *self._point)
 
     def close(self, status: str) -> None:
-        """`status`: how the run ended, as in summary.json."""
-        self.flush()
-        self._try(self._end, status)
+        """`status`: how the run ended, as in summary.json; 'running' where another process has taken it over, whose run
+        it is now in the tracker, too."""
+        if status != "running":
+            self.flush()
+            self._try(self._end, status)
         self._is_on = False
 
     @property

@@ -229,8 +229,7 @@ class Driver:
                 objective.check_update(self, update)
                 self._to_watch -= 1
             update = objective.combine(update)
-            if self.clip is not None:
-                update = torch._foreach_mul(update, (self.clip / norm(update)).clamp(max=1))
+            update = self.clipped(update)
         except BaseException:
             self._restore_statistics(before)
             raise
@@ -293,6 +292,10 @@ class Driver:
     def forget(self, *names: str) -> None:
         for name in names:
             self.state.pop(name, None)
+
+    def clipped(self, update: Grads) -> Grads:
+        """Shortened to the greatest norm that --clip_grad allows, if it allows one."""
+        return update if self.clip is None else torch._foreach_mul(update, (self.clip / norm(update)).clamp(max=1))
 
     def begin_anew(self, num_skipped: int) -> None:
         """The method has got the weights of a run that had another optimizer, and had skipped so many steps: nothing of

@@ -28,6 +28,16 @@ class CFlat(SharpnessAware):
         rho: float = flag(0.2, "radius of the ball in which the worst points are sought", low=0)
         cflat_lambda: float = flag(0.2, "weight of first-order flatness", low=0)
 
+    @classmethod
+    def check(cls, config, method) -> list[str]:
+        problems = super().check(config, method)
+        if {config.ascent_on, config.sharp_on} == {"current", "memory"}:
+            problems.append(
+                f"--optimizer c_flat needs the gradient of the ascent's rows at the perturbed weights: --ascent_on "
+                f"{config.ascent_on} and --sharp_on {config.sharp_on} exclude each other. Give the same, or all."
+            )
+        return problems
+
     phase = SharpnessAware.phase
 
     def direction(self, objective) -> Grads:

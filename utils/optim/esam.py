@@ -52,9 +52,10 @@ class ESAM(SharpnessAware):
 
     def draw(self, objective) -> dict[str, np.ndarray]:
         """`perturbed` (P,) bool: the tensors of this step."""
-        if not self.phase() or not self.is_sharp(objective):
+        if not self.phase() or not self.is_sharp(objective) or self.args.esam_beta == 1:
             return {}
         draws = self.rng.random(len(self.params))
+        draws[list(self._unperturbed)] = 1  # which --perturb excludes: one of the others always stays
         return {"perturbed": (draws < self.args.esam_beta) | (draws == draws.min())}
 
     def tick(self, objective) -> None:

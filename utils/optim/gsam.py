@@ -35,7 +35,9 @@ class GSAM(SharpnessAware):
     @classmethod
     def check(cls, config, method) -> list[str]:
         problems = super().check(config, method)
-        if config.gsam_rho_min is not None and config.lr_scheduler == "none":
+        sets_rates = sum("learning_rate" in vars(part) for part in method.__mro__) > 1  # not only Method itself
+        is_constant = config.lr_scheduler == "none" and not config.warmup_epochs and not sets_rates
+        if config.gsam_rho_min is not None and is_constant:
             problems.append(
                 "--gsam_rho_min has no effect with --lr_scheduler none: rho is constant. Choose a schedule."
             )
@@ -50,7 +52,7 @@ class GSAM(SharpnessAware):
     def ascent(self, g: Grads, objective) -> Grads:
         rho, rho_min = self.args.rho, self.args.gsam_rho_min
         if rho_min is not None:
-            rho = rho_min + (rho - rho_min) * self.base.lr / self.lr_max
+            rho = rho_min + (rho - rho_min) * min(1.0, self.base.lr / self.lr_max)
         return torch._foreach_mul(g, rho / (norm(g) + EPS))
 
     def descent(self, g: Grads, g_adv: Grads) -> Grads:

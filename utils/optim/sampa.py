@@ -46,15 +46,21 @@ class SAMPa(SharpnessAware):
         return self.previous and (self.previous["form"], tuple(self.previous["used"]))
 
     def direction(self, objective) -> Grads:
-        if self.previous is None:
+        if self.previous is None or self._is_stuck:
             return self._remember_gradients(objective)
         h = self.state["h"]
         with self.side_by_side() as beside:
-            with self.at(self.base.look_ahead(h, self.previous["used"]), frozen=False):
+            with self.at(self.base.look_ahead(self.clipped(h), self.previous["used"]), frozen=False):
                 newest = self._remember_gradients(objective)
             with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
                 a = objective.later(self.previous, self.state.get("h_still")).gradient()
         return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
+
+    @property
+    def _is_stuck(self) -> bool:
+        """After a step that was not taken: the gradient at the previous batch, which is still the same one, would be
+        what it was, and as little finite. On other devices than the CPU the batch has been replaced."""
+        return self.device.type == "cpu" and bool(self.skips[1] > 0)
 
     def _remember_gradients(self, objective) -> Grads:
         gradient, climbed = self.gradients(objective)
@@ -67,6 +73,8 @@ class SAMPa(SharpnessAware):
 
     def settle(self, objective) -> None:
         """Keeps the batch, in the place of the last one of its form: a program reads it there."""
+        if not self.is_sharp(objective):
+            return
         new = objective.snapshot()
         if new["form"] not in self._kept:
             self._kept[new["form"]] = _each_tensor(new, torch.clone)
@@ -78,7 +86,8 @@ class SAMPa(SharpnessAware):
                 into["columns"][name].copy_(column)
 
     def tick(self, objective) -> None:
-        self.previous = self._kept[objective.form] if self.is_sharp(objective) else None
+        if self.is_sharp(objective):
+            self.previous = self._kept[objective.form]
 
     def begin_task(self, task) -> None:
         super().begin_task(task)

@@ -91,7 +91,8 @@ class SparseSAM(SharpnessAware):
     @property
     def _is_due(self) -> bool:
         epoch = self.clock["epoch"]
-        return epoch % self.args.sparse_every == 0 and self.clock.get("renewed", -1) != epoch
+        is_new = epoch % self.args.sparse_every == 0 and self.clock.get("renewed", -1) != epoch
+        return is_new or "mask" not in self.state  # also after an epoch without a step that needed one
 
     def _renew_mask(self, objective) -> None:
         if not self._is_due:

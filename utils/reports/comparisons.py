@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flatcl.utils.arguments import SEEDS
 from flatcl.utils.errors import UsageError
 from flatcl.utils.identity import DATA, differences
 from flatcl.utils.metrics import LOWER_IS_BETTER
@@ -176,22 +175,23 @@ def _unpaired(pairs: Sequence[tuple[Group, Group]]) -> list[str]:
     """Runs that are left out, since the other group has none of the same seed."""
     lines = []
     for ours, reference in pairs:
-        mine, theirs = ({run.seeds for run in group.runs} for group in (ours, reference))
+        mine, theirs = ({run.seeds(ours.sources) for run in group.runs} for group in (ours, reference))
         repeated = sum(len(group.runs) for group in (ours, reference)) - len(mine) - len(theirs)
         for own, other, seeds in ((ours, reference, mine - theirs), (reference, ours, theirs - mine)):
             if seeds:
-                lines.append(f"note: left out of {ours.label} against {reference.label}: seed {_listed(seeds)} of "
+                lines.append(f"note: left out of {ours.label} against {reference.label}: seed "
+                             f"{_listed(seeds, ours.sources)} of "
                              f"{own.label}, which {other.label} has not.")  # fmt: skip
         if repeated:
             lines.append(f"note: left out of {ours.label} against {reference.label}: seeds that a group has twice.")
     return list(dict.fromkeys(lines))
 
 
-def _listed(seeds: set[Seeds]) -> str:
+def _listed(seeds: set[Seeds], sources: Sequence[str]) -> str:
     """Each with the sources of random numbers that have another seed."""
     texts = []
     for seed, *others in sorted(seeds, key=lambda own: tuple(map(str, own))):
-        apart = [f"{name} {own}" for name, own in zip(SEEDS, others, strict=True) if own != seed]
+        apart = [f"{name} {own}" for name, own in zip(sources, others, strict=True) if own != seed]
         texts.append(f"{seed} ({', '.join(apart)})" if apart else str(seed))
     return ", ".join(sorted(texts, key=lambda text: (len(text), text)))
 

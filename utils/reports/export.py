@@ -6,6 +6,7 @@ fractions in 0..1, seconds, MiB; tasks are counted from 0.
 
 import contextlib
 import csv
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ from flatcl.utils.arguments import EngineArgs, flags_of
 from flatcl.utils.console import complain, reason
 from flatcl.utils.errors import UsageError
 from flatcl.utils.extras import require
-from flatcl.utils.files import parse_json, read_text
+from flatcl.utils.files import parse_json, printable, read_text
 from flatcl.utils.registry import nearest
 from flatcl.utils.reports.runs import Matrix, Run, is_joint, load_accuracies
 
@@ -104,7 +105,7 @@ def _write(path: Path, write: Callable[[Path], int]) -> int:
 def _identities(runs: Sequence[Run]) -> tuple[dict[str, type], list[Row]]:
     """({column: type}, the columns of each run): what identifies it, what was chosen, and the flags that vary. Of flags
     that cannot change a number (where files lie, what is printed) only the notes and the protocol's name count."""
-    names = dict.fromkeys([*CHOSEN, *(name for run in runs for name in run.flags), "notes"])
+    names = dict.fromkeys([*CHOSEN, *(name for run in runs for name in run.flags), "continues", "notes"])
     values = {name: [_one(run.get(name)) for run in runs] for name in names if name not in _without_result()}
     taken = {*IDENTITY, *(column for own in NUMBER.values() for column in own)}
     values = {f"flag_{name}" if name in taken else name: own for name, own in values.items()
@@ -124,9 +125,11 @@ def _identities(runs: Sequence[Run]) -> tuple[dict[str, type], list[Row]]:
     return {**IDENTITY, **types}, about
 
 
-def _without_result() -> set[str]:
+@functools.cache
+def _without_result() -> frozenset[str]:
     """Flags that cannot change a number, but for those that say what a run is."""
-    return {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result} - {"notes", "protocol"}
+    names = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
+    return frozenset(names - {"notes", "protocol"})
 
 
 def _one(value: Any) -> Any:
@@ -145,7 +148,7 @@ def _type_of(values: Iterable[Any]) -> type:
 def _as(kind: type, value: Any) -> Any:
     """A value in the type of its column; None for a number that is too large for it."""
     try:
-        return None if value is None else kind(value)
+        return None if value is None else printable(value) if kind is str else kind(value)
     except OverflowError:
         return None
 
@@ -225,8 +228,8 @@ def _cell(value: Any) -> Any:
     is shown and not computed: it may be a note from somebody else's run."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and value.lstrip().startswith(FORMULA):
-        return f"'{value}"
+    if isinstance(value, str):
+        return ("'" if value.lstrip().startswith(FORMULA) else "") + printable(value)
     return value
 
 
@@ -258,6 +261,8 @@ def _lines(runs: Sequence[Run], setting: str | None, missing: list[str]) -> Iter
     Mammoth's names and in percent, as there; tasks are counted from 1."""
     for run, (tasks, matrices) in zip(runs, _matrices(runs, missing), strict=True):
         name = setting or run.summary.get("setting")
+        if name not in matrices and setting is None:
+            name = next(iter(matrices), None)  # of a method without results in the benchmark's setting (pnn)
         if name not in matrices:
             continue
         metrics = run.summary["metrics"].get(name, {})

@@ -61,6 +61,11 @@ class Group:
         return " ".join(written(value) for value in self.by.values() if value is not None)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The flags of seeds that its runs may differ in, beside the seed."""
+        return tuple(name for name in SEEDS if name not in self.by)
+
+    @property
     def tuned(self) -> str:
         """How the flags were chosen, in the words of `flatcl tune`; empty where not all runs say the same."""
         said = {str(run.summary.get("notes") or run.get("notes") or "") for run in self.runs}
@@ -74,8 +79,8 @@ class Group:
     def of_seeds(self, metric: str) -> dict[Seeds, float]:
         """{seeds: value} of the runs that have the metric. Seeds that several runs have are left out: which of them to
         pair would be arbitrary."""
-        counts = Counter(run.seeds for run in self.runs)
-        values = {run.seeds: self._value(run, metric) for run in self.runs}
+        counts = Counter(run.seeds(self.sources) for run in self.runs)
+        values = {run.seeds(self.sources): self._value(run, metric) for run in self.runs}
         return {seeds: value for seeds, value in values.items() if value is not None and counts[seeds] == 1}
 
     def _value(self, run: Run, metric: str) -> float | None:
@@ -138,8 +143,10 @@ class Mixture:
     def of(cls, group: Group) -> "Mixture":
         values = result_flags(group.runs)
         keys = {name: tuple(sorted(found)) for name, found in values.items() if len(found) > 1}
-        known = [run.code for run in group.runs if run.code is not None]
-        files = {file for code in known for file in differences(known[0], code)}
+        histories = [run.codes for run in group.runs if run.codes]
+        files = {file for codes in histories for file in differences(histories[0][0], codes[0])}
+        if any(len(codes) != len(histories[0]) or codes[1:] != histories[0][1:] for codes in histories):
+            files |= {file for codes in histories for later in codes[1:] for file in differences(codes[0], later)}
         return cls(group.label, keys, tuple(sorted(files)))
 
     def __bool__(self) -> bool:
@@ -161,6 +168,7 @@ def result_flags(runs: Sequence[Run]) -> dict[str, set[str]]:
     distinct = {name: found for name, found in distinct.items() if name not in SEEDS or None in found}  # or all vary
     values = {name: {comparable(value) for value in found} for name, found in distinct.items()}
     values["protocol_version"] = {comparable(run.protocol) for run in runs}
+    values["continues"] = {comparable(run.continues) for run in runs}
     return {**values, "split": {run.split for run in runs}}
 
 

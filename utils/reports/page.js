@@ -259,7 +259,10 @@ function showChosen() {
   );
 }
 
-const shownSetting = (run) => (filters.setting && settingsOf(run).includes(filters.setting) ? filters.setting : run.setting);
+function shownSetting(run) {
+  const wanted = filters.setting || data.setting;
+  return wanted && settingsOf(run).includes(wanted) ? wanted : run.setting;
+}
 
 function metricOf(run, name) { // of a finished run: what an unfinished one has reached is in its details
   const own = run.metrics[shownSetting(run)];

@@ -86,7 +86,7 @@ def build(
 
 def sections_of(runs: Sequence[Run], given: Sequence[str | Path]) -> list[Section]:
     """The runs by their places, in the order of these; within one in the order of dataset, model, ... and seed."""
-    folders = [user_path(path) for path in given]
+    folders = [path if path.is_dir() else path.parent for path in map(user_path, given)]
     places: dict[Path, list[Run]] = {}
     for run in runs:
         places.setdefault(_place(run, folders), []).append(run)
@@ -124,6 +124,12 @@ def _heading(file: Path) -> str | None:
     return found[1].replace("`", "") if found else None
 
 
+def setting_of(run: Run) -> str | None:
+    """The setting of its benchmark, or, of a method that has no results in it (`pnn`), its first one."""
+    setting, has = run.summary.get("setting"), run.summary["metrics"]
+    return setting if setting in has or not has else next(iter(has))
+
+
 def split_of(run: Run) -> str:
     """What a run's accuracies were measured on. Runs from before the flag `validation` had the test split alone."""
     if not run.flags:
@@ -131,22 +137,25 @@ def split_of(run: Run) -> str:
     return VALIDATION if run.flags.get("validation") else TEST
 
 
-def repeats_in(runs: Sequence[Run]) -> set[int]:
-    """Places in `runs`, all of one section, of finished runs whose flags and seed a newer finished one has."""
-    newest: dict[str, int] = {}
+def repeats_in(runs: Sequence[Run], with_code: bool) -> set[int]:
+    """Places in `runs`, all of one section, of finished runs whose flags and seed (and code) a newer finished one
+    has."""
+    newest: dict[tuple[str, str | None], int] = {}
     old = set()
     for number in sorted(range(len(runs)), key=lambda number: (_folder(runs[number]), str(runs[number].path))):
         name = runs[number].summary.get("config_hash")
         if name and runs[number].summary["status"] == "finished":
-            if name in newest:
-                old.add(newest[name])
-            newest[name] = number
+            key = name, runs[number].get("code_version") if with_code else None
+            if key in newest:
+                old.add(newest[key])
+            newest[key] = number
     return old
 
 
-def counted_in(runs: Sequence[Run]) -> list[Run]:
-    """The runs of one section that are in its means: finished, of equal ones the newest."""
-    old = repeats_in(runs)
+def counted_in(runs: Sequence[Run], by: Sequence[str] | None) -> list[Run]:
+    """The runs of one section that are in its means: finished, of equal ones the newest. Runs of other code are not
+    equal where code_version is among the keys `by`."""
+    old = repeats_in(runs, "code_version" in (by or ()))
     return [run for number, run in enumerate(runs) if run.summary["status"] == "finished" and number not in old]
 
 
@@ -166,8 +175,8 @@ def _tables(
 ) -> list[dict[str, Any]]:
     """The tables of a section's groups, one for each setting. Runs on validation splits have groups of their own. The
     runs have the numbers `first`, `first` + 1, ... in the page."""
-    content.repeated |= {first + number for number in repeats_in(runs)}
-    counted = counted_in(runs)
+    content.repeated |= {first + number for number in repeats_in(runs, "code_version" in (keys or ()))}
+    counted = counted_in(runs, keys)
     if not counted:
         return []
     numbers = {id(run): first + number for number, run in enumerate(runs)}
@@ -260,7 +269,7 @@ class _Content:
                 if config.get(name)}  # fmt: skip
         known = isinstance(environment, dict)
         commit = environment.get("commit") if known else None
-        setting = run.summary.get("setting") or next(iter(run.summary["metrics"]), None)
+        setting = setting_of(run)
         others = " ".join(f"{name}={_written(own[name][0])}" for name in self.together if name in own)
         values = [run.get(name) for name in (*self.columns, *self.single)]
         return {
@@ -293,9 +302,13 @@ class _Content:
     def _logs(self) -> dict[int, str | None]:
         """{number of a run: the end of its log, None where it is left out}; the newest runs' come first."""
         found: dict[int, str | None] = {}
+        files: set[Path | None] = set()
         room = LOGS_BYTES
         for number in self._newest_first():
             file = log_of(self.runs[number])
+            if file in files:  # a newer run with the same hash has written it
+                continue
+            files.add(file)
             if file is not None:
                 text = _end_of(file) if room > 0 else None
                 if text is None and room > 0:
@@ -360,6 +373,9 @@ def log_of(run: Run) -> Path | None:
     if run.path.parent.name == RECORD or not name or not re.fullmatch(r"\w[\w.-]*", name) or len(run.path.parents) < 4:
         return None
     file = run.path.parents[3] / "logs" / f"{name}.log"
+    with suppress(OSError):
+        if file.stat().st_mtime < (run.path / "config.json").stat().st_mtime:
+            return None  # it is of an earlier run
     return file if file.is_file() and not file.is_symlink() else None
 
 

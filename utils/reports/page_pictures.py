@@ -41,7 +41,9 @@ def draw(runs: Sequence[Run], given: Sequence[str | Path], choice: Choice) -> tu
     notes: list[str] = []
     sections = sections_of(runs, given)
     for section in sections:
-        counted = [run for run in counted_in(section.runs) if choice.setting in (None, *run.summary["metrics"])]
+        counted = [
+            run for run in counted_in(section.runs, choice.by) if choice.setting in (None, *run.summary["metrics"])
+        ]
         for validation in (False, True):
             own = [run for run in counted if (split_of(run) == VALIDATION) == validation]
             parts = [section.title] * (len(sections) > 1) + [VALIDATION] * validation

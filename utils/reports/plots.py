@@ -567,12 +567,13 @@ def _matrix(panels: Sequence[Panel], request: Request) -> "Figure":
     widest = LETTER * max(len(part) for own in parts for part in own) + 0.1
     page = Page(request.width, len(cells), max(1, min(2 if request.width == "column" else 4,
                                                       int(WIDTHS[request.width] / widest))))  # fmt: skip
-    for axes, (_, _, values), own in zip(page.axes, cells, parts, strict=True):
+    for axes, (_, series, values), own in zip(page.axes, cells, parts, strict=True):
+        first = series.group.runs[0].get("start_from") or 0
         image = _mesh(axes, values, 0, 100, CMAP)
         lines = [own[0], ", ".join(own[1:])] if len(own) > 1 else own
         axes.set_title("\n".join(broken(line, page.panel_inches) for line in lines))
         for axis, count in ((axes.xaxis, values.shape[1]), (axes.yaxis, values.shape[0])):
-            _task_labels(axis, count, page.panel_inches)
+            _task_labels(axis, count, page.panel_inches, first)
     for place, axes in enumerate(page.axes):
         if place % page.across == 0:
             axes.set_ylabel("after task")
@@ -618,15 +619,15 @@ def _mesh(axes: "Axes", values: np.ndarray, low: float, high: float, cmap: str) 
     return image
 
 
-def _task_labels(axis: Any, count: int, inches: float) -> None:
-    """Of all tasks up to ten, if they have room; else of each second, fifth, tenth, ..."""
+def _task_labels(axis: Any, count: int, inches: float, first: int = 0) -> None:
+    """Of all tasks (counted from 0 in `first`) up to ten, if they have room; else of each second, fifth, tenth, ..."""
     letters = len(str(count)) if axis.axis_name == "x" else 1  # side by side, or one below the other
     most = int(inches / (0.3 if count > 10 else 0.08 + 0.035 * letters))
     step = next(
         digit * 10**power for power in itertools.count() for digit in (1, 2, 5) if count <= most * digit * 10**power
     )
-    places = [place for place in range(count) if (place + 1) % step == 0]
-    axis.set_ticks(places, [str(place + 1) for place in places])
+    places = [place for place in range(count) if (first + place + 1) % step == 0]
+    axis.set_ticks(places, [str(first + place + 1) for place in places])
 
 
 def _colour_bar(page: Page, image: Any, label: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from flatcl.utils.arguments import MANY_TASKS, SEEDS, Config, EngineArgs, flags_of
 from flatcl.utils.console import complain, reason
 from flatcl.utils.errors import UsageError
-from flatcl.utils.files import is_writable, parse_json, read_json, read_text, user_path
+from flatcl.utils.files import is_writable, parse_json, read_json, read_text, user_path, write_text
 from flatcl.utils.metrics import Matrix
 from flatcl.utils.registry import canonical, nearest
 from flatcl.utils.reports import _run_index as run_index
@@ -24,7 +24,7 @@ from flatcl.utils.saved import other_code
 
 RECORD = "runs.jsonl"
 VALIDATION, TEST = "validation", "test"
-DERIVED = ("split", "protocol_version", "code_version")  # keys that are neither of the summary nor flags
+DERIVED = ("split", "protocol_version", "code_version", "continues")  # keys that are neither of the summary nor flags
 NO_RESULT = "no result"  # the status of a run that has no summary: it is at its first task, or ended there
 DECIMALS = 5  # of an accuracy (a fraction) in a record: enough for test sets of up to 100,000 images
 
@@ -47,6 +47,18 @@ class Run:
         """{file: digest} of the code that made it; None where that was not written down."""
         return self.content.get("config", {}).get("code")
 
+    @property
+    def codes(self) -> list[Mapping[str, str]]:
+        """The code that it was begun with, and each other one that it went on with (--keep_changed)."""
+        later = self.content.get("config", {}).get("changed_code", ())
+        return [code for code in (self.code, *(entry["code"] for entry in later)) if code is not None]
+
+    @property
+    def continues(self) -> str | None:
+        """What it was begun from the end of (--continue)."""
+        parent = self.content.get("config", {}).get("continues")
+        return None if parent is None else f"{parent.get('tasks')} task(s) under {parent.get('optimizer')}"
+
     def differs_from(self, config: Config) -> list[str]:
         """The files of other code than the present one that the run was made with."""
         saved = self.content.get("config", {})
@@ -63,14 +75,13 @@ class Run:
         if key in self.summary or key in self.flags:
             return self.summary[key] if key in self.summary else self.flags[key]
         if key == "code_version":
-            return _digest(self.code)
-        return {"split": self.split, "protocol_version": self.protocol}.get(key)
+            return _digest(self.codes)
+        return {"split": self.split, "protocol_version": self.protocol, "continues": self.continues}.get(key)
 
-    @property
-    def seeds(self) -> Seeds:
-        """The seed, and that of each source of random numbers (`SEEDS`): runs with equal ones are pairs."""
+    def seeds(self, sources: Iterable[str] = SEEDS) -> Seeds:
+        """The seed, and that of each source of random numbers: runs with equal ones are pairs."""
         seed = self.get("seed")
-        own = (self.get(name) for name in SEEDS)
+        own = (self.get(name) for name in sources)
         return seed, *(seed if value is None else value for value in own)
 
     @property
@@ -79,11 +90,12 @@ class Run:
         return plain | set(self.flags) | set(DERIVED)
 
 
-def _digest(code: Mapping[str, str] | None) -> str | None:
+def _digest(codes: Sequence[Mapping[str, str]]) -> str | None:
     """A short name for the code that made a run, the key `code_version`; a letter first makes it no number."""
-    if code is None:
+    if not codes:
         return None
-    return "c" + hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:7]
+    text = json.dumps(codes[0] if len(codes) == 1 else list(codes), sort_keys=True)
+    return "c" + hashlib.sha256(text.encode()).hexdigest()[:7]
 
 
 def load_runs(
@@ -329,7 +341,7 @@ def write_record(runs: Sequence[Run], path: str | Path) -> None:
         config = dict(run.content.get("config", {"flags": {}}))
         config["flags"] = {name: entry for name, entry in config["flags"].items() if name not in places}
         lines.append(json.dumps({**run.content, "summary": summary, "config": config}, sort_keys=True))
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(user_path(path), "".join(f"{line}\n" for line in lines))
 
 
 def newest(runs: Sequence[Run], say: Callable[[str], None], with_code: bool = False) -> list[Run]:

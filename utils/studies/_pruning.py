@@ -7,7 +7,6 @@ a stream falls from task to task, so its best value is always the first one.
 
 import contextlib
 import os
-import platform
 import signal
 import statistics
 import threading
@@ -17,19 +16,22 @@ from typing import Any
 
 from flatcl.utils.engine.lock import holder
 from flatcl.utils.files import read_json, write_json
-from flatcl.utils.studies.status import num_tasks
+from flatcl.utils.identity import digest_of
+from flatcl.utils.studies.status import is_of_other_code, num_tasks
 
 PRUNE_AFTER = 5  # finished runs to compare with, before any run is stopped
 POLL_S = 0.5
 
 
 class Pruner:
-    """`with Pruner(groups, setting, folder): ...` watches the runs while others make them. `groups`: runs that are
-    compared with each other; `folder`: where it marks, by their hashes, those that it has stopped. `has_stopped`:
-    whether it has sent a signal, which can hit a process that has begun its next run meanwhile."""
+    """`with Pruner(groups, setting, folder, keep_changed): ...` watches the runs while others make them. `groups`: runs
+    that are compared with each other; `folder`: where it marks, by their hashes, those that it has stopped. Runs of
+    other code count only with `keep_changed`. `has_stopped`: whether it has sent a signal, which can hit a process that
+    has begun its next run meanwhile."""
 
-    def __init__(self, groups: Sequence[Sequence[Any]], setting: str, folder: Path):
+    def __init__(self, groups: Sequence[Sequence[Any]], setting: str, folder: Path, keep_changed: bool = False):
         self.groups, self.setting, self.folder, self.has_stopped = groups, setting, folder, False
+        self.keep_changed = keep_changed
         self._finished: dict[str, list[float]] = {}  # the curves of finished runs, by their hashes
         self._end = threading.Event()
 
@@ -49,8 +51,8 @@ class Pruner:
 
     def _look(self, group: Sequence[Any]) -> None:
         for job in group:
-            if job.hash not in self._finished and not marked(self.folder, job.hash):
-                curve, is_finished = _curve(job, self.setting)
+            if job.hash not in self._finished and not marked(self.folder, job, self.keep_changed):
+                curve, is_finished = _curve(job, self.setting, self.keep_changed)
                 if is_finished:
                     self._finished[job.hash] = curve
                 elif 0 < len(curve) < num_tasks(job.config) and job.log.with_suffix(".lock").exists():
@@ -67,24 +69,29 @@ class Pruner:
     def _stop(self, job: Any, why: dict[str, Any]) -> None:
         """As Ctrl-C does. A run of another machine is left to the search there."""
         process = holder(job.log.with_suffix(".lock"), may_write=False)
-        if process is not None and process.host == platform.node() and process.pid != os.getpid():
+        if process is not None and process.is_here and process.pid != os.getpid():
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.folder / f"{job.hash}.json", why)
+                write_json(self.folder / f"{job.hash}.json", {**why, "code": digest_of(job.config.code)})
                 self.has_stopped = True
                 os.kill(process.pid, signal.SIGINT)
 
 
-def marked(folder: Path, hash: str) -> bool:
-    """Whether a run was stopped by the rule."""
-    return (folder / f"{hash}.json").exists()
+def marked(folder: Path, job: Any, keep_changed: bool) -> bool:
+    """Whether a run of this code was stopped by the rule."""
+    file = folder / f"{job.hash}.json"
+    if not file.exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return keep_changed or read_json(file).get("code", (own := digest_of(job.config.code))) == own
+    return True
 
 
-def _curve(job: Any, setting: str) -> tuple[list[float], bool]:
+def _curve(job: Any, setting: str, keep_changed: bool) -> tuple[list[float], bool]:
     """(average accuracy after each finished task over the tasks trained until then, whether the run has finished)."""
     config = job.config
     folders = sorted(job.results_path.glob(f"*/{config.dataset}/{config.model}/*-{job.hash}*"))
-    if not folders:
+    if not folders or is_of_other_code(folders[-1], config, keep_changed):
         return [], False
     try:
         rows = read_json(folders[-1] / "accuracy.json")["accuracy"][setting]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from flatcl.utils.console import program, say
+from flatcl.utils.console import have_standard_streams, program, say
 from flatcl.utils.engine.lock import Busy, Lock
 from flatcl.utils.studies.engines import (
     ALREADY,
@@ -169,6 +170,7 @@ def _work(connection, runner: Runner) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C in the terminal reaches the sweep alone, which passes it on once
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    have_standard_streams()
     try:
         while True:
             argv, log, label = connection.recv()
@@ -220,7 +222,7 @@ def _had_nothing_to_do(log: Path) -> bool:
 
 def _run_logged(argv: list[str], log: Path, runner: Runner) -> int:
     with _console_to(log):
-        print(f"{program()} {' '.join(argv)}")
+        say(f"{program()} {shlex.join(argv)}")
         code = _code_of(argv, runner)
         say(f"{LAST_LINE} {code}")
         return code
@@ -243,8 +245,8 @@ def _console_to(log: Path):
         saved = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # a log that can be followed
     try:
+        sys.stdout.reconfigure(line_buffering=True)  # a log that can be followed
         yield
     finally:
         sys.stdout.flush()
