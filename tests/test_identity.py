@@ -558,7 +558,6 @@ def test_keep_changed_where_it_has_no_sense(words, capsys):
     assert "--keep_changed" in said(capsys, "--model", "er", "--dataset", "seq-synth", *words)
 
 
-@pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit", "import sys\nsys.exit('enough')"])
 def test_of_two_plugins_of_one_name_each_can_be_given_anew(tmp_path, capsys):
     files = []
     for name in ("a", "b"):
@@ -592,6 +591,7 @@ def test_flags_that_a_file_leaves_without_effect_are_refused(words, message, tmp
     assert message in said(capsys, *(folder if word == "RUN" else word for word in words), "--dry_run")
 
 
+@pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit", "import sys\nsys.exit('enough')"])
 def test_a_plugin_that_ends_the_program_is_named(text, tmp_path, capsys):
     file = tmp_path / "quits.py"
     file.write_text(text)

@@ -691,7 +691,8 @@ class _Layers:
         sizes, number = self.values["classes_per_task"], layer.get("n_tasks")
         if sizes and number is None and ("n_tasks" in layer or "classes_per_task" in layer):
             self.values["n_tasks"], self.origins["n_tasks"] = len(sizes), "--classes_per_task"
-        elif number not in (None, len(sizes)) and sizes and "classes_per_task" not in layer:
+        is_agreed = number == len(sizes) and self.origins["classes_per_task"].startswith(("dataset ", "protocol "))
+        if number is not None and sizes and "classes_per_task" not in layer and not is_agreed:
             self.values["classes_per_task"], self.origins["classes_per_task"] = (), "--n_tasks"
 
 
@@ -823,7 +824,9 @@ def _protocol(
     """(the flags of the protocol that is asked for, none for the benchmark's first; what is wrong with it)."""
     words, before = request.words.get("protocol"), file_values.get("protocol")
     name = before if words is None else words[0] if len(words) == 1 else None
-    if words is not None and file_values and canonical(str(name)) != canonical(str(before)):
+    is_same = canonical(str(file_values.get("dataset"))) == canonical(str(dataset))
+    leaves_it = not is_same and canonical(str(name)) == "none"  # the other benchmark has no such protocol
+    if words is not None and file_values and canonical(str(name)) != canonical(str(before)) and not leaves_it:
         return {}, [
             f"--protocol {name} cannot be given with the file of a run, which has all values of its own protocol "
             f"({before or 'the published one'}). Drop it, or start a run without --from."

@@ -173,7 +173,6 @@ def plan(
     resolver: Callable[[list[str]], Config] = resolve,
 ) -> list[Job]:
     """The grid's runs, each once. Resolves all of them, so that whatever is wrong is said before any work begins."""
-    _check_axes(grid)
     jobs: dict[str, Job] = {}
     problems: dict[str, str] = {}
     for axes in grid:
@@ -184,23 +183,20 @@ def plan(
             for problem in error.problems:
                 problems.setdefault(problem, f"{axes['model']} on {axes['dataset']}: {problem}")
             continue
-        jobs.setdefault(config.hash, Job(axes, tuple(argv), config))
+        first = jobs.setdefault(config.hash, Job(axes, tuple(argv), config))
+        for name in _only_harmless(first.axes, axes):
+            said = f"--{name} cannot change a number, so that runs with different values of it are one run."
+            problems.setdefault(name, f"{said} Give it once, for all runs.")
     if problems:
         raise UsageError(*problems.values())
     return list(jobs.values())
 
 
-def _check_axes(grid: Sequence[Mapping[str, str]]) -> None:
-    """Raises `UsageError` for an axis of a flag that changes no number: the runs of all its values would be one."""
-    harmless = {name for name, flag in flags_of(EngineArgs, "engine").items() if not flag.result}
-    values: dict[str, set[str]] = {}
-    for axes in grid:
-        for name in axes.keys() & harmless:
-            values.setdefault(name, set()).add(axes[name])
-    idle = sorted(name for name, found in values.items() if len(found) > 1)
-    if idle:
-        raise UsageError(*(f"--{name} cannot change a number, so that runs with different values of it are one run. "
-                           "Give it once, for all runs." for name in idle))  # fmt: skip
+def _only_harmless(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """The flags that change no number, if two points of a grid differ in nothing else."""
+    unlike = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    flags = flags_of(EngineArgs, "engine")
+    return unlike if all(name in flags and not flags[name].result for name in unlike) else []
 
 
 @dataclass(frozen=True)
