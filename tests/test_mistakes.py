@@ -406,9 +406,7 @@ def test_a_memory_that_stays_empty_is_told(go):
 def test_logits_that_are_kept_must_be_handed_over(go):
     code, lines, _, file = go(MEMORY + "    keeps_logits = True\n")
     assert code == 2 and len(lines) == 1
-    assert (
-        f"mine ({file}): `keeps_logits` is True, but the loss of the first step has no logits. Write: Loss(" in lines[0]
-    )
+    assert f"mine ({file}): `keeps_logits` is True, but there are no logits of these rows. Write: Loss(" in lines[0]
 
 
 def test_a_domain_benchmark_without_a_map_of_pixels_is_told(go):
