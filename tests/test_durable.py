@@ -792,7 +792,7 @@ def test_resume_of_a_finished_run_writes_the_pictures_and_entries_that_are_missi
 
     pictures = {name: (folder / name).read_bytes() for name in PICTURES}
     entries, files = final_entries(), sorted(path.name for path in folder.iterdir())
-    assert len(entries[0]) == 14 and len(entries[1]) == 4 and entries[2]
+    assert len(entries[0]) == 16 and len(entries[1]) == 4 and entries[2]
     assert "this run is finished; no file is missing" in resumed()
     assert sorted(path.name for path in folder.iterdir()) == files
 

@@ -90,7 +90,7 @@ def test_hparams_are_flags_that_change_a_number_and_mark_what_differs(runs):
     assert {"model", "seed", "optimizer", "buffer_size", "debug_mode", "n_tasks", "rho"} <= differs  # rho: er has none
     assert not {"dataset", "lr", "batch_size", "amp"} & differs
     tags = {tag for tag in events(runs[1]).Tags()["scalars"] if tag.startswith("metrics/")}
-    assert {info.name.tag for info in experiment.metric_infos} == tags and len(tags) == 14
+    assert {info.name.tag for info in experiment.metric_infos} == tags and len(tags) == 16
 
 
 def test_hparams_of_other_runs_have_columns_too(tmp_path):

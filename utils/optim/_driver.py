@@ -201,6 +201,7 @@ class Driver:
                 self.skips += 1
                 objective.skipped = True
                 self._restore_statistics(before)
+                self.skip()
             if not objective.skipped:
                 self.settle(objective)
                 self.tick(objective)
@@ -292,6 +293,9 @@ class Driver:
     def forget(self, *names: str) -> None:
         for name in names:
             self.state.pop(name, None)
+
+    def skip(self) -> None:
+        """Called on the CPU after a step that was not taken, whose state stays as it was."""
 
     def clipped(self, update: Grads) -> Grads:
         """Shortened to the greatest norm that --clip_grad allows, if it allows one."""

@@ -40,13 +40,14 @@ class SAMPa(SharpnessAware):
         super().__init__(*args, **kwargs)
         self.previous: dict[str, Any] | None = None  # a snapshot of the step before
         self._kept: dict[Any, dict[str, Any]] = {}  # this task's snapshots, by the form of their blocks
+        self.is_stuck = False  # the step before was not taken: the gradient at its previous batch would be the same
 
     def phase(self) -> Any:
         """The form of the previous batch."""
-        return self.previous and (self.previous["form"], tuple(self.previous["used"]))
+        return None if self.is_stuck else self.previous and (self.previous["form"], tuple(self.previous["used"]))
 
     def direction(self, objective) -> Grads:
-        if self.previous is None or self._is_stuck:
+        if self.previous is None or self.is_stuck:
             return self._remember_gradients(objective)
         h = self.state["h"]
         with self.side_by_side() as beside:
@@ -55,12 +56,6 @@ class SAMPa(SharpnessAware):
             with beside, self.at(self.ascent(self.state.get("h_climbed", h), objective)):
                 a = objective.later(self.previous, self.state.get("h_still")).gradient()
         return torch._foreach_lerp(a, newest, self.args.sampa_lambda)
-
-    @property
-    def _is_stuck(self) -> bool:
-        """After a step that was not taken: the gradient at the previous batch, which is still the same one, would be
-        what it was, and as little finite. On other devices than the CPU the batch has been replaced."""
-        return self.device.type == "cpu" and bool(self.skips[1] > 0)
 
     def _remember_gradients(self, objective) -> Grads:
         gradient, climbed = self.gradients(objective)
@@ -85,14 +80,18 @@ class SAMPa(SharpnessAware):
             for name, column in block["columns"].items():
                 into["columns"][name].copy_(column)
 
+    def skip(self) -> None:
+        self.is_stuck = True
+
     def tick(self, objective) -> None:
+        self.is_stuck = False
         if self.is_sharp(objective):
             self.previous = self._kept[objective.form]
 
     def begin_task(self, task) -> None:
         super().begin_task(task)
         self.forget("h", "h_climbed", "h_still")
-        self.previous, self._kept = None, {}
+        self.previous, self._kept, self.is_stuck = None, {}, False
 
     def follow(self) -> bool:
         before = self.names
