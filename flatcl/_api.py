@@ -437,7 +437,11 @@ def _copies_of(net: nn.Module) -> type[nn.Module]:
     found = Description(net)
     digest = hashlib.sha256(found.text.encode()).hexdigest()[:12]
     content: dict[str, Any] = {"net": copy.deepcopy(net).cpu(), "digest": digest, "code": found.code}
-    content |= {name: getattr(type(net), name, None) for name in ("features", "stages") if hasattr(net, name)}
+    has_features = callable(getattr(type(net), "features", None)) and isinstance(
+        getattr(net, "num_features", None), int
+    )  # not a module of this name, as torchvision's networks have
+    has = {"features": has_features, "stages": isinstance(getattr(type(net), "stages", None), property)}
+    content |= {name: getattr(type(net), name) for name, is_there in has.items() if is_there}
     content["name"] = f"{type(net).__name__.lower()}-{digest[:8]}"
     return type("GivenNetwork", (_Given,), {**content, "__module__": __name__, "__doc__": f"A {type(net).__name__}."})
 

@@ -93,7 +93,7 @@ class ReplayMethod(Method):
         """
         if len(self.buffer) == 0:
             return ()
-        columns: dict[str, Any] = self.buffer.draw(self.args.minibatch_size, draws)
+        columns: dict[str, Any] = self._drawn(draws)
         inputs = self.context.augment(columns.pop("x"))
         size = len(inputs) // draws
         parts = [slice(i * size, (i + 1) * size) for i in range(draws)]

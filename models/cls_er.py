@@ -20,6 +20,7 @@ from flatcl.models._method import Batch, Block, Loss, published
 from flatcl.models._replay import ReplayMethod
 from flatcl.models.der import logit_distance
 from flatcl.utils.arguments import flag
+from flatcl.utils.optim._driver import batchnorms
 from flatcl.utils.registry import METHODS
 
 CLS_ER = "CLS-ER paper (Arani et al., 2022), best args of its code"
@@ -111,6 +112,11 @@ class ClsEr(ReplayMethod):
 
     def remember(self, batch: Batch, loss: Loss) -> None:
         super().remember(batch, loss)
+        if len(self.buffer) == 0:  # a policy that chooses rows at a task's end: so far the averages have seen no images
+            for average in (self.stable, self.plastic):
+                for own, theirs in zip(batchnorms(average), batchnorms(self.net), strict=True):
+                    for into, of in zip(own.buffers(), theirs.buffers(), strict=True):
+                        into.copy_(of)
         self.num_steps += 1
         for average, freq, alpha in (
             (self.plastic, self.args.plastic_freq, self.args.plastic_alpha),

@@ -52,6 +52,16 @@ class EwcOn(Drawing, Method):
         },
     )
 
+    @classmethod
+    def check(cls, config, benchmark) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.sync_bn:
+            problems.append(
+                "--sync_bn 1 cannot be used with ewc_on, which needs the gradients of single rows, and torch's "
+                "SyncBatchNorm has none. Drop it."
+            )
+        return problems
+
     def __init__(self, net, args, context):
         super().__init__(net, args, context)
         size = sum(p.numel() for p in trainable(net))

@@ -10,7 +10,8 @@ code distorted those of CIFAR and Tiny ImageNet (wrong pixel values, height and 
 are lower; on MNIST they do not depend on the size of the memory, as with `--replay_exemplars 0` here. There is no
 replay minibatch, since exemplars are a part of the stream. On CIFAR-100, X-DER's code has no |theta|^2 in the loss, but
 the weight decay of SGD. Its class means are averaged batch by batch, so that of a class with more than 32 exemplars the
-last batch has half of the weight; here all exemplars weigh the same.
+last batch has half of the weight; here all exemplars weigh the same. In an evaluation inside a task (--eval_every) the
+means are those of the last task's end, with the network as it was then.
 """
 
 from dataclasses import dataclass

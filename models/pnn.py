@@ -122,6 +122,8 @@ class PNN(Method):
         problems = super().check(config, benchmark)
         if config.class_il_argmax != "all":
             problems.append("--class_il_argmax has no effect on pnn, for which class-il is not defined. Drop it.")
+        if config.sync_bn:
+            problems.append("--sync_bn 1 cannot be used with pnn, whose later columns it would not reach. Drop it.")
         if config.freeze_backbone:
             problems.append(
                 "--freeze_backbone cannot be used with pnn, which trains a new network for each task. Drop it."

@@ -87,6 +87,16 @@ class XDer(ReplayMethod):
         )
         simclr_num_aug: int = flag(2, "strongly augmented views of each image", low=1, high=1000)
 
+    @classmethod
+    def check(cls, config: Any, benchmark: type) -> list[str]:
+        problems = super().check(config, benchmark)
+        if config.buffer_size < benchmark.num_classes:
+            problems.append(
+                f"--buffer_size must have room for one image of each of the {benchmark.num_classes} classes of "
+                f"{benchmark.name}, got {config.buffer_size}. Give more."
+            )
+        return problems
+
     def __init__(self, net, args, context: Context):
         super().__init__(net, args, context)
         self.heads = [context.benchmark.classes_of(index) for index in range(len(context.benchmark))]

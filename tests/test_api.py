@@ -154,6 +154,23 @@ def test_a_run_without_a_folder_has_its_summary(quick):
     assert "no folder" in repr(run) and run.confusion_matrix().sum() == 160
 
 
+def test_a_networks_module_named_features_is_no_function_of_features():
+    """As in torchvision's networks, where it gives maps."""
+
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.stages = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)), torch.nn.ModuleList()
+            self.classifier = torch.nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.classifier(self.features(x).mean((2, 3)))
+
+    for model, needs in (("icarl", "`features`"), ("lwf", "`features`"), ("pnn", "`stages`")):
+        with pytest.raises(UsageError, match=f"--model {model} needs a backbone with {needs}"):
+            flatcl.build(model=model, dataset="seq-digits", backbone=Named())
+
+
 def test_what_only_the_command_line_has_is_refused_with_what_to_use():
     for name, instead in (("dry_run", "flatcl.build"), ("resume", "flatcl.resume"), ("keep_changed", "flatcl.resume")):
         with pytest.raises(UsageError, match=f"{name} is not for build: .*{instead}"):

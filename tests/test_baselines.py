@@ -1085,6 +1085,16 @@ def test_cls_er_averages_with_a_decay_that_grows(begin, freqs):
     assert all(not p.requires_grad for net in (method.stable, method.plastic) for p in net.parameters())
 
 
+def test_cls_er_without_a_memory_has_the_statistics_of_the_network(begin):
+    """A policy that chooses rows when a task ends leaves the averages without images until then."""
+    trainer = begin("cls_er", "tiny-bn", buffer_policy="herding", buffer_size=20, stop_after=1)
+    trainer.run()
+    net, stable = (dict(part.named_buffers()) for part in (trainer.method.net, trainer.method.stable))
+    means = [name for name in net if name.endswith("running_mean")]
+    assert means and all(torch.equal(net[name], stable[name]) for name in net)
+    assert all(net[name].abs().sum() > 0 for name in means)
+
+
 def test_cls_er_averages_as_often_as_told(begin):
     trainer = begin("cls_er", stable_freq=0.3, plastic_freq=0.8, buffer_size=4, minibatch_size=1)
     method, moved = trainer.method, Counter()

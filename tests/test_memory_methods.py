@@ -619,6 +619,11 @@ def test_xders_memory_is_full_where_the_classes_do_not_divide_it(start, size, sh
     assert counts == sorted([quarter, quarter, rest // 2, rest - rest // 2]) and sum(counts) == size
 
 
+def test_xder_refuses_a_memory_without_room_for_each_class():
+    with pytest.raises(UsageError, match="--buffer_size must have room for one image of each of the 10 classes"):
+        resolve(["--model", "xder", "--dataset", "seq-synth", "--buffer_size", "9"])
+
+
 def test_xder_in_the_first_and_the_last_task(start):
     trainer = start("xder", debug_mode=1, n_tasks=2)
     method, (batch,) = trainer.method, batches(trainer, 0, 1)

@@ -250,8 +250,8 @@ def _other(flag, value):
 def test_values_published_for_one_memory_do_not_speak_for_another(name):
     method = METHODS.load(name)
     dataset = next(iter(method.published))[0]
-    assert (dataset, 77) not in method.published and (dataset, None) not in method.published
-    config = resolve(["--model", name, "--dataset", dataset, "--buffer_size", "77"])
+    assert (dataset, 177) not in method.published and (dataset, None) not in method.published
+    config = resolve(["--model", name, "--dataset", dataset, "--buffer_size", "177"])
     assert not [origin for origin in config.origins.values() if origin.startswith(PUBLISHED)]
 
 
