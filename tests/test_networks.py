@@ -98,6 +98,20 @@ def test_they_compute_what_the_packages_networks_compute(name, tmp_path):
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
 
 
+@pytest.mark.parametrize("name", ["googlenet", "densenet121"])
+def test_files_with_the_older_names_of_torchvision_are_taken(name):
+    """As torchvision's own: with classifiers half way, and with `norm.1` for `norm1`."""
+    models = pytest.importorskip("torchvision").models
+    plain = {"init_weights": False} if name == "googlenet" else {}
+    state = models.get_model(name, weights=None, num_classes=10, **plain).state_dict()
+    file = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key): value for key, value in state.items()}
+    assert any(key.startswith("aux1.") or ".norm.1." in key for key in file)
+    ours = BACKBONES.load(f"torchvision:{name}")((3, 32, 32), 10, None)
+    assert weights.put(file, ours, "a file", name).startswith("note: ")
+    first = "body.conv1.conv.weight" if name == "googlenet" else "body.features.denseblock1.denselayer1.norm1.weight"
+    assert torch.equal(ours.state_dict()[first], state[first.removeprefix("body.")])
+
+
 def test_the_seed_makes_the_weights():
     one, two, other = (make("timm:test_vit", seed=seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(one[key], two[key]) for key in one)

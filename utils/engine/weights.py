@@ -72,7 +72,8 @@ def put(state: Mapping[str, Tensor], net: nn.Module, file: str, backbone: str) -
 
     A classifier that is missing or of another shape is left as drawn. Raises `UsageError` for all else that misfits.
     """
-    own = net.state_dict()
+    own, adapted = net.state_dict(), getattr(net, "adapted", None)
+    state = state if adapted is None else adapted(state)
     prefix, names = max(
         ((prefix, names) for prefix in sorted(_prefixes(state)) for names in _namings(net, own)),
         key=lambda pair: (sum(pair[0] + name in state for name in pair[1].values()), -len(pair[0])),
