@@ -18,6 +18,7 @@ SMALL = {"dataset": "seq-synth", "buffer_size": 40}
 def rehearsal(monkeypatch):
     """Small parts, in this process."""
     monkeypatch.setattr(program, "recorder", lambda device: Tape())
+    monkeypatch.setattr(gpu, "SHARES", 1)
     monkeypatch.setattr(gpu, "SEVERAL", [("small", SMALL, 2, 1)])
     pairs = [("er", "sgd", "digits"), ("gem", "sgd", "digits"), ("er", "esam", "digits")]
     monkeypatch.setattr(gpu, "pairs", lambda: pairs)
@@ -28,7 +29,7 @@ def rehearsal(monkeypatch):
     ]
     monkeypatch.setattr(gpu, "SPEEDS", speeds)
     here = torch.device("cpu")
-    monkeypatch.setattr(gpu, "lines_of", lambda part, *rest: gpu.measured(part, 0, here, 1, 12))
+    monkeypatch.setattr(gpu, "lines_of", lambda part, *rest, **shares: gpu.measured(part, 0, 1, here, 1, 12))
 
 
 def test_the_whole_script(rehearsal, tmp_path, capsys):
@@ -49,8 +50,8 @@ def test_the_whole_script(rehearsal, tmp_path, capsys):
 
 CHILD = """
 import sys, json
-skip = int(sys.argv[sys.argv.index("--skip") + 1])
-for number in range(skip, 5):
+skip, every = (int(sys.argv[sys.argv.index(name) + 1]) for name in ("--skip", "--every"))
+for number in range(skip, 5, every):
     if number == 2:
         print("CUDA error: an illegal memory access was encountered", flush=True)
         sys.exit(3)
@@ -67,6 +68,18 @@ def test_what_fails_ends_its_process_and_the_next_goes_on_behind_it(tmp_path):
     assert lines[2] == {"failed": "line 3 of 5, exit code 3: CUDA error: an illegal memory access was encountered"}
     table = gpu.table({"speed": lines[2:3], "agreement": [], "several": []})
     assert "speed: line 3 of 5, exit code 3" in table
+
+
+def test_shares_of_a_part_are_all_of_it(tmp_path, monkeypatch):
+    file = tmp_path / "child.py"
+    file.write_text(CHILD)
+    alone = gpu.lines_of
+    monkeypatch.setattr(gpu, "lines_of", lambda *rest, **shares: alone(*rest, command=(str(file),), **shares))
+    lines = list(gpu.in_shares("agreement", 5, [], 60.0, 2))
+    assert sorted(line["number"] for line in lines if "failed" not in line) == [0, 1, 3, 4]
+    assert [line["failed"] for line in lines if "failed" in line] == [
+        "line 2 of 3, exit code 3: CUDA error: an illegal memory access was encountered"
+    ]
 
 
 def test_a_part_that_takes_too_long_is_cut_off(tmp_path):

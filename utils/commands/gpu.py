@@ -14,6 +14,7 @@ part is a process of its own: an error of the device ends it, and the next measu
 import gc
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -74,6 +75,7 @@ PARTS = {"agreement": 0.35, "speed": 0.4, "several": 0.25}  # and their shares o
 MARK = "line: "  # before what a process has measured
 IMAGES = 2 / 160  # of a final average, by which runs that agree may differ: two test images of seq-synth
 LIMIT_S = 120
+SHARES = max(1, min(8, (os.cpu_count() or 1) // 2))  # processes that compare runs at once
 MIB = 2**20
 
 
@@ -102,8 +104,8 @@ def outcome(model: str, optimizer: str, what: str, device: torch.device, cuda_gr
     return [metric["final_average_accuracy"] for metric in metrics.values()], programs
 
 
-def agreements(device: torch.device, skip: int) -> Iterator[dict[str, Any]]:
-    for model, optimizer, what in pairs()[skip:]:
+def agreements(device: torch.device, skip: int, every: int) -> Iterator[dict[str, Any]]:
+    for model, optimizer, what in pairs()[skip::every]:
         (first, _), (again, _) = (outcome(model, optimizer, what, device, "0") for _ in range(2))
         recorded, programs = outcome(model, optimizer, what, device, "auto")
         spread = max(abs(a - b) for a, b in zip(first, again, strict=True))
@@ -212,10 +214,12 @@ def several(device: torch.device, skip: int, count: int) -> Iterator[dict[str, A
 # all of it
 
 
-def measured(part: str, skip: int, device: torch.device, rounds: int, count: int) -> Iterator[dict[str, Any]]:
-    """The lines of a part, without the first `skip`."""
+def measured(
+    part: str, skip: int, every: int, device: torch.device, rounds: int, count: int
+) -> Iterator[dict[str, Any]]:
+    """The lines of a part, without the first `skip`; of the agreement, each `every`-th of them."""
     if part == "agreement":
-        return agreements(device, skip)
+        return agreements(device, skip, every)
     return speeds(device, skip, rounds, count) if part == "speed" else several(device, skip, count)
 
 
@@ -225,12 +229,16 @@ def lines_of(
     words: list[str],
     seconds: float,
     command: tuple[str, ...] = ("-m", "flatcl", "gpu"),
+    first: int = 0,
+    every: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a part from processes of their own: where one ends early, another goes on behind what has failed."""
+    """The lines of a part from processes of their own: where one ends early, another goes on behind what has failed.
+    Of the part's lines each `every`-th, from `first` on: `total` in all."""
     end, done = time.monotonic() + seconds, 0
     while done < total:
+        place = ["--part", part, "--skip", str(first + done * every), "--every", str(every)]
         process = subprocess.Popen(
-            [sys.executable, *command, "--part", part, "--skip", str(done), *words],
+            [sys.executable, *command, *place, *words],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HOME, start_new_session=True,
         )  # fmt: skip
         timer = threading.Timer(max(1.0, end - time.monotonic()), process.kill)
@@ -250,6 +258,26 @@ def lines_of(
         if done < total:
             done += 1
             yield {"failed": f"line {done} of {total}, exit code {process.returncode}: {last[:300]}"}
+
+
+def in_shares(part: str, total: int, words: list[str], seconds: float, shares: int) -> Iterator[dict[str, Any]]:
+    """The lines of a part as they come, from `shares` processes at once: for what no clock is read in."""
+    ended, lines = object(), queue.SimpleQueue()
+
+    def collect(first: int) -> None:
+        own = len(range(first, total, shares))
+        for line in lines_of(part, own, words, seconds, first=first, every=shares):
+            lines.put(line)
+        lines.put(ended)
+
+    for first in range(shares):
+        threading.Thread(target=collect, args=(first,), daemon=True).start()
+    while shares:
+        line = lines.get()
+        if line is ended:
+            shares -= 1
+        else:
+            yield line
 
 
 def table(found: dict[str, Any]) -> str:
@@ -281,7 +309,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=570.0, help="time limit of all measurements (default 570)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that medians are taken over (default 5)")
     parser.add_argument("--count", type=int, default=20, help="steps in each round (default 20)")
-    for name in ("part", "skip", "worker"):  # for processes that this one starts
+    for name in ("part", "skip", "every", "worker"):  # for processes that this one starts
         parser.add_argument(f"--{name}", help=SUPPRESS)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
@@ -290,14 +318,15 @@ def main(argv: list[str]) -> int:
         worker(*json.loads(args.worker), device)
         return 0
     if args.part:
-        for line in measured(args.part, int(args.skip), device, args.rounds, args.count):
+        for line in measured(args.part, int(args.skip), int(args.every), device, args.rounds, args.count):
             print(f"{MARK}{json.dumps(line)}", flush=True)
         return 0
     found: dict[str, Any] = {"environment": results.environment(str(device)), **{part: [] for part in PARTS}}
     words = ["--device", str(device), "--rounds", str(args.rounds), "--count", str(args.count)]
     totals = {"agreement": len(pairs()), "speed": len(SPEEDS), "several": len(SEVERAL)}
     for part, share in PARTS.items():
-        for line in lines_of(part, totals[part], words, share * args.seconds):
+        shares = SHARES if part == "agreement" else 1
+        for line in in_shares(part, totals[part], words, share * args.seconds, shares):
             print(json.dumps(line), flush=True)
             found[part].append(line)
             if args.out is not None:
