@@ -223,6 +223,32 @@ def test_networks_that_draw_are_not_replayed(tmp_path):
     assert [*done.optimizer.programs.ordinary] == ["the network draws random numbers (dropout)"]
 
 
+COUNTING = """
+from torch import nn
+from flatcl.utils.registry import BACKBONES
+
+@BACKBONES.register("counting")
+class Counting(nn.Module):
+    def __init__(self, shape, num_classes, args=None):
+        super().__init__()
+        self.layer, self.passes = nn.Linear(shape[0] * shape[1] * shape[2], num_classes), 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.layer(x.flatten(1)) * (1 + 0.1 * (self.passes % 2))
+"""
+
+
+def test_networks_that_decide_by_a_count_of_their_own_are_not_replayed(tmp_path):
+    file = tmp_path / "counting.py"
+    file.write_text(COUNTING)
+    words = ("--model", "er", "--plugin", str(file), "--backbone", "counting")
+    done = built(*words)
+    assert same(outcome(done), outcome(built(*words, recorded=False)))
+    assert done.optimizer.programs.replayed == 0
+    assert [*done.optimizer.programs.ordinary] == ["the network changes a number of Python in each pass (net.passes)"]
+
+
 class Waiting(nn.Module):
     def __init__(self, shape, num_classes, args=None):
         super().__init__()

@@ -185,7 +185,8 @@ class EngineArgs:
         choices=("auto", "cpu", "device"), result=False,
     )  # fmt: skip
     cuda_graph: str = flag(
-        "0", "1: record each kind of step once as a CUDA graph, then replay it; auto: where this is possible",
+        "auto", "on a GPU, record each kind of step once as a CUDA graph, then replay it; auto: where possible; 1: "
+        "refuse methods none of whose steps can be; 0: never",
         choices=("auto", "0", "1"), result=False,
     )  # fmt: skip
     sync_bn: bool = flag(

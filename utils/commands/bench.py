@@ -53,6 +53,7 @@ def build(model: str, dataset: str, device: torch.device, num_images: int = 20_0
 
 def fresh(model: str, dataset: str, device: torch.device, num_images: int, **flags: Any):
     """A trainer on random images, before its first step."""
+    flags = {"cuda_graph": "0", **flags}  # ordinary steps, which `flatcl gpu` compares with recorded ones
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     config = resolve(["--model", model, "--dataset", dataset, "--disable_log", "1", "--non_verbose", "1", *words])
     benchmark = made(config.benchmark, num_images)

@@ -1,8 +1,9 @@
 """Measurements on a GPU, in under ten minutes: `flatcl gpu [--out FOLDER] [--device cuda] [--seconds N]`.
 
 1. Replays of recorded steps (CUDA graphs) against ordinary steps: `derpp` and `mgser_sam` under each optimizer, each
-   method under its default one, and some with convolutions, BatchNorm and augmentation. The same run twice in the
-   ordinary way and once recorded: do the final accuracies agree, how many steps were replays, and why were others not.
+   method under its default one, and some with convolutions, BatchNorm and augmentation, by deterministic kernels. The
+   same run twice in the ordinary way and once recorded: do the final accuracies agree, how many steps were replays,
+   and why were others not.
 2. Milliseconds of a step, ordinary, recorded and bare (see `bench.py`), in turn in one process; goals beside them.
 3. Several runs on one device: processes, and programs on streams of their own in one process.
 
@@ -96,7 +97,8 @@ def outcome(model: str, optimizer: str, what: str, device: torch.device, cuda_gr
     words += ["--fitting_epochs", "3"] if model == "gdumb" else ["--n_epochs", "1" if what == "digits" else "2"]
     words += ["--dataset", "seq-digits"] if what == "digits" else ["--dataset", "seq-synth", "--backbone", "resnet32"]
     trainer = build(resolve([*words, "--disable_log", "--non_verbose"]), device, None)
-    with mock.patch("flatcl.utils.engine.logs.say", lambda text: None):
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)  # or no two runs are the same
+    with exact, mock.patch("flatcl.utils.engine.logs.say", lambda text: None):
         metrics = trainer.run()["metrics"]
     programs = trainer.optimizer.programs
     if programs is not None:

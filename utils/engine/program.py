@@ -7,8 +7,8 @@ the blocks, and a later step copies its blocks there and replays them. What is a
 corrections, drawn tensors) is copied in too; the learning rate is a part of the program, as it stays for an epoch.
 
 A step is taken as ever, not replayed: the first ones of a task and the first of each form and phase, in which state
-appears and checks are made; those that are logged; those of a network that draws (dropout); and those of which a method
-or an optimizer says so. A new task drops all programs.
+appears and checks are made; those that are logged; those of a network that draws (dropout) or counts its passes; and
+those of which a method or an optimizer says so. A new task drops all programs.
 
 The recorder is a function: operations -> a function that repeats them. On a GPU it is `CudaGraphs`. That a replay is
 the step is tested without a GPU, by a recorder for the CPU (`utils/contracts/_tape.py`).
@@ -149,11 +149,15 @@ class Programs:
             return self._ordinary(blocks, trace)
         if len(self.known) == KNOWN:
             self.known.clear()
-        before = seeding.global_state()
+        before, numbers = seeding.global_state(), _numbers_of_networks(self.method)
         done = self._ordinary(blocks, trace)
         if not done[0].skipped:
-            has_drawn = seeding.differ(before, seeding.global_state())
-            self.known[make] = "the network draws random numbers (dropout)" if has_drawn else None
+            self.known[make] = None
+            for name, number in _numbers_of_networks(self.method).items():
+                if numbers.get(name) != number:
+                    self.known[make] = f"the network changes a number of Python in each pass ({name})"
+            if seeding.differ(before, seeding.global_state()):
+                self.known[make] = "the network draws random numbers (dropout)"
         return done
 
     def _program(self, key: tuple, make: tuple, blocks: tuple[Block, ...]) -> "Program | None":
@@ -219,6 +223,17 @@ class Program:
         columns = [(own, new) for pair in zip(self.blocks, blocks, strict=True) for own, new in _columns(*pair)]
         for dtype in {own.dtype for own, _ in columns}:
             torch._foreach_copy_(*zip(*(pair for pair in columns if pair[0].dtype == dtype), strict=True))
+
+
+def _numbers_of_networks(method: Method) -> dict[str, Any]:
+    """What the layers of the method's networks keep beside tensors and may decide by: numbers, flags and words."""
+    return {
+        f"{name}.{key}": value
+        for name, layer in method.named_modules()
+        if name  # the method itself has a phase
+        for key, value in vars(layer).items()
+        if isinstance(value, (bool, int, float, str))
+    }
 
 
 def _columns(a: Block, b: Block) -> Iterator[tuple[Tensor, Tensor]]:
