@@ -56,6 +56,7 @@ class SharedMemory(ReplayMethod):
 
     Args = MemoryArgs
     fixed_policy = "as many images of each task, chosen at its end"
+    phase = ReplayMethod.phase
 
     @classmethod
     def check(cls, config: Any, benchmark: type) -> list[str]:

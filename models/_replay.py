@@ -33,6 +33,7 @@ class ReplayMethod(Method):
 
     has_memory = True
     keeps_logits = False  # the memory has a column `logits`
+    phase = Method.phase
 
     @dataclass(frozen=True)
     class Args(MemoryArgs):

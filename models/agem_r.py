@@ -32,5 +32,7 @@ class AGemR(AGem):
         pixels = rows["x"].float().div_(255)
         return (batch.block, Block(pixels, len(pixels), reference=True, y=rows["y"], ids=rows["ids"]))
 
+    phase = AGem.phase
+
     remember = ReplayMethod.remember
     end_task = ReplayMethod.end_task

@@ -33,6 +33,7 @@ FIRST_SCORE = 0.1
 class GSS(ER):
     fixed_policy = "diverse gradients"
     own_memory = True
+    phase = ER.phase
 
     @dataclass(frozen=True)
     class Args(MemoryArgs):

@@ -48,6 +48,8 @@ class MER(ER):
         },
     )
 
+    phase = ER.phase
+
     def steps(self, batch: Batch) -> Iterator[tuple[Block, ...]]:
         draws = [self.draw(batch) for _ in range(self.args.batch_num)]
         before = self._weights(self.args.gamma)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+import flatcl
 from flatcl.utils.arguments import resolve
 from flatcl.utils.engine.build import build as build_trainer
 from flatcl.utils.engine.build import resolve_device
@@ -97,3 +98,34 @@ def test_a_recording_that_fails_leaves_the_device_usable():
     working = recorded("xder")
     working.run()
     assert working.optimizer.programs.replayed > 0
+
+
+def test_a_recording_that_leaves_no_room_for_ordinary_steps_is_given_up(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    trainer = recorded("derpp")
+    trainer.run()
+    (why,) = trainer.optimizer.programs.ordinary
+    assert trainer.optimizer.programs.replayed == 0 and "MiB beside an ordinary step, 0 are free" in why
+
+
+def test_what_was_recorded_takes_no_memory_after_its_run():
+    def reserved():
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    runs, sizes = [], []
+    for _ in range(3):  # the first one makes the libraries' work spaces
+        runs.append(
+            flatcl.train(
+                model="derpp",
+                dataset="seq-synth",
+                backbone="resnet32",
+                device="cuda",
+                n_epochs=3,
+                disable_log=True,
+                non_verbose=True,
+            )
+        )
+        sizes.append(reserved())
+    assert runs[0]._trainer.optimizer.programs.replayed > 0
+    assert sizes[2] - sizes[1] < 32 * 2**20  # of the run itself, which is kept

@@ -1,11 +1,15 @@
 """Steps that are recorded once and replayed: they are the steps that they stand for, and what cannot be is not."""
 
+import random
+
 import kills
+import numpy as np
 import pytest
 import replays
 import torch
 from torch import nn
 
+import flatcl
 from flatcl.models._method import Block, Method
 from flatcl.models.derpp import DerPP
 from flatcl.models.er import ER
@@ -93,7 +97,7 @@ def test_with_flags(words):
 def test_a_program_for_each_learning_rate():
     trainer = built("--model", "er", "--n_epochs", "3", "--lr_scheduler", "cosine")
     trainer.run()
-    rates = {key[0] for key in trainer.optimizer.programs.kept}
+    rates = {make[0] for make in trainer.optimizer.programs.kept}
     assert len(rates) == 3
 
 
@@ -126,9 +130,9 @@ def no_tick(monkeypatch):
 RUN = program.Program.run
 
 
-def without_tick(self, blocks):
+def without_tick(self, *arguments):
     clock = dict(self.optimizer.clock)
-    objective = RUN(self, blocks)
+    objective = RUN(self, *arguments)
     self.optimizer.clock = clock
     return objective
 
@@ -158,6 +162,21 @@ class Annealed(ER):
         return type(loss)({"replay": loss.costs["replay"] / self.calls})
 
 
+class Centred(ER):
+    """Its loss reads a tensor that `remember` replaces."""
+
+    phase = ER.phase
+    center = None
+
+    def loss(self, joint):
+        loss = super().loss(joint)
+        return loss if self.center is None else type(loss)({"replay": loss.costs["replay"] * (1 + self.center)})
+
+    def remember(self, batch, loss):
+        super().remember(batch, loss)
+        self.center = loss.total * 0.1
+
+
 class Saying(Annealed):
     def phase(self):
         return getattr(self, "calls", 0)
@@ -165,6 +184,8 @@ class Saying(Annealed):
 
 class Stepwise(DerPP):
     """Two steps on each batch; the logits of the first are remembered."""
+
+    phase = DerPP.phase
 
     def steps(self, batch):
         blocks = self.draw(batch)
@@ -180,6 +201,52 @@ def test_who_does_not_say_what_a_step_depends_on_is_not_replayed():
     assert "er does not say what its steps depend on" in why and "phase = ER.phase" in why
     with pytest.raises(UsageError, match="--cuda_graph 1: er does not say"):
         trainer.optimizer.programs.check()
+
+
+@pytest.mark.parametrize("function", program.OF_METHOD)
+def test_a_method_that_overrides_what_runs_within_a_task_has_to_say_its_phase(function):
+    method = type("Own", (ER,), {function: getattr(ER, function)})
+    trainer = built("--model", "er", "--stop_after", "1", method=method)
+    trainer.run()
+    (why,) = trainer.optimizer.programs.ordinary
+    assert trainer.optimizer.programs.replayed == 0 and "phase = ER.phase" in why
+
+
+@pytest.mark.parametrize("function", program.OF_OPTIMIZER)
+def test_an_optimizer_that_overrides_what_runs_within_a_task_has_to_say_its_phase(function):
+    trainer = built("--model", "er", "--optimizer", "sam", "--stop_after", "1")
+    base = type(trainer.optimizer)
+    trainer.optimizer.__class__ = type("Own", (base,), {function: getattr(base, function)})
+    trainer.run()
+    (why,) = trainer.optimizer.programs.ordinary
+    assert trainer.optimizer.programs.replayed == 0 and "phase = SAM.phase" in why
+
+
+def test_a_tensor_of_the_method_that_is_replaced_ends_its_programs():
+    done = built("--model", "er", method=Centred)
+    assert same(outcome(done), outcome(built("--model", "er", method=Centred, recorded=False)))
+    assert any("center is replaced or changed between steps" in why for why in done.optimizer.programs.ordinary)
+
+
+@pytest.mark.parametrize("model, flags", [("er", {"n_epochs": 4}), ("mer", {"batch_num": 3})])
+def test_losses_that_a_callback_keeps_are_those_of_their_steps(model, flags, monkeypatch):
+    class Keep(flatcl.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def after_step(self, state):
+            self.losses.append((state.loss, *state.terms.values()))
+
+    def trained(recorder):
+        monkeypatch.setattr(program, "recorder", lambda device: recorder)
+        keep = Keep()
+        named = dict(model=model, dataset="seq-synth", stop_after=2, device="cpu", disable_log=True, non_verbose=True)
+        run = flatcl.build(**named, **flags).run(callbacks=[keep])
+        return [torch.stack(kept) for kept in keep.losses], run._trainer.optimizer.programs
+
+    (replayed, programs), (ordinary, _) = trained(Tape()), trained(None)
+    assert programs.replayed > 20 and not programs.kept  # of a run that has ended
+    assert len(replayed) == len(ordinary) and all(map(torch.equal, replayed, ordinary))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
@@ -223,30 +290,99 @@ def test_networks_that_draw_are_not_replayed(tmp_path):
     assert [*done.optimizer.programs.ordinary] == ["the network draws random numbers (dropout)"]
 
 
-COUNTING = """
-from torch import nn
-from flatcl.utils.registry import BACKBONES
+class Stateful(nn.Module):
+    """A network of one layer; `scale` makes it depend on what Python keeps."""
 
-@BACKBONES.register("counting")
-class Counting(nn.Module):
     def __init__(self, shape, num_classes, args=None):
         super().__init__()
-        self.layer, self.passes = nn.Linear(shape[0] * shape[1] * shape[2], num_classes), 0
+        self.layer = nn.Linear(shape[0] * shape[1] * shape[2], num_classes)
+        self.passes, self.in_dict, self.mask = 0, {"passes": 0}, None
+        self.register_buffer("mean", torch.ones(()))
 
     def forward(self, x):
-        self.passes += self.training
-        return self.layer(x.flatten(1)) * (1 + 0.1 * (self.passes % 2))
-"""
+        return self.layer(x.flatten(1)) * (self.scale(x) if self.training else 1.0)
 
 
-def test_networks_that_decide_by_a_count_of_their_own_are_not_replayed(tmp_path):
-    file = tmp_path / "counting.py"
-    file.write_text(COUNTING)
-    words = ("--model", "er", "--plugin", str(file), "--backbone", "counting")
+class Counting(Stateful):
+    def scale(self, x):
+        self.passes += 1
+        return 1 + 0.1 * (self.passes % 2)
+
+
+class CountingInADict(Stateful):
+    def scale(self, x):
+        self.in_dict["passes"] += 1
+        return 1 + 0.1 * (self.in_dict["passes"] % 2)
+
+
+class Replacing(Stateful):
+    def scale(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return 1 + self.mean
+
+
+class DrawingFromPython(Stateful):
+    def scale(self, x):
+        return 1 + 0.1 * random.random()
+
+
+class DrawingFromNumPy(Stateful):
+    def scale(self, x):
+        return 1 + 0.1 * np.random.rand()
+
+
+class Caching(Stateful):
+    """Keeps a tensor for the last number of rows, as some networks keep a mask."""
+
+    def scale(self, x):
+        if self.mask is None or len(self.mask) != len(x):
+            self.mask = torch.linspace(0.5, 1, len(x))[:, None]
+        return self.mask
+
+
+DRAWS = "the network draws random numbers (dropout)"
+CHANGES = "each pass changes net.{}, which Python keeps"
+
+
+@pytest.mark.parametrize(
+    "network, why",
+    [
+        (Counting, CHANGES.format("passes")),
+        (CountingInADict, CHANGES.format("in_dict")),
+        (Replacing, CHANGES.format("mean")),
+        (DrawingFromPython, DRAWS),
+        (DrawingFromNumPy, DRAWS),
+    ],
+)
+def test_networks_that_decide_by_what_python_keeps_are_not_replayed(network, why):
+    BACKBONES.register("stateful")(network)
+    words = ("--model", "er", "--backbone", "stateful")
     done = built(*words)
     assert same(outcome(done), outcome(built(*words, recorded=False)))
-    assert done.optimizer.programs.replayed == 0
-    assert [*done.optimizer.programs.ordinary] == ["the network changes a number of Python in each pass (net.passes)"]
+    assert done.optimizer.programs.replayed == 0 and [*done.optimizer.programs.ordinary] == [why]
+
+
+def test_a_network_that_keeps_a_tensor_for_each_number_of_rows_is_replayed_while_it_is_the_same():
+    BACKBONES.register("stateful")(Caching)
+    words = ("--model", "er", "--backbone", "stateful", "--n_epochs", "3", "--batch_size", "12")
+    done = built(*words)
+    assert same(outcome(done), outcome(built(*words, recorded=False)))
+    assert done.optimizer.programs.replayed > 0
+
+
+def test_a_recording_that_replaces_a_tensor_leaves_the_one_that_was_there():
+    class Late(Stateful):
+        def scale(self, x):
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # while it is recorded
+                self.mean = self.mean * 2
+            return 1 + self.mean
+
+    BACKBONES.register("stateful")(Late)
+    words = ("--model", "er", "--backbone", "stateful")
+    done = built(*words)
+    assert same(outcome(done), outcome(built(*words, recorded=False)))
+    assert [*done.optimizer.programs.ordinary] == ["the step replaces net.mean"]
+    assert done.method.net.mean == 1
 
 
 class Waiting(nn.Module):
@@ -286,7 +422,7 @@ def test_a_step_that_makes_new_state_stays_ordinary():
     optimizer = trainer.optimizer
     optimizer.__class__, optimizer.name = Hoarder, "hoarder"
     trainer.run()
-    assert any("new state" in why for why in optimizer.programs.ordinary)
+    assert [*optimizer.programs.ordinary] == ["the step makes new state"]
     assert optimizer.programs.replayed == 0 and not optimizer.state
 
 

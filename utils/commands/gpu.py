@@ -140,11 +140,11 @@ def speed(name: str, flags: dict[str, Any], device: torch.device, rounds: int, c
     model, is_gpu = name.split()[0], device.type == "cuda"
     if is_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)  # of what is reserved: a recording's memory stays so
     trainer = bench.build(model, device=device, cuda_graph="auto", num_images=4_000, **flags)
     steps = {"recorded": bench.Engine(trainer).step}
     bench.time_steps(steps["recorded"], 10, device)
-    peak = round(torch.cuda.max_memory_allocated(device) / MIB) if is_gpu else None
+    peak = round(torch.cuda.max_memory_reserved(device) / MIB) if is_gpu else None
     ordinary = bench.build(model, device=device, cuda_graph="0", num_images=4_000, **flags)
     steps["ordinary"] = bench.Engine(ordinary).step
     if "amp" not in flags and "optimizer" not in flags:

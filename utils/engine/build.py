@@ -10,6 +10,7 @@ import torch
 
 from flatcl.datasets._benchmark import Benchmark
 from flatcl.models._method import Context, Method
+from flatcl.utils import launch
 from flatcl.utils.arguments import Config
 from flatcl.utils.console import say
 from flatcl.utils.engine import program, ranks, seeding, weights
@@ -116,7 +117,8 @@ def computing(config: Config, device: torch.device) -> Iterator[None]:
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     is_chosen = cudnn.benchmark
     torch.set_num_threads(min(config.threads, os.cpu_count() or 1))  # of a run that was made on a larger machine
-    cudnn.benchmark = is_chosen or (device.type == "cuda" and config.cuda_graph != "0")
+    is_recorded = device.type == "cuda" and config.cuda_graph != "0" and launch.size() == 1
+    cudnn.benchmark = is_chosen or is_recorded
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield

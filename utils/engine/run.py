@@ -279,6 +279,9 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
     folder, trainer.callbacks = trainer.folder, callbacks
     status: str | None = "crashed"
     callbacks.trainer = trainer
+    programs = trainer.optimizer.programs
+    if programs is not None:
+        programs.copies_losses = bool(callbacks.given)
     with SignalWatch(trainer):
         try:
             trainer.logs.begin()
@@ -308,6 +311,8 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             raise
         finally:
             trainer.status = status or "running"
+            if programs is not None:
+                programs.drop()  # a run that is kept needs their memory no more
             if folder is not None and status is not None and status != "finished" and folder.path.is_dir():
                 _write_status(trainer, folder, status)
             trainer.logs.close(trainer.status)

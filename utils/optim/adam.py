@@ -16,6 +16,7 @@ from flatcl.utils.registry import OPTIMIZERS
 class Adam(Driver):
     defaults = {"lr": 1e-3}  # learning rates published for SGD do not carry over
     decoupled = False
+    phase = Driver.phase
 
     @dataclass(frozen=True)
     class Args:
