@@ -199,7 +199,8 @@ class Programs:
 
     def _end(self, make: tuple, changed: str) -> None:
         """Of a program that took for given what has changed since."""
-        del self.kept[make], self.known[make]
+        del self.kept[make]
+        self.known.pop(make, None)
         self.breaks += 1
         if self.breaks == TRIES:
             self.give_up(f"{changed} is replaced or changed between steps. Write new values into the same tensor")
