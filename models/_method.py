@@ -20,7 +20,7 @@ from flatcl.models._blocks import Block, Loss
 from flatcl.models._checks import not_steps, of_blocks, of_call, of_guides, shown
 from flatcl.models._objective import Objective
 from flatcl.utils.engine.evaluator import rows_per_pass
-from flatcl.utils.engine.layout import rows_of_forward
+from flatcl.utils.engine.layout import lay_out, rows_of_forward
 from flatcl.utils.engine.passes import eval_mode
 from flatcl.utils.errors import mistake
 from flatcl.utils.optim._base import Grads
@@ -240,6 +240,12 @@ class Method(nn.Module):
         for part in self.modules():
             part.training = part.training and not getattr(part, "is_frozen", False)
         return self
+
+    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Networks that have grown to take the state get the memory layout of the others, and so the same sums."""
+        found = super().load_state_dict(state, *args, **kwargs)
+        lay_out(self, self.channels_last)
+        return found
 
     def count(self, forward: int, backward: int = 0) -> None:
         """Adds rows to the cost of the run, for passes that no optimizer makes, e.g. those of a teacher."""

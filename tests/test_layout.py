@@ -189,6 +189,14 @@ def test_a_column_that_comes_later_is_laid_out_by_another_call(start):
     steps(trainer, 1)
 
 
+def test_columns_that_a_state_brings_are_laid_out_too(start):
+    trainer = start("pnn", stop_after=2, n_epochs=1)
+    trainer.run()
+    other = start("pnn", stop_after=2, n_epochs=1).method
+    other.load_state_dict(trainer.method.state_dict())
+    assert len(other.net.columns) == 2 and all(map(is_last, kernels(other)))
+
+
 @pytest.mark.parametrize("model", ["er", "pnn"])
 def test_evaluation_counts_the_same_images_whatever_passes_at_a_time(model, start, monkeypatch):
     trainer = start(model, backbone="reduced-resnet18")
