@@ -241,9 +241,9 @@ class Method(nn.Module):
             part.training = part.training and not getattr(part, "is_frozen", False)
         return self
 
-    def load_state_dict(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Networks that have grown to take the state get the memory layout of the others, and so the same sums."""
-        found = super().load_state_dict(state, *args, **kwargs)
+        found = super().load_state_dict(state_dict, strict, assign)
         lay_out(self, self.channels_last)
         return found
 
