@@ -154,7 +154,8 @@ class Method(nn.Module):
     def phase(self) -> Hashable:
         """Everything that decides, within a task, which operations `loss`, `references` and `combine` run, except the
         shapes of the blocks: two steps of the same phase run the same operations. By default nothing. A class that
-        overrides one of these functions defines `phase` too; otherwise its steps are not recorded as CUDA graphs
+        overrides one of these functions, or `draw`, `steps`, `remember` or `begin_epoch`, which may change what they
+        depend on, defines `phase` too; otherwise its steps are not recorded as CUDA graphs
         (`utils/engine/program.py`).
         """
         return ()

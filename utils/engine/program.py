@@ -81,9 +81,7 @@ class CudaGraphs:
         taken = torch.cuda.memory_reserved(self.device) - before
         free = torch.cuda.mem_get_info(self.device)[0]
         if free < taken:
-            raise RuntimeError(
-                f"it takes {taken >> 20:,} MiB beside those of an ordinary step, {free >> 20:,} are free"
-            )
+            raise RuntimeError(f"it takes {taken >> 20:,} MiB beside an ordinary step, {free >> 20:,} are free")
         return graph.replay
 
     def _capture(self, graph: torch.cuda.CUDAGraph, operations: Callable[[], None]) -> None:
