@@ -2,9 +2,9 @@
 
 Both are chosen here, once, by measurement on a CPU (tests/records/bench): with channels last, a training step takes two
 thirds to nine tenths of the time; without gradients, 64 images of 32x32 at a time pass faster than hundreds, whose maps
-leave the cache. Nothing was measured on a GPU yet, and nothing is changed there. Networks without convolutions are left
-alone. Last digits differ more than by another order of sums: torch's BatchNorm sums in float32 in this layout, and in
-float64 otherwise.
+leave the cache. On a GPU nothing is changed unless it is asked for (tests/records/gpu has measurements). Networks
+without convolutions are left alone. Last digits differ more than by another order of sums: torch's BatchNorm sums in
+float32 in this layout, and in float64 otherwise.
 """
 
 import copy

@@ -311,11 +311,11 @@ def _train(trainer: Trainer, callbacks: Callbacks) -> Trainer:
             raise
         finally:
             trainer.status = status or "running"
-            if programs is not None:
-                programs.drop()  # a run that is kept needs their memory no more
             if folder is not None and status is not None and status != "finished" and folder.path.is_dir():
                 _write_status(trainer, folder, status)
             trainer.logs.close(trainer.status)
+            if programs is not None:
+                programs.drop()  # a run that is kept needs their memory no more
 
 
 def _since(trainer: Trainer) -> str:
